@@ -1,0 +1,46 @@
+"""softcl: contrastive learning with soft labels over a memory queue, in one pass over the queue.
+
+    loss = softcl.soft_contrastive_loss(query, key, queue, softcl.AdaptiveSoftLabels(5),
+                                        temperature=0.1, teacher_temperature=0.05)
+
+Importing it needs torch and numpy alone. The training commands live in ``softcl.train`` and need the
+extra ``softcl[train]``.
+"""
+
+from softcl.labels import (
+    AdaptiveNeighborLabels,
+    AdaptiveSoftLabels,
+    HardLabels,
+    LabelRule,
+    MixedLabels,
+    NeighborLabels,
+    RelationalLabels,
+)
+from softcl.ops import (
+    BackendChoice,
+    Diagnostics,
+    QueueStatistics,
+    UnsupportedBackendError,
+    choose_backend,
+    queue_statistics,
+    soft_contrastive_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveNeighborLabels",
+    "AdaptiveSoftLabels",
+    "BackendChoice",
+    "Diagnostics",
+    "HardLabels",
+    "LabelRule",
+    "MixedLabels",
+    "NeighborLabels",
+    "QueueStatistics",
+    "RelationalLabels",
+    "UnsupportedBackendError",
+    "choose_backend",
+    "queue_statistics",
+    "soft_contrastive_loss",
+]

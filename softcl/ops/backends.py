@@ -1,0 +1,164 @@
+"""Which backend runs a call: the fastest that can, or the one asked for, with every reason recorded.
+
+A backend is one module ``softcl/ops/<name>.py`` with three functions:
+
+    unsupported(call) -> None, or one clause that says why this call cannot run here
+    queue_statistics(vectors, queue, temperature, num_neighbors)
+    soft_contrastive(query, key, queue, rule, temperature, teacher_temperature, *,
+                     positive, normalize, gradient, diagnostics)
+
+``softcl/ops/reference.py`` is the specification of the last two: same arguments, same results.
+Backends never import each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from softcl.labels import LabelRule
+
+BACKENDS = ("triton", "cpu", "reference")
+
+# Backends written as one fused pass: what `--fused` demands.
+FUSED_BACKENDS = ("triton", "cpu")
+
+# Device type -> backends in the order in which backend="auto" tries them.
+PREFERENCE = {
+    "cpu": ("reference",),
+    "cuda": ("triton", "reference"),
+}
+
+
+class UnsupportedBackendError(RuntimeError):
+    """An explicitly chosen backend cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend needs to know to accept or decline a call.
+
+    Attributes:
+        operation: "queue_statistics" or "soft_contrastive".
+        device: where all tensors lie.
+        vector_dtype: dtype of the vectors, or of query and key.
+        queue_dtype: dtype of the queue.
+        N, K, D: rows of the vectors, rows of the queue, their common dimension.
+        num_neighbors: how many neighbours are asked for.
+        temperature: the smallest temperature in use; unit rows bound the logits by its inverse.
+    """
+
+    operation: str
+    device: torch.device
+    vector_dtype: torch.dtype
+    queue_dtype: torch.dtype
+    N: int
+    K: int
+    D: int
+    num_neighbors: int
+    temperature: float
+
+    @classmethod
+    def of_statistics(
+        cls, vectors: Tensor, queue: Tensor, temperature: float, num_neighbors: int
+    ) -> Call:
+        return cls(
+            "queue_statistics",
+            vectors.device,
+            vectors.dtype,
+            queue.dtype,
+            vectors.shape[0],
+            queue.shape[0],
+            vectors.shape[1],
+            num_neighbors,
+            temperature,
+        )
+
+    @classmethod
+    def of_loss(
+        cls,
+        query: Tensor,
+        queue: Tensor,
+        rule: LabelRule,
+        temperature: float,
+        teacher_temperature: float,
+    ) -> Call:
+        coldest = (
+            min(temperature, teacher_temperature) if rule.needs_softmax else temperature
+        )
+        return cls(
+            "soft_contrastive",
+            query.device,
+            query.dtype,
+            queue.dtype,
+            query.shape[0],
+            queue.shape[0],
+            query.shape[1],
+            rule.num_neighbors,
+            coldest,
+        )
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend of a call and, for each one passed over before it, the reason.
+
+    Attributes:
+        name: the backend that runs.
+        reasons: backend -> why it was passed over, in order of preference; empty if the first ran
+            or if the backend was asked for by name.
+    """
+
+    name: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        if not self.reasons:
+            return self.name
+        return (
+            f"{self.name} ({'; '.join(f'{k}: {v}' for k, v in self.reasons.items())})"
+        )
+
+
+@functools.cache
+def load_backend(name: str) -> ModuleType:
+    """The module of one backend, imported at its first use."""
+    return importlib.import_module(f"softcl.ops.{name}")
+
+
+def choose(call: Call, backend: str = "auto") -> BackendChoice:
+    """The backend that runs ``call``.
+
+    Raises:
+        ValueError: ``backend`` is not "auto" and names no backend.
+        UnsupportedBackendError: the backend asked for cannot run this call.
+    """
+    if backend == "auto":
+        reasons: dict[str, str] = {}
+        for name in PREFERENCE.get(call.device.type, ("reference",)):
+            reason = load_backend(name).unsupported(call)
+            if reason is None:
+                return BackendChoice(name, reasons)
+            reasons[name] = reason
+        raise UnsupportedBackendError(
+            "no backend runs this call: "
+            + "; ".join(f"{k}: {v}" for k, v in reasons.items())
+        )
+    check_backend_name(backend)
+    reason = load_backend(backend).unsupported(call)
+    if reason is not None:
+        raise UnsupportedBackendError(
+            f"backend {backend!r} cannot run this call: {reason}"
+        )
+    return BackendChoice(backend, {})
+
+
+def check_backend_name(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")

@@ -1,0 +1,300 @@
+"""The specification: both operators in plain PyTorch, in pieces of the queue.
+
+Every other backend is held to this file. It runs on any device and in any floating dtype; sums are
+float64 if an input is, float32 otherwise. The queue is visited in pieces, so its memory is
+O(N (piece + D)), and its running softmax needs no bound on the logits.
+
+    one reduction    lse = log sum_j exp(x_j)    mean = sum_j p_j Q_j    H = lse - sum_j p_j x_j
+                     x_j = v . Q_j / temperature,  p = softmax(x)
+    the loss         L  = logaddexp(LSE_s, z.t/tau_s)                    (LSE_s without the positive)
+                     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)        (g without the positive)
+                     loss = L - z.m/tau_s      dloss/dz = (g+ - m)/tau_s
+
+``m`` comes from the label rule: see :mod:`softcl.labels`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from softcl.labels import LabelRule
+from softcl.ops.backends import Call
+
+# Elements of one piece of logits: 4 M keeps the temporaries at 16 MB in float32.
+PIECE_ELEMENTS = 1 << 22
+NORM_FLOOR = 1e-12
+
+
+def unsupported(call: Call) -> str | None:
+    """The reference runs everything."""
+    return None
+
+
+def queue_statistics(
+    vectors: Tensor,  # (N, D)
+    queue: Tensor,  # (K, D)
+    temperature: float,
+    num_neighbors: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k)."""
+    dtype = sum_dtype(vectors, queue)
+    vectors = vectors.to(dtype)
+    softmax = RunningSoftmax(vectors, with_mean=True)
+    nearest = RunningTopk(vectors, num_neighbors)
+    for start, rows in pieces(queue, vectors.shape[0], dtype):
+        logits = (vectors @ rows.T).div_(temperature)  # (N, piece)
+        nearest.add(logits, start)
+        softmax.add(logits, rows)
+    values, indices = nearest.result()
+    return softmax.lse(), softmax.mean(), softmax.entropy(), values, indices
+
+
+def queue_statistics_backward(
+    vectors: Tensor,  # (N, D)
+    queue: Tensor,  # (K, D)
+    temperature: float,
+    lse: Tensor,  # (N,)
+    mean: Tensor,  # (N, D)
+    entropy: Tensor,  # (N,)
+    neighbor_indices: Tensor,  # (N, k)
+    dlse: Tensor | None,  # (N,)
+    dmean: Tensor | None,  # (N, D)
+    dentropy: Tensor | None,  # (N,)
+    dneighbor_logits: Tensor | None,  # (N, k)
+) -> Tensor:
+    """Gradient of the statistics with respect to ``vectors`` (N, D).
+
+    With x the logits and p their softmax, the chain rule through x is
+
+        dx_j = p_j [dlse + (Q_j - mean).dmean - dentropy (x_j - lse + H)]  (+ dneighbor_logits)
+        dv   = sum_j dx_j Q_j / temperature
+
+    The part in ``dlse`` is ``dlse * mean``: free. Only ``dmean`` and ``dentropy`` need a second pass
+    over the queue, made here in pieces for every backend.
+    """
+    dtype = mean.dtype
+    gradient = torch.zeros_like(mean)
+    if dlse is not None:
+        gradient += dlse[:, None] * mean
+    if dmean is not None or dentropy is not None:
+        vectors = vectors.to(dtype)
+        for _, rows in pieces(queue, vectors.shape[0], dtype):
+            logits = (vectors @ rows.T).div_(temperature)  # (N, piece)
+            weights = torch.exp(logits - lse[:, None])
+            slope = torch.zeros_like(logits)
+            if dmean is not None:
+                slope += dmean @ rows.T - (dmean * mean).sum(1, keepdim=True)
+            if dentropy is not None:
+                slope -= dentropy[:, None] * (logits - (lse - entropy)[:, None])
+            gradient += (weights * slope) @ rows
+    if dneighbor_logits is not None and neighbor_indices.shape[1] > 0:
+        rows = queue[neighbor_indices].to(dtype)  # (N, k, D)
+        gradient += torch.einsum("nk,nkd->nd", dneighbor_logits.to(dtype), rows)
+    return gradient / temperature
+
+
+def soft_contrastive(
+    query: Tensor,  # (N, D)
+    key: Tensor,  # (N, D)
+    queue: Tensor,  # (K, D)
+    rule: LabelRule,
+    temperature: float,
+    teacher_temperature: float,
+    *,
+    positive: bool,
+    normalize: bool,
+    gradient: bool,
+    diagnostics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (N,), dquery (N, D), confidence (N,), entropy (N,), positive_rank (N,), neighbors (N, n).
+
+    What was not asked for, or what the rule does not compute, comes back empty.
+    """
+    dtype = sum_dtype(query, queue)
+    z, t = query.to(dtype), key.to(dtype)
+    if normalize:
+        z, norm = unit_rows(query, dtype)
+        t, _ = unit_rows(key, dtype)
+    positive_cosine = (z * t).sum(1)  # (N,)
+
+    student = RunningSoftmax(z, with_mean=gradient)
+    teacher = RunningSoftmax(t, with_mean=rule.needs_mean)
+    nearest = RunningTopk(t, rule.num_neighbors)
+    rank = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    for start, rows in pieces(queue, len(z), dtype):
+        cosines = z @ rows.T  # (N, piece)
+        if diagnostics:
+            rank += (cosines > positive_cosine[:, None]).sum(1)
+        student.add(cosines.div_(temperature), rows)
+        if rule.needs_softmax or rule.num_neighbors > 0:
+            teacher_logits = (t @ rows.T).div_(teacher_temperature)
+            nearest.add(teacher_logits, start)
+            if rule.needs_softmax:
+                teacher.add(teacher_logits, rows)
+
+    neighbor_logits, neighbors = nearest.result()
+    confidence = entropy = None
+    if rule.needs_softmax:
+        entropy = teacher.entropy()
+        confidence = confidence_of(entropy, len(queue))
+    label_mean = label_mean_of(
+        rule, t, teacher, confidence, neighbor_logits, queue[neighbors]
+    )
+
+    lse = student.lse()
+    positive_logit = positive_cosine / temperature
+    total = torch.logaddexp(lse, positive_logit) if positive else lse
+    loss = total - (z * label_mean).sum(1) / temperature
+
+    empty = loss.new_empty(0)
+    dquery = empty
+    if gradient:
+        expected = student.mean()  # (N, D)
+        if positive:
+            expected = expected * torch.exp(lse - total)[:, None]
+            expected = expected + t * torch.exp(positive_logit - total)[:, None]
+        dquery = (expected - label_mean) / temperature
+        if normalize:
+            dquery = (dquery - z * (z * dquery).sum(1, keepdim=True)) / norm
+    return (
+        loss,
+        dquery,
+        confidence if diagnostics and confidence is not None else empty,
+        entropy if diagnostics and entropy is not None else empty.clone(),
+        rank if diagnostics else rank[:0].clone(),
+        neighbors if diagnostics else neighbors[:, :0].clone(),
+    )
+
+
+def label_mean_of(
+    rule: LabelRule,
+    t: Tensor,  # (N, D)
+    teacher: RunningSoftmax,
+    confidence: Tensor | None,  # (N,)
+    neighbor_logits: Tensor,  # (N, n)
+    neighbor_rows: Tensor,  # (N, n, D)
+) -> Tensor:
+    """The label mean ``m`` (N, D) of each rule, as :mod:`softcl.labels` defines it."""
+    rows = neighbor_rows.to(t.dtype)
+    n = rule.num_neighbors
+    if rule.name == "hard":
+        return t
+    if rule.name == "relational":
+        return teacher.mean()
+    if rule.name == "mixed":
+        w = rule.positive_weight
+        return w * t + (1.0 - w) * teacher.mean()
+    if rule.name == "adaptive_soft":
+        mass = (confidence * n)[:, None]  # (N, 1), the paper's c K
+        shares = torch.exp(neighbor_logits - teacher.lse()[:, None])  # (N, n)
+        # min(1, a q) differs from a q only where a q > 1; those rows are all among the n nearest.
+        excess = (1.0 - mass * shares).clamp(max=0.0)
+        total = 1.0 + mass + excess.sum(1, keepdim=True)
+        return (
+            t + mass * teacher.mean() + torch.einsum("nk,nkd->nd", excess, rows)
+        ) / total
+    if rule.name == "adaptive_neighbors":
+        c = confidence[:, None]
+        return (t + c * rows.sum(1)) / (1.0 + c * n)
+    if rule.name == "neighbors":
+        return (t + rows.sum(1)) / (1.0 + n)
+    raise ValueError(f"rule is not one the reference knows: {rule!r}")
+
+
+def confidence_of(entropy: Tensor, num_rows: int) -> Tensor:
+    """``clamp(1 - H / log K, 0, 1)``; a queue of one row says nothing about relations, so 0."""
+    if num_rows == 1:
+        return torch.zeros_like(entropy)
+    return (1.0 - entropy / math.log(num_rows)).clamp(0.0, 1.0)
+
+
+def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norms and rounded to their own dtype, and the norms (N, 1).
+
+    The rounding makes ``normalize=True`` equal to a separate normalisation in the same dtype.
+    """
+    values = rows.to(dtype)
+    norm = values.norm(dim=1, keepdim=True).clamp(min=NORM_FLOOR)
+    return (values / norm).to(rows.dtype).to(dtype), norm
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32."""
+    return (
+        torch.float64
+        if any(x.dtype == torch.float64 for x in tensors)
+        else torch.float32
+    )
+
+
+def pieces(queue: Tensor, num_rows: int, dtype: torch.dtype):
+    """The queue in pieces of bounded work: (first row, rows in the dtype of the sums)."""
+    length = max(1, min(len(queue), PIECE_ELEMENTS // num_rows))
+    for start in range(0, len(queue), length):
+        yield start, queue[start : start + length].to(dtype)
+
+
+class RunningSoftmax:
+    """One softmax reduction over the queue: running maximum, sum, sum of e*x, sum of e*Q."""
+
+    def __init__(self, vectors: Tensor, with_mean: bool) -> None:
+        n, d = vectors.shape
+        self.maximum = vectors.new_full((n, 1), -torch.inf)
+        self.sum = vectors.new_zeros((n, 1))
+        self.shifted = vectors.new_zeros((n, 1))  # sum of e (x - maximum)
+        self.rows = vectors.new_zeros((n, d)) if with_mean else None
+
+    def add(self, logits: Tensor, rows: Tensor) -> None:  # (N, piece), (piece, D)
+        maximum = torch.maximum(self.maximum, logits.amax(1, keepdim=True))
+        # exp(-inf) at the first piece is 0, so nothing is carried over from the empty state.
+        carry = torch.exp(self.maximum - maximum)
+        drop = torch.where(carry > 0, self.maximum - maximum, torch.zeros_like(carry))
+        below = logits - maximum
+        weights = below.exp()
+        self.shifted = carry * (self.shifted + drop * self.sum)
+        self.shifted += (weights * below).sum(1, keepdim=True)
+        self.sum = carry * self.sum + weights.sum(1, keepdim=True)
+        if self.rows is not None:
+            self.rows = torch.addmm(carry * self.rows, weights, rows)
+        self.maximum = maximum
+
+    def lse(self) -> Tensor:
+        return (self.maximum + self.sum.log()).squeeze(1)
+
+    def entropy(self) -> Tensor:
+        # log sum - E[x - max]: both terms are small where lse - E[x] would cancel.
+        return (self.sum.log() - self.shifted / self.sum).squeeze(1)
+
+    def mean(self) -> Tensor:
+        return self.rows / self.sum
+
+
+class RunningTopk:
+    """The k largest logits of each row and their queue rows, kept over the pieces."""
+
+    def __init__(self, vectors: Tensor, k: int) -> None:
+        self.k = k
+        self.values = vectors.new_empty((len(vectors), 0))
+        self.indices = torch.empty(
+            (len(vectors), 0), dtype=torch.int64, device=vectors.device
+        )
+
+    def add(self, logits: Tensor, start: int) -> None:
+        if self.k == 0:
+            return
+        values, local = logits.topk(min(self.k, logits.shape[1]), dim=1)
+        values = torch.cat([self.values, values], 1)
+        indices = torch.cat([self.indices, local + start], 1)
+        self.values, chosen = values.topk(min(self.k, values.shape[1]), dim=1)
+        self.indices = indices.gather(1, chosen)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Values (N, k) descending, equal ones by lowest index, and indices (N, k)."""
+        indices, order = self.indices.sort(dim=1)
+        values, by_value = self.values.gather(1, order).sort(
+            dim=1, descending=True, stable=True
+        )
+        return values, indices.gather(1, by_value)
