@@ -1,8 +1,8 @@
 """Label rules: how much of each row's label mass goes to its positive and to the queue.
 
 Every rule makes one vector per row, the label mean ``m = sum_j y_j v_j`` over the candidates
-``v in {positive t, queue rows Q_1 .. Q_K}``, from what a pass over the queue knows about the teacher's
-similarities ``d_j = t . Q_j``:
+``v in {positive t, queue rows Q_1 .. Q_K}``, from what a pass over the queue knows about the
+teacher's similarities ``d_j = t . Q_j``:
 
     q    = softmax_j(d_j / teacher_temperature)      over the queue rows; the positive is not in it
     mu   = sum_j q_j Q_j                             the teacher's mean over the queue
@@ -89,11 +89,7 @@ class MixedLabels(LabelRule):
 
     def __post_init__(self) -> None:
         w = self.positive_weight
-        if (
-            isinstance(w, bool)
-            or not isinstance(w, (int, float))
-            or not 0.0 <= w <= 1.0
-        ):
+        if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0.0 <= w <= 1.0:
             raise ValueError(f"positive_weight must be a number in [0, 1], got {w!r}")
 
 
@@ -168,9 +164,7 @@ RULES: dict[str, type[LabelRule]] = {
 }
 
 
-def make_rule(
-    name: str, num_neighbors: int = 0, positive_weight: float = 1.0
-) -> LabelRule:
+def make_rule(name: str, num_neighbors: int = 0, positive_weight: float = 1.0) -> LabelRule:
     """The rule called ``name`` with the numbers that it takes; the others are ignored."""
     rule = RULES[name]
     if rule is MixedLabels:

@@ -3,8 +3,8 @@
     queue_statistics        log-sum-exp, mean, entropy and nearest rows of a queue, for each vector
     soft_contrastive_loss   cross-entropy against the soft labels of a rule, with its exact gradient
 
-Both visit the queue once, in one of several backends (see :mod:`softcl.ops.backends`), and never hold
-an N x K matrix. The arguments are checked here; a backend may rely on them.
+Both visit the queue once, in one of several backends (see :mod:`softcl.ops.backends`), and never
+hold an N x K matrix. The arguments are checked here; a backend may rely on them.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def queue_statistics(
     """Softmax statistics of every vector over a queue, and its nearest rows, in one pass.
 
         x_j = v . Q_j / temperature       p = softmax_j(x)
-        lse = log sum_j exp(x_j)          mean = sum_j p_j Q_j          entropy = - sum_j p_j log p_j
+        lse = log sum_j exp(x_j)     mean = sum_j p_j Q_j     entropy = - sum_j p_j log p_j
 
-    This is attention with keys = values = queue that also returns its normaliser, its entropy and an
-    exact top-k. It is differentiable in ``vectors``: ``lse`` and ``neighbor_logits`` at no extra
+    This is attention with keys = values = queue that also returns its normaliser, its entropy and
+    an exact top-k. It is differentiable in ``vectors``: ``lse`` and ``neighbor_logits`` at no extra
     pass, ``mean`` and ``entropy`` with one more.
 
     Args:
@@ -185,9 +185,7 @@ def soft_contrastive_loss(
     _check_constant_rows("key", key, query, "query")
     _check_constant_rows("queue", queue, query, "query")
     if key.shape != query.shape:
-        raise ValueError(
-            f"key must have query's shape {_shape(query)}, got {_shape(key)}"
-        )
+        raise ValueError(f"key must have query's shape {_shape(query)}, got {_shape(key)}")
     if key.dtype != query.dtype:
         raise TypeError(f"key must have query's dtype {query.dtype}, got {key.dtype}")
     if not isinstance(rule, LabelRule):
@@ -257,7 +255,7 @@ def choose_backend(
     return choose(call, backend)
 
 
-# -------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------ checks
 
 
 def _shape(tensor: Tensor) -> str:
@@ -268,20 +266,14 @@ def _check_rows(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dim() != 2:
-        raise ValueError(
-            f"{name} must be a matrix of row vectors, got shape {_shape(tensor)}"
-        )
+        raise ValueError(f"{name} must be a matrix of row vectors, got shape {_shape(tensor)}")
     if tensor.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got dtype {tensor.dtype}"
-        )
+        raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}")
     if tensor.shape[0] < 1 or tensor.shape[1] < 1:
         raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
 
 
-def _check_constant_rows(
-    name: str, tensor: Tensor, like: Tensor, like_name: str
-) -> None:
+def _check_constant_rows(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     _check_rows(name, tensor)
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -289,12 +281,11 @@ def _check_constant_rows(
             f"softmax treat {name} as constant; pass {name}.detach()"
         )
     if tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, but {like_name} is on {like.device}"
-        )
+        raise ValueError(f"{name} is on {tensor.device}, but {like_name} is on {like.device}")
     if tensor.shape[1] != like.shape[1]:
         raise ValueError(
-            f"{name} must have {like_name}'s dimension D={like.shape[1]}, got shape {_shape(tensor)}"
+            f"{name} must have {like_name}'s dimension D={like.shape[1]}, "
+            f"got shape {_shape(tensor)}"
         )
 
 
@@ -309,18 +300,14 @@ def _check_count(name: str, value: int, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 0 or value > limit:
-        raise ValueError(
-            f"{name} must be between 0 and the queue's {limit} rows, got {value}"
-        )
+        raise ValueError(f"{name} must be between 0 and the queue's {limit} rows, got {value}")
 
 
 def _check_filled(filled: int, limit: int) -> None:
     if isinstance(filled, bool) or not isinstance(filled, int):
         raise TypeError(f"filled must be an integer or None, got {filled!r}")
     if filled < 1 or filled > limit:
-        raise ValueError(
-            f"filled must be between 1 and the queue's {limit} rows, got {filled}"
-        )
+        raise ValueError(f"filled must be between 1 and the queue's {limit} rows, got {filled}")
 
 
 def _values_are_at_hand(tensor: Tensor) -> bool:
@@ -342,10 +329,7 @@ def _explain_non_finite(**tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} has {len(bad)} row(s) that are not finite, the first is row {int(bad[0])}"
             )
-    norms = {
-        name: float(x.detach().double().norm(dim=1).max())
-        for name, x in tensors.items()
-    }
+    norms = {name: float(x.detach().double().norm(dim=1).max()) for name, x in tensors.items()}
     largest = max(norms, key=norms.get)
     raise ValueError(
         f"the result is not finite although every input is: {largest} has a row of norm "

@@ -1,4 +1,4 @@
-"""Which backend runs a call: the fastest that can, or the one asked for, with every reason recorded.
+"""Which backend runs a call: the fastest that can, or the one asked for, with every reason kept.
 
 A backend is one module ``softcl/ops/<name>.py`` with three functions:
 
@@ -88,9 +88,7 @@ class Call:
         temperature: float,
         teacher_temperature: float,
     ) -> Call:
-        coldest = (
-            min(temperature, teacher_temperature) if rule.needs_softmax else temperature
-        )
+        coldest = min(temperature, teacher_temperature) if rule.needs_softmax else temperature
         return cls(
             "soft_contrastive",
             query.device,
@@ -120,9 +118,7 @@ class BackendChoice:
     def __str__(self) -> str:
         if not self.reasons:
             return self.name
-        return (
-            f"{self.name} ({'; '.join(f'{k}: {v}' for k, v in self.reasons.items())})"
-        )
+        return f"{self.name} ({'; '.join(f'{k}: {v}' for k, v in self.reasons.items())})"
 
 
 @functools.cache
@@ -146,15 +142,12 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
                 return BackendChoice(name, reasons)
             reasons[name] = reason
         raise UnsupportedBackendError(
-            "no backend runs this call: "
-            + "; ".join(f"{k}: {v}" for k, v in reasons.items())
+            "no backend runs this call: " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
         )
     check_backend_name(backend)
     reason = load_backend(backend).unsupported(call)
     if reason is not None:
-        raise UnsupportedBackendError(
-            f"backend {backend!r} cannot run this call: {reason}"
-        )
+        raise UnsupportedBackendError(f"backend {backend!r} cannot run this call: {reason}")
     return BackendChoice(backend, {})
 
 

@@ -3,15 +3,14 @@
     softcl::queue_statistics    the softmax statistics of a queue; gradient by a second op
     softcl::soft_contrastive    the loss of every label rule and, in the same pass, its gradient
 
-Both are opaque to ``torch.compile`` (no graph break, any dynamic shape). The backend is chosen inside,
-at run time. Under autocast they run in the dtypes of their inputs and sum in float32, as they do
+Both are opaque to ``torch.compile`` (no graph break, any dynamic shape). The backend is chosen
+inside, at run time. Under autocast they run in the dtypes of their inputs and sum in float32, as they do
 without it: nothing is cast.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from softcl.labels import make_rule
 from softcl.ops import reference
@@ -40,7 +39,7 @@ def _without_autocast(device: torch.device):
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-# ---------------------------------------------------------------------------------- queue_statistics
+# -------------------------------------------------------------------------------- queue_statistics
 
 
 def _queue_statistics(vectors, queue, temperature, num_neighbors, backend):
@@ -64,9 +63,7 @@ def _queue_statistics_fake(vectors, queue, temperature, num_neighbors, backend):
 
 
 def _queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients):
-    return reference.queue_statistics_backward(
-        vectors, queue, temperature, *saved_and_gradients
-    )
+    return reference.queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients)
 
 
 def _queue_statistics_backward_fake(vectors, queue, temperature, lse, mean, *rest):
@@ -93,7 +90,7 @@ def _differentiate_statistics(ctx, dlse, dmean, dentropy, dneighbor_logits, _):
     return dvectors.to(vectors.dtype), None, None, None, None
 
 
-# ---------------------------------------------------------------------------------- soft_contrastive
+# -------------------------------------------------------------------------------- soft_contrastive
 
 
 def _soft_contrastive(
@@ -153,17 +150,13 @@ def _soft_contrastive_fake(
         query.new_empty((shown,), dtype=dtype),
         query.new_empty((shown,), dtype=dtype),
         query.new_empty((n if diagnostics else 0,), dtype=torch.int64),
-        query.new_empty(
-            (n, label_rule.num_neighbors if diagnostics else 0), dtype=torch.int64
-        ),
+        query.new_empty((n, label_rule.num_neighbors if diagnostics else 0), dtype=torch.int64),
     )
 
 
 def _save_gradient(ctx, inputs, output):
     _, dquery, confidence, entropy, positive_rank, neighbor_indices = output
-    ctx.mark_non_differentiable(
-        dquery, confidence, entropy, positive_rank, neighbor_indices
-    )
+    ctx.mark_non_differentiable(dquery, confidence, entropy, positive_rank, neighbor_indices)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dquery)
     ctx.dtype = inputs[0].dtype
@@ -176,9 +169,7 @@ def _scale_gradient(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 13
     if not ctx.gradient:
-        raise RuntimeError(
-            "soft_contrastive was called with gradient=False: no gradient was kept"
-        )
+        raise RuntimeError("soft_contrastive was called with gradient=False: no gradient was kept")
     (dquery,) = ctx.saved_tensors
     return ((dloss[:, None] * dquery).to(ctx.dtype), *(None,) * 12)
 
@@ -191,7 +182,7 @@ def _refuse_second_derivative() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------- registrations
+# ----------------------------------------------------------------------------------- registrations
 
 
 def _register(name, run, fake) -> None:

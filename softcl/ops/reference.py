@@ -6,8 +6,8 @@ O(N (piece + D)), and its running softmax needs no bound on the logits.
 
     one reduction    lse = log sum_j exp(x_j)    mean = sum_j p_j Q_j    H = lse - sum_j p_j x_j
                      x_j = v . Q_j / temperature,  p = softmax(x)
-    the loss         L  = logaddexp(LSE_s, z.t/tau_s)                    (LSE_s without the positive)
-                     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)        (g without the positive)
+    the loss         L  = logaddexp(LSE_s, z.t/tau_s)                  (LSE_s without the positive)
+                     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)      (g without the positive)
                      loss = L - z.m/tau_s      dloss/dz = (g+ - m)/tau_s
 
 ``m`` comes from the label rule: see :mod:`softcl.labels`.
@@ -72,8 +72,8 @@ def queue_statistics_backward(
         dx_j = p_j [dlse + (Q_j - mean).dmean - dentropy (x_j - lse + H)]  (+ dneighbor_logits)
         dv   = sum_j dx_j Q_j / temperature
 
-    The part in ``dlse`` is ``dlse * mean``: free. Only ``dmean`` and ``dentropy`` need a second pass
-    over the queue, made here in pieces for every backend.
+    The part in ``dlse`` is ``dlse * mean``: free. Only ``dmean`` and ``dentropy`` need a second
+    pass over the queue, made here in pieces for every backend.
     """
     dtype = mean.dtype
     gradient = torch.zeros_like(mean)
@@ -109,7 +109,7 @@ def soft_contrastive(
     gradient: bool,
     diagnostics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (N,), dquery (N, D), confidence (N,), entropy (N,), positive_rank (N,), neighbors (N, n).
+    """loss (N,), dquery (N, D), confidence, entropy, positive_rank (N,), neighbor_indices (N, n).
 
     What was not asked for, or what the rule does not compute, comes back empty.
     """
@@ -140,9 +140,7 @@ def soft_contrastive(
     if rule.needs_softmax:
         entropy = teacher.entropy()
         confidence = confidence_of(entropy, len(queue))
-    label_mean = label_mean_of(
-        rule, t, teacher, confidence, neighbor_logits, queue[neighbors]
-    )
+    label_mean = label_mean_of(rule, t, teacher, confidence, neighbor_logits, queue[neighbors])
 
     lse = student.lse()
     positive_logit = positive_cosine / temperature
@@ -193,9 +191,7 @@ def label_mean_of(
         # min(1, a q) differs from a q only where a q > 1; those rows are all among the n nearest.
         excess = (1.0 - mass * shares).clamp(max=0.0)
         total = 1.0 + mass + excess.sum(1, keepdim=True)
-        return (
-            t + mass * teacher.mean() + torch.einsum("nk,nkd->nd", excess, rows)
-        ) / total
+        return (t + mass * teacher.mean() + torch.einsum("nk,nkd->nd", excess, rows)) / total
     if rule.name == "adaptive_neighbors":
         c = confidence[:, None]
         return (t + c * rows.sum(1)) / (1.0 + c * n)
@@ -223,11 +219,7 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32."""
-    return (
-        torch.float64
-        if any(x.dtype == torch.float64 for x in tensors)
-        else torch.float32
-    )
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def pieces(queue: Tensor, num_rows: int, dtype: torch.dtype):
@@ -278,9 +270,7 @@ class RunningTopk:
     def __init__(self, vectors: Tensor, k: int) -> None:
         self.k = k
         self.values = vectors.new_empty((len(vectors), 0))
-        self.indices = torch.empty(
-            (len(vectors), 0), dtype=torch.int64, device=vectors.device
-        )
+        self.indices = torch.empty((len(vectors), 0), dtype=torch.int64, device=vectors.device)
 
     def add(self, logits: Tensor, start: int) -> None:
         if self.k == 0:
@@ -294,7 +284,5 @@ class RunningTopk:
     def result(self) -> tuple[Tensor, Tensor]:
         """Values (N, k) descending, equal ones by lowest index, and indices (N, k)."""
         indices, order = self.indices.sort(dim=1)
-        values, by_value = self.values.gather(1, order).sort(
-            dim=1, descending=True, stable=True
-        )
+        values, by_value = self.values.gather(1, order).sort(dim=1, descending=True, stable=True)
         return values, indices.gather(1, by_value)
