@@ -1,0 +1,23 @@
+"""Networks and state: backbones, projector, teacher, split batch norm, memory queue.
+
+Nothing here knows that a loss exists. Backbones need timm (``softcl[train]``), imported when one is
+built; the rest needs torch alone.
+"""
+
+from softcl.nn.backbones import build_backbone
+from softcl.nn.encoder import Encoder, Projector
+from softcl.nn.momentum import make_teacher, shuffled, update_teacher
+from softcl.nn.queue import MemoryQueue
+from softcl.nn.split_batch_norm import SplitBatchNorm2d, convert_split_batch_norm
+
+__all__ = [
+    "Encoder",
+    "MemoryQueue",
+    "Projector",
+    "SplitBatchNorm2d",
+    "build_backbone",
+    "convert_split_batch_norm",
+    "make_teacher",
+    "shuffled",
+    "update_teacher",
+]

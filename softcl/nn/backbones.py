@@ -1,0 +1,156 @@
+"""Backbones: timm models without their classifier, fitted to the size of the images.
+
+ResNets get the stem of ASCL's small-data experiments (arXiv 2207.11163, released code), which is
+the usual one for CIFAR:
+
+    image size      first convolution             max-pool
+    <= 32           3x3, stride 1, padding 1      removed
+    33 .. 64        3x3, stride 1, padding 1      kept           (STL-10 and Tiny-ImageNet at 64)
+    > 64            as timm defines it            kept
+
+Models that need a fixed image size are built for ``image_size``. Vision transformers also get
+smaller patches at 64 px and below: the largest divisor of image_size that is at most image_size //
+7, which is 4 at 32 px and 8 at 64 px (64 patches each).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+SMALL_IMAGE = 64  # at most this: 3x3 stem, small patches
+TINY_IMAGE = 32  # at most this: no max-pool after the stem either
+
+# Short names of the plain vision transformers, whose timm names fix a patch and an image size.
+ALIASES = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+}
+# timm's ResNet class with BasicBlocks, sized for CPUs.
+OWN_RESNETS = {"resnet_tiny": {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}}
+
+
+def build_backbone(name: str, image_size: int) -> nn.Module:
+    """Build a randomly initialised backbone: images (N, 3, image_size, image_size) -> (N, F).
+
+    Args:
+        name: any timm model name, "resnet_tiny" (a ResNet for CPUs), or "vit_tiny", "vit_small",
+            "vit_base".
+        image_size: height and width of the images, in pixels.
+
+    Returns:
+        A module with ``num_features`` (F) and ``stem_rule`` (str, what was changed for the image
+        size). Residual branches start with batch-norm weight 1, as in torchvision's ResNets which
+        ASCL uses, where timm's default is 0.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: the name is unknown, or the model cannot take images of this size.
+    """
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8:
+        raise ValueError(f"image_size must be an int of at least 8, got {image_size!r}")
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            'backbones need timm, which is not installed: pip install "softcl[train]"'
+        ) from error
+    if name in OWN_RESNETS:
+        backbone, rule = _own_resnet(name), "as defined"
+    else:
+        options, rule = _options(name, image_size)
+        try:
+            backbone = timm.create_model(
+                ALIASES.get(name, name), pretrained=False, num_classes=0, **options
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"cannot build {name!r} for {image_size} px images: {error}"
+            ) from error
+    if isinstance(backbone, timm.models.resnet.ResNet):
+        rule = _fit_resnet_stem(backbone, image_size)
+    backbone.num_features = _count_features(backbone, name, image_size)
+    backbone.stem_rule = rule
+    return backbone
+
+
+def _options(name: str, image_size: int) -> tuple[dict[str, Any], str]:
+    """Constructor arguments for a timm model at this image size, and the rule in words."""
+    import timm
+
+    full_name = ALIASES.get(name, name)
+    architecture = full_name.split(".")[0]
+    if not timm.is_model(architecture):
+        known = [*OWN_RESNETS, *ALIASES, *timm.list_models()]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown backbone {name!r}{hint}")
+    module = timm.models.model_entrypoint(architecture).__module__
+    if module == "timm.models.resnet":
+        return {"zero_init_last": False}, "as defined"
+    config = timm.get_pretrained_cfg(full_name)
+    if config is None or not config.fixed_input_size:
+        return {}, "as defined"
+    options: dict[str, Any] = {"img_size": image_size}
+    rule = f"built for {image_size} px"
+    if module == "timm.models.vision_transformer" and image_size <= SMALL_IMAGE:
+        options["patch_size"] = _small_patch(name, image_size)
+        rule += f", patches of {options['patch_size']} px"
+    return options, rule
+
+
+def _small_patch(name: str, image_size: int) -> int:
+    for patch in range(image_size // 7, 1, -1):
+        if image_size % patch == 0:
+            return patch
+    raise ValueError(f"no patch size for {name!r} divides image_size={image_size} evenly")
+
+
+def _own_resnet(name: str) -> nn.Module:
+    from timm.models.resnet import BasicBlock, ResNet
+
+    shape = OWN_RESNETS[name]
+    return ResNet(
+        BasicBlock,
+        shape["layers"],
+        channels=shape["channels"],
+        # timm's plain stem always has 64 channels; the deep one has twice stem_width.
+        stem_type="deep",
+        stem_width=shape["channels"][0] // 2,
+        num_classes=0,
+        zero_init_last=False,
+    )
+
+
+def _fit_resnet_stem(backbone: nn.Module, image_size: int) -> str:
+    """Give a timm ResNet the stem for its image size (see above); return the rule in words."""
+    if image_size > SMALL_IMAGE:
+        return "ImageNet stem"
+    conv = nn.Conv2d(3, backbone.bn1.num_features, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm's others
+    backbone.conv1 = conv
+    if image_size > TINY_IMAGE:
+        return "3x3 stride 1 stem, max-pool kept"
+    backbone.maxpool = nn.Identity()
+    return "3x3 stride 1 stem, no max-pool"
+
+
+def _count_features(backbone: nn.Module, name: str, image_size: int) -> int:
+    """F, from one forward pass, so that a model that cannot take these images fails here."""
+    training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{name!r} cannot take {image_size} px images: {line}") from error
+    finally:
+        backbone.train(training)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise ValueError(f"{name!r} does not give one feature vector per image")
+    return features.shape[1]
