@@ -2,8 +2,8 @@
 them."""
 
 from softcl.methods.ascl import ASCL
-from softcl.methods.recipe import Recipe
+from softcl.methods.defaults import Defaults
 
 METHODS = {"ascl": ASCL}
 
-__all__ = ["ASCL", "METHODS", "Recipe"]
+__all__ = ["ASCL", "METHODS", "Defaults"]

@@ -43,7 +43,7 @@ from softcl.labels import (
     LabelRule,
     NeighborLabels,
 )
-from softcl.methods.recipe import Recipe
+from softcl.methods.defaults import Defaults
 
 LABELS = ("soft", "ahcl", "hard", "normal")
 VIEWS = ("strong", "weak")
@@ -113,9 +113,9 @@ class ASCL:
         return HardLabels()
 
 
-def _small(arch: str, image_size: int, **changes: float) -> Recipe:
+def _small(arch: str, image_size: int, **changes: float) -> Defaults:
     """The code's main.py defaults, which it uses for every small data set."""
-    return Recipe(
+    return Defaults(
         method=ASCL(**changes),  # the class defaults are main.py's
         arch=arch,  # --arch resnet18
         image_size=image_size,
@@ -128,7 +128,7 @@ def _small(arch: str, image_size: int, **changes: float) -> Recipe:
     )
 
 
-DEFAULTS: dict[str, Recipe] = {
+DEFAULTS: dict[str, Defaults] = {
     # Code, main.py. Sizes: its data loaders. num_neighbors 1 is the code's default.
     "cifar10": _small("resnet18", 32),
     # The README's example command for CIFAR-100 has 5 neighbours.
@@ -136,7 +136,7 @@ DEFAULTS: dict[str, Recipe] = {
     # 64 px, trained on train + unlabeled.
     "stl10": _small("resnet18", 64),
     "tiny_imagenet": _small("resnet18", 64),
-    "imagenet": Recipe(
+    "imagenet": Defaults(
         # Code, ImageNet-1K/builder.py: K 65536, m 0.999, the MoCo v2 head of width 2048,
         # temperatures 0.1 and 0.05, one neighbour. num_splits: 8 real devices in MoCo.
         method=ASCL(queue_size=65536, momentum=0.999, projector_hidden=2048),
@@ -154,7 +154,7 @@ DEFAULTS: dict[str, Recipe] = {
     ),
     # The generated set: no paper. Ours, for a run of minutes on two CPU cores, where a backbone
     # that small needs no wide projector. The method's other numbers stay the small-data ones.
-    "shapes": Recipe(
+    "shapes": Defaults(
         method=ASCL(projector_hidden=512),
         arch="resnet_tiny",
         image_size=32,

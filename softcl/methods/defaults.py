@@ -1,4 +1,4 @@
-"""Recipe: a method together with the training settings published with it."""
+"""Defaults: a method together with the training settings published with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Defaults:
     """Settings of one method on one kind of data.
 
     Attributes:
