@@ -1,0 +1,25 @@
+"""Data: image sets, and random views of their batches. Nothing here knows a loss or a network."""
+
+from softcl.data.image_set import STATISTICS, DataError, ImageSet
+from softcl.data.load import load_dataset
+from softcl.data.prefetch import batches
+from softcl.data.sampler import batch_indices, num_batches
+from softcl.data.shapes import shapes
+from softcl.data.sheet import contact_sheet
+from softcl.data.views import VIEWS, center_view, strong_view, weak_view
+
+__all__ = [
+    "STATISTICS",
+    "VIEWS",
+    "DataError",
+    "ImageSet",
+    "batch_indices",
+    "batches",
+    "center_view",
+    "contact_sheet",
+    "load_dataset",
+    "num_batches",
+    "shapes",
+    "strong_view",
+    "weak_view",
+]

@@ -1,0 +1,92 @@
+"""One image file to uint8 RGB pixels of a given size, whatever its mode, depth and orientation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def pillow():
+    """The PIL.Image module, or an ImportError that names the extra to install."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "reading image files needs pillow: pip install 'softcl[train]'"
+        ) from error
+    return Image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey images of 16 or 32 bits, and floating ones, scaled to 8 bits; others unchanged."""
+    if image.mode.startswith("I;16"):
+        values, full = np.asarray(image).astype(np.float64), 65535.0
+    elif image.mode == "I":  # 32 bits in Pillow, 8 or 16 in nearly every file
+        values = np.asarray(image).astype(np.float64)
+        full = 255.0 if values.max() <= 255 else 65535.0
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        full = 1.0 if values.max() <= 1 else 255.0
+    else:
+        return image
+    scaled = np.clip(values * (255.0 / full) + 0.5, 0, 255).astype(np.uint8)
+    return pillow().fromarray(scaled)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparent pixels are laid over white, as a viewer shows them."""
+    image = _eight_bit(image)
+    if image.mode == "RGB":
+        return image
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = pillow().new("RGBA", image.size, (255, 255, 255, 255))
+        return pillow().alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; an EXIF block that cannot be read counts as none."""
+    from PIL import ImageOps
+
+    try:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest centred part of the ratio width:height, resized (bilinear, antialiased)."""
+    if image.size == (width, height):
+        return image
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    return image.resize((width, height), pillow().Resampling.BILINEAR, box=box)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an upright image, from its header."""
+    with pillow().open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def decode(path: str | Path, height: int, width: int) -> np.ndarray:
+    """Pixels (3, height, width) uint8 of the file; any exception means that it cannot be read."""
+    with pillow().open(path) as image:
+        image.draft(
+            None, (2 * width, 2 * height)
+        )  # lets JPEG skip detail that a resize would discard
+        image = fit(_rgb(_upright(image)), height, width)
+        return np.asarray(image).transpose(2, 0, 1)

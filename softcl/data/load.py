@@ -1,0 +1,237 @@
+"""From a name or a folder to an `ImageSet`, resident where it fits in memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from softcl.data import decode
+from softcl.data.folder import Listing, list_folder, printable
+from softcl.data.image_set import STATISTICS, DataError, ImageSet
+from softcl.data.shapes import TEST_SIZE, TRAIN_SIZE, shapes
+
+SMALL = 128  # images of one size up to this many pixels a side are kept as they are
+DEFAULT_SIZE = 224
+PROBES = 64  # files looked at to learn the images' size
+CHUNK = 32  # files per task of the decoding pool
+UNREADABLE_LIMIT = 0.01
+
+
+def _default_memory_limit() -> int:
+    """A quarter of the machine's memory, in bytes."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    except (ValueError, OSError, AttributeError):
+        return 4 * 2**30
+
+
+def _default_workers() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, available or 1))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+
+
+def _refuse_if_many(root: Path, skipped: list[str], total: int) -> None:
+    if len(skipped) > UNREADABLE_LIMIT * total:
+        first = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+        raise DataError(
+            f"{printable(root)}: {len(skipped)} of {total} images cannot be read (1% is allowed): {first}"
+        )
+
+
+class LazyImages:
+    """Images decoded when they are asked for, by a pool of threads.
+
+    A file that turns out unreadable is replaced by the next one of the same class, listed in
+    `skipped`; more than 1 % of them raise DataError.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: list[str],
+        labels: list[int] | None,
+        size: tuple[int, int],
+        workers: int,
+    ):
+        self.root, self.files, self.labels, self.size = root, files, labels, size
+        self.skipped: list[str] = []
+        self._broken: set[int] = set()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _mark_broken(self, index: int, error: Exception) -> None:
+        with self._lock:
+            if index not in self._broken:
+                self._broken.add(index)
+                self.skipped.append(f"{printable(self.files[index])}: {_reason(error)}")
+        _refuse_if_many(self.root, self.skipped, len(self))
+
+    def _decode(self, out: np.ndarray, index: int) -> None:
+        label = self.labels[index] if self.labels else None
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if step and label is not None and self.labels[candidate] != label:
+                continue
+            if candidate in self._broken:
+                continue
+            try:
+                out[...] = decode.decode(self.root / self.files[candidate], *self.size)
+                return
+            except Exception as error:
+                self._mark_broken(candidate, error)
+        raise DataError(f"{printable(self.root)}: no readable image to replace {self.files[index]}")
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Images of indices (N,): uint8 (N, 3, H, W), in the order asked for."""
+        result = torch.empty((len(indices), 3, *self.size), dtype=torch.uint8)
+        for _ in self._pool.map(self._decode, result.numpy(), indices.tolist()):
+            pass
+        return result
+
+
+def _probe(listing: Listing, requested: int | None) -> tuple[int, int]:
+    """(height, width) to store images in.
+
+    Small images of one size are kept; others become squares of `requested` pixels a side.
+    """
+    step = max(1, len(listing.files) // PROBES)
+    sizes = set()
+    for file in listing.files[::step][:PROBES]:
+        try:
+            sizes.add(decode.image_size(listing.root / file))
+        except ImportError:
+            raise
+        except Exception:
+            continue
+    if len(sizes) == 1:
+        height, width = sizes.pop()
+        if max(height, width) <= (requested or SMALL):
+            return height, width
+    return (requested or DEFAULT_SIZE,) * 2
+
+
+def _read_all(
+    listing: Listing, size: tuple[int, int], workers: int
+) -> tuple[torch.Tensor, list[int], list[str]]:
+    """All images decoded: uint8 (M, 3, H, W), the positions that were readable, the others' reasons."""
+    images = torch.empty((len(listing.files), 3, *size), dtype=torch.uint8)
+    array = images.numpy()
+    broken: dict[int, str] = {}
+
+    def read(start: int) -> None:
+        for i in range(start, min(start + CHUNK, len(listing.files))):
+            try:
+                array[i] = decode.decode(listing.root / listing.files[i], *size)
+            except Exception as error:
+                broken[i] = f"{printable(listing.files[i])}: {_reason(error)}"
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode") as pool:
+        for _ in pool.map(read, range(0, len(listing.files), CHUNK)):
+            pass
+    skipped = [broken[i] for i in sorted(broken)]
+    _refuse_if_many(listing.root, skipped, len(listing.files))
+    kept = [i for i in range(len(listing.files)) if i not in broken]
+    return (images[kept] if broken else images), kept, skipped
+
+
+def known_statistics(root: Path) -> str:
+    """The row of STATISTICS that a folder's name points to; "imagenet" if none does."""
+    path = root.absolute()
+    names = [path.name] if path.name not in ("train", "test", "val") else [path.parent.name]
+    plain = re.sub(r"[^a-z0-9]", "", names[0].lower())
+    for row in ("cifar100", "cifar10", "stl10", "tiny"):
+        if row in plain:
+            return row
+    return "imagenet"
+
+
+def _load_folder(
+    root: Path, split: str, requested: int | None, memory_limit: int | None, workers: int | None
+) -> ImageSet:
+    decode.pillow()
+    listing = list_folder(root, split)
+    workers = workers or _default_workers()
+    size = _probe(listing, requested)
+    limit = _default_memory_limit() if memory_limit is None else memory_limit
+    labels = listing.labels
+    if len(listing.files) * 3 * size[0] * size[1] <= limit:
+        images, kept, skipped = _read_all(listing, size, workers)
+        labels = [labels[i] for i in kept] if labels else None
+    else:
+        images = LazyImages(root, listing.files, labels, size, workers)
+        skipped = images.skipped
+    statistics = known_statistics(root)
+    mean, std = STATISTICS[statistics]
+    return ImageSet(
+        images=images,
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
+        classes=listing.classes,
+        mean=mean,
+        std=std,
+        name=f"{printable(root)} ({split})",
+        statistics=statistics,
+        skipped=skipped,
+        notes=listing.notes,
+    )
+
+
+def _load_shapes(spec: str, split: str) -> ImageSet:
+    _, _, count = spec.partition(":")
+    if count and not (count.isdecimal() and int(count) > 0):
+        raise DataError(
+            f"{spec}: write shapes or shapes:N with a positive number of training images"
+        )
+    train = int(count) if count else TRAIN_SIZE
+    if split == "all":
+        parts = [shapes(train, "train"), shapes(TEST_SIZE, "test")]
+        both = parts[0]
+        both.images = torch.cat([p.images for p in parts])
+        both.factors = {k: torch.cat([p.factors[k] for p in parts]) for k in both.factors}
+        both.labels = both.factors["shape"]
+        both.name = "shapes (all)"
+        return both
+    return shapes(train if split == "train" else TEST_SIZE, split)
+
+
+def load_dataset(
+    spec: str,
+    split: str = "train",
+    *,
+    image_size: int | None = None,
+    memory_limit: int | None = None,
+    workers: int | None = None,
+) -> ImageSet:
+    """The data set that `spec` names.
+
+    spec          "shapes", "shapes:N" with N training images (the test split has always 2,000), or the
+                  path of a folder of images ("./shapes" for a folder of that name)
+    split         "train", "test" or "all"
+    image_size    pixels a side to store a folder's images in, where they are not all of one size that
+                  is no larger. Default: 224, and images of one size up to 128 pixels are kept
+    memory_limit  bytes of pixels above which images are decoded on demand; default a quarter of memory
+    workers       threads that decode
+
+    Raises DataError, one line that names the path, where the data cannot be read; ImportError, naming
+    the extra, without pillow.
+    """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if spec == "shapes" or spec.startswith("shapes:"):
+        return _load_shapes(spec, split)
+    return _load_folder(Path(spec).expanduser(), split, image_size, memory_limit, workers)
