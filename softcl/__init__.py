@@ -3,8 +3,8 @@
     loss = softcl.soft_contrastive_loss(query, key, queue, softcl.AdaptiveSoftLabels(5),
                                         temperature=0.1, teacher_temperature=0.05)
 
-Importing it needs torch and numpy alone. The training commands live in ``softcl.train`` and need the
-extra ``softcl[train]``.
+Importing it needs torch and numpy alone. The training commands live in ``softcl.train`` and need
+the extra ``softcl[train]``.
 """
 
 from softcl.labels import (

@@ -4,8 +4,8 @@
     softcl::soft_contrastive    the loss of every label rule and, in the same pass, its gradient
 
 Both are opaque to ``torch.compile`` (no graph break, any dynamic shape). The backend is chosen
-inside, at run time. Under autocast they run in the dtypes of their inputs and sum in float32, as they do
-without it: nothing is cast.
+inside, at run time. Under autocast they run in the dtypes of their inputs and sum in float32, as
+they do without it: nothing is cast.
 """
 
 from __future__ import annotations

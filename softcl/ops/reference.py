@@ -118,7 +118,8 @@ def soft_contrastive(
     if normalize:
         z, norm = unit_rows(query, dtype)
         t, _ = unit_rows(key, dtype)
-    positive_cosine = (z * t).sum(1)  # (N,)
+    # Per-row scalars are float64 up to the end: the loss is a difference of larger numbers.
+    positive_cosine = row_dot(z, t)  # (N,)
 
     student = RunningSoftmax(z, with_mean=gradient)
     teacher = RunningSoftmax(t, with_mean=rule.needs_mean)
@@ -142,18 +143,18 @@ def soft_contrastive(
         confidence = confidence_of(entropy, len(queue))
     label_mean = label_mean_of(rule, t, teacher, confidence, neighbor_logits, queue[neighbors])
 
-    lse = student.lse()
+    lse = student.lse().to(positive_cosine.dtype)
     positive_logit = positive_cosine / temperature
     total = torch.logaddexp(lse, positive_logit) if positive else lse
-    loss = total - (z * label_mean).sum(1) / temperature
+    loss = (total - row_dot(z, label_mean) / temperature).to(dtype)
 
     empty = loss.new_empty(0)
     dquery = empty
     if gradient:
         expected = student.mean()  # (N, D)
         if positive:
-            expected = expected * torch.exp(lse - total)[:, None]
-            expected = expected + t * torch.exp(positive_logit - total)[:, None]
+            expected = expected * torch.exp(lse - total).to(dtype)[:, None]
+            expected = expected + t * torch.exp(positive_logit - total).to(dtype)[:, None]
         dquery = (expected - label_mean) / temperature
         if normalize:
             dquery = (dquery - z * (z * dquery).sum(1, keepdim=True)) / norm
@@ -215,6 +216,13 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     values = rows.to(dtype)
     norm = values.norm(dim=1, keepdim=True).clamp(min=NORM_FLOOR)
     return (values / norm).to(rows.dtype).to(dtype), norm
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows, (N,), summed in float64 where the device has it."""
+    if a.device.type == "mps":
+        return (a * b).sum(1)
+    return (a * b).sum(1, dtype=torch.float64)
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
