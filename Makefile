@@ -1,0 +1,90 @@
+# make train    set up what is missing, then train with the fused operator
+# make test     set up what is missing, then run the tests
+#
+# Setting up is a virtual environment pinned by constraints.txt and the native module, built in place;
+# both are done again only when what they are made from changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+python := $(VENV)/bin/python
+key = $(shell cat $(1) 2>/dev/null | cksum | tr -d ' ')
+
+# Stamps carry a checksum of what they were made from: a change asks for another stamp. Times play
+# no part, for git sets them anew.
+environment := $(VENV)/.softcl-$(call key,constraints.txt pyproject.toml)
+sources     := setup.py CMakeLists.txt $(sort $(shell find csrc -type f))
+switches    := $(SOFTCL_BUILD) $(SOFTCL_CUDA) $(abspath $(environment))
+native      := build/.native-$(call key,$(sources))-$(shell echo '$(switches)' | cksum | tr -d ' ')
+
+.PHONY: train test build setup lint format clean help
+
+train: build  ## train: softcl.train --fused on the default set; ARGS="--epochs 1" adds flags
+	$(python) -m softcl.train --fused $(ARGS)
+
+test: build  ## run the tests; ARGS="-k queue" adds pytest flags
+	$(python) -m pytest tests -q $(ARGS)
+
+build: $(native)  ## build the native module softcl/_C (SOFTCL_CUDA=0 leaves CUDA out)
+
+setup: $(environment)  ## make the virtual environment
+
+lint: $(environment)  ## check style: ruff and clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(environment)  ## rewrite the sources in that style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+
+clean:  ## remove what was built, not the environment
+	rm -rf build dist softcl.egg-info softcl/_C.*
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+# ---- Environment ----------------------------------------------------------------------------------
+
+# All the extras, without softcl itself: commands run from this folder import it from here.
+define list_requirements
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10: the copy that pip carries
+    from pip._vendor import tomli as tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"].values()
+print(*project["dependencies"], *(line for extra in extras for line in extra), sep="\n")
+endef
+export list_requirements
+
+define check_version
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("softcl needs Python 3.10 or newer, and $(PYTHON) is %d.%d: "
+             "try make PYTHON=python3.11" % sys.version_info[:2])
+endef
+export check_version
+
+$(environment):
+	@$(PYTHON) -c "$$check_version"
+	@if [ ! -d '$(VENV)' ]; then \
+	  echo "softcl: setting up $(VENV): several GB and some minutes, once"; fi
+	@$(python) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv '$(VENV)'
+	@$(python) -c "$$list_requirements" > '$(VENV)/requirements.txt'
+	$(python) -m pip install --disable-pip-version-check --prefer-binary $$(test -t 1 || echo -q) \
+	  -r '$(VENV)/requirements.txt' -c constraints.txt
+	@rm -f '$(VENV)'/.softcl-* && touch '$@'
+
+# ---- Native module --------------------------------------------------------------------------------
+
+# The module itself is asked for too: someone may have removed it.
+ifeq ($(wildcard softcl/_C.*),)
+.PHONY: $(native)
+endif
+
+$(native): | $(environment)
+	$(python) setup.py build_ext --inplace
+	@mkdir -p build && rm -f build/.native-* && touch '$@'
