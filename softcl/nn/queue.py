@@ -29,16 +29,16 @@ class MemoryQueue(nn.Module):
     A refused key uses its slot up, so it counts in ``filled`` as well; its slot holds a unit row
     (an older key or a random row) either way.
 
-    Refused keys. A row whose fp32 norm is not finite or is below 1e-12 has no direction. It is not
-    written: its slot keeps the row it held, ``refused`` counts it, and one warning is given per
-    queue. On the CPU the warning comes at once; on other devices looking at once would make the
+    Refused keys. A key with a NaN or an infinity, or with a norm below 1e-12, has no direction. It
+    is not written: its slot keeps the row it held, ``refused`` counts it, and one warning is given
+    per queue. On the CPU the warning comes at once; on other devices looking at once would make the
     host wait, so it comes when ``refused`` is next read (saving the state reads it).
 
     Args:
         size: K >= 1, number of rows.
         dim: D >= 1, dimension of a key.
         dtype: storage type, torch.float32, torch.bfloat16 or torch.float16. Keys are normalised in
-            fp32 (float64 if they are float64) and rounded once, when they are stored.
+            float64, then rounded to fp32 and to the storage type.
         init: "random" or "empty", see above.
         seed: seed of the initial rows.
         device: where ``rows`` lives; ``module.to()`` moves it later.
@@ -98,6 +98,9 @@ class MemoryQueue(nn.Module):
     @property
     def refused(self) -> int:
         """Number of keys refused so far. On a CUDA device reading it waits for the device."""
+        return self._count_refused()
+
+    def _count_refused(self) -> int:
         count = int(self.refused_rows)
         if count and not self._warned:
             self._warned = True
@@ -112,7 +115,6 @@ class MemoryQueue(nn.Module):
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, dtype={self.rows.dtype}, filled={self.filled}"
 
-    @torch.no_grad()
     def enqueue(self, keys: torch.Tensor, normalize: bool = True) -> None:
         """Write keys (N, D) over the N oldest rows.
 
@@ -126,10 +128,11 @@ class MemoryQueue(nn.Module):
         """
         self._check(keys)
         # Piece by piece, so that a refused key in a later piece leaves the earlier piece's row.
-        for piece in keys.detach().split(self.size):
-            self._write(piece, normalize)
+        with torch.no_grad():
+            for piece in keys.detach().split(self.size):
+                self._write(piece, normalize)
         if keys.shape[0] and self.rows.device.type == "cpu":
-            self.refused  # noqa: B018  reading it warns, and costs nothing on the CPU
+            self._count_refused()
 
     def _check(self, keys: torch.Tensor) -> None:
         if not isinstance(keys, torch.Tensor):
@@ -146,12 +149,14 @@ class MemoryQueue(nn.Module):
         count = keys.shape[0]
         if count == 0:
             return
-        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        norms = torch.linalg.vector_norm(keys, dim=1, keepdim=True)  # (N, 1)
+        # In float64, where no finite fp32 row has an infinite norm. Unit rows are judged as stored,
+        # because 1e5 is infinite in fp16.
+        wide = (keys if normalize else keys.to(self.rows.dtype)).double()
+        norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)  # (N, 1)
         accepted = (norms >= SMALLEST_NORM) & norms.isfinite()  # a NaN fails both comparisons
         if normalize:
-            keys = keys / norms
-        keys = keys.to(self.rows.dtype)
+            wide = wide * norms.reciprocal()
+        keys = wide.float().to(self.rows.dtype)
         before_end = min(count, self.size - self.pointer)
         self._write_run(self.pointer, keys[:before_end], accepted[:before_end])
         self._write_run(0, keys[before_end:], accepted[before_end:])

@@ -56,7 +56,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             # the update by the mean.
             self.running_mean.copy_(mean.view(splits, C).mean(0))
             self.running_var.copy_(var.view(splits, C).mean(0))
-        output = output.view(N, C, H, W)
+        # Not a view to autograd: a ReLU in place on a view would copy its gradient twice.
+        output = torch.ops.aten._unsafe_view(output, (N, C, H, W))
         if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
             output = output.contiguous(memory_format=torch.channels_last)
         return output
