@@ -217,8 +217,8 @@ class BuildExt(build_ext):
     def build_extensions(self) -> None:
         by_name = "build_ext" in self.distribution.commands
         required = by_name if switch("SOFTCL_BUILD") is None else switch("SOFTCL_BUILD")
-        (extension,) = self.extensions
-        suffix = Path(self.get_ext_filename(extension.name)).name.removeprefix("_C")
+        file_name = self.get_ext_filename("softcl._C")
+        suffix = Path(file_name).name.removeprefix("_C")
         try:
             module = build_native(self.folder, suffix)
         except NativeBuildError as error:
@@ -227,15 +227,14 @@ class BuildExt(build_ext):
                 sys.exit(1)
             say("the pure-Python backends work without it")
             return
-        replace_file(module, Path(self.get_ext_fullpath(extension.name)))
+        replace_file(module, Path(self.build_lib, file_name))
         self.built = True
         say(f"built {module.name} {(self.folder / 'softcl-summary.txt').read_text().strip()}")
 
     def copy_extensions_to_source(self) -> None:
         if self.built:
-            (extension,) = self.extensions
-            built = Path(self.get_ext_fullpath(extension.name))
-            replace_file(built, ROOT / self.get_ext_filename(extension.name))
+            file_name = self.get_ext_filename("softcl._C")
+            replace_file(Path(self.build_lib, file_name), ROOT / file_name)
 
     def get_outputs(self) -> list[str]:
         return super().get_outputs() if self.built else []
