@@ -1,0 +1,199 @@
+// The module softcl._C: pointers and sizes in, status out. Knows no torch; releases the GIL while a
+// kernel runs. std::invalid_argument becomes ValueError, every other exception RuntimeError.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "cpu/isa.h"
+#include "softcl/enqueue.h"
+#include "softcl/params.h"
+
+#if defined(_OPENMP)
+  #include <omp.h>
+#endif
+#ifdef SOFTCL_WITH_CUDA
+  #include "softcl/device.h"
+#endif
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+// What Tensor.data_ptr() gives; 0 is null, an output that is not wanted.
+using Address = std::uintptr_t;
+
+template <typename T>
+T* pointer_to(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void cpu_queue_statistics(Address vectors, Address queue, int vector_type, int queue_type,
+                          std::int64_t num_vectors, std::int64_t queue_size, std::int64_t dim,
+                          std::int64_t num_neighbors, double temperature, int num_threads,
+                          Address lse, Address mean, Address entropy, Address neighbor_logits,
+                          Address neighbor_indices) {
+  softcl::QueueStatisticsParams params;
+  params.vectors = pointer_to<const void>(vectors);
+  params.queue = pointer_to<const void>(queue);
+  params.vector_type = softcl::ElementType(vector_type);
+  params.queue_type = softcl::ElementType(queue_type);
+  params.num_vectors = num_vectors;
+  params.queue_size = queue_size;
+  params.dim = dim;
+  params.num_neighbors = num_neighbors;
+  params.temperature = temperature;
+  params.num_threads = num_threads;
+  params.lse = pointer_to<float>(lse);
+  params.mean = pointer_to<float>(mean);
+  params.entropy = pointer_to<float>(entropy);
+  params.neighbor_logits = pointer_to<float>(neighbor_logits);
+  params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
+  const py::gil_scoped_release release;
+  softcl::cpu::queue_statistics(params);
+}
+
+void cpu_soft_contrastive(Address query, Address key, Address queue, int vector_type,
+                          int queue_type, std::int64_t num_queries, std::int64_t queue_size,
+                          std::int64_t dim, int rule, std::int64_t num_neighbors,
+                          double positive_weight, double temperature, double teacher_temperature,
+                          bool positive, bool normalize, int num_threads, Address loss,
+                          Address dquery, Address confidence, Address entropy,
+                          Address positive_rank, Address neighbor_indices) {
+  softcl::SoftContrastiveParams params;
+  params.query = pointer_to<const void>(query);
+  params.key = pointer_to<const void>(key);
+  params.queue = pointer_to<const void>(queue);
+  params.vector_type = softcl::ElementType(vector_type);
+  params.queue_type = softcl::ElementType(queue_type);
+  params.num_queries = num_queries;
+  params.queue_size = queue_size;
+  params.dim = dim;
+  params.rule = {softcl::LabelKind(rule), num_neighbors, positive_weight};
+  params.temperature = temperature;
+  params.teacher_temperature = teacher_temperature;
+  params.positive = positive;
+  params.normalize = normalize;
+  params.num_threads = num_threads;
+  params.loss = pointer_to<float>(loss);
+  params.dquery = pointer_to<float>(dquery);
+  params.confidence = pointer_to<float>(confidence);
+  params.entropy = pointer_to<float>(entropy);
+  params.positive_rank = pointer_to<std::int64_t>(positive_rank);
+  params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
+  const py::gil_scoped_release release;
+  softcl::cpu::soft_contrastive(params);
+}
+
+softcl::EnqueueParams enqueue_params(Address keys, Address queue, Address refused,
+                                     std::int64_t num_keys, std::int64_t queue_size,
+                                     std::int64_t dim, std::int64_t pointer, int key_type,
+                                     int queue_type, bool normalize) {
+  softcl::EnqueueParams params;
+  params.keys = pointer_to<const void>(keys);
+  params.queue = pointer_to<void>(queue);
+  params.refused = pointer_to<std::int64_t>(refused);
+  params.num_keys = num_keys;
+  params.queue_size = queue_size;
+  params.dim = dim;
+  params.pointer = pointer;
+  params.key_type = softcl::ElementType(key_type);
+  params.queue_type = softcl::ElementType(queue_type);
+  params.normalize = normalize;
+  return params;
+}
+
+std::int64_t cpu_enqueue(Address keys, Address queue, std::int64_t num_keys,
+                         std::int64_t queue_size, std::int64_t dim, std::int64_t pointer,
+                         int key_type, int queue_type, bool normalize) {
+  std::int64_t refused = 0;
+  const softcl::EnqueueParams params =
+      enqueue_params(keys, queue, reinterpret_cast<Address>(&refused), num_keys, queue_size, dim,
+                     pointer, key_type, queue_type, normalize);
+  const py::gil_scoped_release release;
+  softcl::cpu::enqueue(params);
+  return refused;
+}
+
+#ifdef SOFTCL_WITH_CUDA
+void cuda_enqueue(Address keys, Address queue, Address refused, std::int64_t num_keys,
+                  std::int64_t queue_size, std::int64_t dim, std::int64_t pointer, int key_type,
+                  int queue_type, bool normalize, int device, Address stream) {
+  const softcl::EnqueueParams params = enqueue_params(
+      keys, queue, refused, num_keys, queue_size, dim, pointer, key_type, queue_type, normalize);
+  const py::gil_scoped_release release;
+  softcl::cuda::enqueue(params, device, pointer_to<void>(stream));
+}
+#endif
+
+int openmp_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() =
+      "softcl's compiled backends. Arrays are addresses; element types are 0 (float32), "
+      "1 (bfloat16), 2 (float16). Call through softcl.ops and softcl.nn.";
+
+  module.def(
+      "isa", [] { return std::string(softcl::cpu::sweep_kernels().name); },
+      "Instruction set in use: 'avx512', 'avx2' or 'portable'. SOFTCL_CPU_ISA forces one.");
+  module.def("available_isas", &softcl::cpu::available_isas,
+             "Instruction sets that run on this processor, best first.");
+  module.def("openmp_threads", &openmp_threads,
+             "Threads that OpenMP would use by itself; 1 if built without it.");
+
+  module.def("cpu_queue_statistics", &cpu_queue_statistics, py::kw_only(), "vectors"_a, "queue"_a,
+             "vector_type"_a, "queue_type"_a, "num_vectors"_a, "queue_size"_a, "dim"_a,
+             "num_neighbors"_a, "temperature"_a, "num_threads"_a, "lse"_a, "mean"_a, "entropy"_a,
+             "neighbor_logits"_a, "neighbor_indices"_a,
+             "Writes the softmax statistics of a queue; see QueueStatisticsParams in params.h.");
+  module.def("cpu_soft_contrastive", &cpu_soft_contrastive, py::kw_only(), "query"_a, "key"_a,
+             "queue"_a, "vector_type"_a, "queue_type"_a, "num_queries"_a, "queue_size"_a, "dim"_a,
+             "rule"_a, "num_neighbors"_a, "positive_weight"_a, "temperature"_a,
+             "teacher_temperature"_a, "positive"_a, "normalize"_a, "num_threads"_a, "loss"_a,
+             "dquery"_a, "confidence"_a, "entropy"_a, "positive_rank"_a, "neighbor_indices"_a,
+             "Writes the loss of a label rule and its gradient; see SoftContrastiveParams in "
+             "params.h.");
+  module.def("cpu_enqueue", &cpu_enqueue, py::kw_only(), "keys"_a, "queue"_a, "num_keys"_a,
+             "queue_size"_a, "dim"_a, "pointer"_a, "key_type"_a, "queue_type"_a, "normalize"_a,
+             "Writes keys into the ring queue; returns how many were refused. See enqueue.h.");
+
+#ifdef SOFTCL_WITH_CUDA
+  module.def("has_cuda", [] { return true; }, "Compiled with CUDA.");
+  module.def("cuda_device_count", &softcl::cuda::device_count, "Usable CUDA devices.");
+  module.def("cuda_no_device_reason", &softcl::cuda::no_device_reason,
+             "Why cuda_device_count() is 0; empty if it is not.");
+  module.def(
+      "cuda_device_name", [](int index) { return softcl::cuda::device(index).name; }, "index"_a,
+      "Name of a CUDA device.");
+  module.def(
+      "cuda_compute_capability",
+      [](int index) {
+        const softcl::cuda::Device device = softcl::cuda::device(index);
+        return std::pair(device.major, device.minor);
+      },
+      "index"_a, "Compute capability (major, minor) of a CUDA device.");
+  module.def("cuda_enqueue", &cuda_enqueue, py::kw_only(), "keys"_a, "queue"_a, "refused"_a,
+             "num_keys"_a, "queue_size"_a, "dim"_a, "pointer"_a, "key_type"_a, "queue_type"_a,
+             "normalize"_a, "device"_a, "stream"_a,
+             "Launches cpu_enqueue's work on a CUDA stream; adds refused keys to an int64 on the "
+             "device.");
+#else
+  module.def("has_cuda", [] { return false; }, "Compiled with CUDA.");
+  module.def("cuda_device_count", [] { return 0; }, "Usable CUDA devices.");
+  module.def(
+      "cuda_no_device_reason", [] { return std::string("built without CUDA"); },
+      "Why cuda_device_count() is 0; empty if it is not.");
+#endif
+}

@@ -1,0 +1,53 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace softcl::cpu {
+
+namespace {
+
+std::vector<const SweepKernels*> available_kernels() {
+  std::vector<const SweepKernels*> kernels;
+#if defined(SOFTCL_X86)
+  // __builtin_cpu_supports also asks whether the operating system saves the registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) kernels.push_back(&kAvx512Kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    kernels.push_back(&kAvx2Kernels);
+  }
+#endif
+  kernels.push_back(&kPortableKernels);
+  return kernels;
+}
+
+// Null if the environment names an instruction set that is not here.
+const SweepKernels* chosen_kernels() {
+  const std::vector<const SweepKernels*> kernels = available_kernels();
+  const char* wanted = std::getenv("SOFTCL_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return kernels.front();
+  for (const SweepKernels* candidate : kernels) {
+    if (std::string(candidate->name) == wanted) return candidate;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const SweepKernels& sweep_kernels() {
+  static const SweepKernels* const chosen = chosen_kernels();
+  if (chosen != nullptr) return *chosen;
+  std::string names;
+  for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
+  const char* wanted = std::getenv("SOFTCL_CPU_ISA");
+  throw std::invalid_argument(std::string("SOFTCL_CPU_ISA=") + (wanted == nullptr ? "" : wanted) +
+                              ", must be one of those available here: " + names);
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const SweepKernels* kernels : available_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+}  // namespace softcl::cpu

@@ -1,0 +1,19 @@
+// Which instruction set the sweep runs on: the best one here, or the one SOFTCL_CPU_ISA names.
+
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "sweep.h"
+
+namespace softcl::cpu {
+
+/// The kernels in use. SOFTCL_CPU_ISA ("portable", "avx2", "avx512") is read at the first call;
+/// throws std::invalid_argument, at every call, if it names none or one that this processor lacks.
+const SweepKernels& sweep_kernels();
+
+/// Names of the instruction sets that run here, best first.
+std::vector<std::string> available_isas();
+
+}  // namespace softcl::cpu

@@ -1,0 +1,39 @@
+// The nearest rows of every vector, collected while their similarities stream past.
+//
+// A list holds up to 2k candidates. A candidate enters if its value is above the list's threshold;
+// when the list is full it is cut to its k best, and the worst of them becomes the threshold. So a
+// list is visited about 1.4 k ln(K/k) times on a queue in random order, whatever k is, and each
+// visit costs O(1) amortised; on a queue in ascending order it is visited K times.
+//
+// Queue rows arrive in ascending order, so a later equal value need not enter: among equal values
+// the lowest row wins.
+
+#pragma once
+
+#include <cstdint>
+
+namespace softcl::cpu {
+
+struct Neighbor {
+  float value;         // v . Q_j
+  std::int64_t index;  // j
+};
+
+struct NeighborLists {
+  std::int64_t k = 0;             // 0: nothing is collected
+  std::int64_t capacity = 0;      // of a list: min(2k, queue rows that pass by)
+  float* threshold = nullptr;     // (rows,) a value must be above it to enter
+  std::int64_t* count = nullptr;  // (rows,)
+  Neighbor* items = nullptr;      // (rows, capacity)
+};
+
+/// Empties the lists of rows 0 .. rows - 1.
+void reset(const NeighborLists& lists, std::int64_t rows);
+
+/// Enters a candidate into the list of `row`; its value must be above the list's threshold.
+void push(const NeighborLists& lists, std::int64_t row, float value, std::int64_t index);
+
+/// The best min(k, count) of `count` candidates go to the front, best first; returns their number.
+std::int64_t sort_best(Neighbor* items, std::int64_t count, std::int64_t k);
+
+}  // namespace softcl::cpu

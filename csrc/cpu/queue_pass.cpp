@@ -1,0 +1,286 @@
+#include "queue_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "arena.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace softcl::cpu {
+
+namespace {
+
+constexpr double kLn2 = 0.693147180559945309417232121458;
+
+// Strips and sums of a block, which the sweep visits once per tile, may take half a typical L2
+// cache.
+constexpr std::int64_t kBlockBytes = 256 << 10;
+// Lists of neighbours may take so much per block.
+constexpr std::int64_t kListBytes = 16 << 20;
+// A split is at least so long, or merging its sums would show.
+constexpr std::int64_t kMinSplitRows = 768;
+// Pieces of work per thread when the queue is split: a thread that is held up does less.
+constexpr std::int64_t kPiecesPerThread = 2;
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+struct Plan {
+  int lanes;
+  std::int64_t strips;  // of all rows
+  std::int64_t strips_per_block;
+  std::int64_t blocks;
+  std::int64_t tile_rows;
+  std::int64_t split_rows;  // queue rows in a split, a multiple of tile_rows
+  std::int64_t splits;
+  std::int64_t num_threads;
+
+  bool is_split() const { return splits > 1; }
+  std::int64_t block_strips(std::int64_t block) const {
+    return std::min(strips_per_block, strips - block * strips_per_block);
+  }
+};
+
+Plan make_plan(const PassRequest& request, int lanes) {
+  Plan plan;
+  plan.lanes = lanes;
+  plan.num_threads = std::max(1, request.num_threads);
+  const std::int64_t D = request.dim, K = request.queue_size;
+  plan.tile_rows = D <= 256 ? 96 : D <= 1024 ? 48 : 24;
+
+  std::int64_t strip_bytes = 0, list_bytes = 1;
+  for (int i = 0; i < request.num_reductions; ++i) {
+    const ReductionRequest& r = request.reductions[i];
+    strip_bytes += lanes * D * 4 * (r.has_mean ? 2 : 1);
+    list_bytes += lanes * std::min(2 * r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
+  }
+  plan.strips = divide_up(request.num_rows, lanes);
+  const std::int64_t largest =
+      std::max<std::int64_t>(1, std::min(kBlockBytes / strip_bytes, kListBytes / list_bytes));
+  // Blocks of nearly equal size.
+  plan.blocks = divide_up(plan.strips, largest);
+  plan.strips_per_block = divide_up(plan.strips, plan.blocks);
+  plan.blocks = divide_up(plan.strips, plan.strips_per_block);
+
+  const std::int64_t wanted = plan.num_threads * kPiecesPerThread;
+  std::int64_t splits = 1;
+  if (plan.num_threads > 1 && plan.blocks < wanted) {
+    // The number of pieces is a multiple of the number of threads.
+    splits = wanted / std::gcd(wanted, plan.blocks);
+    splits = std::max<std::int64_t>(1, std::min(splits, K / kMinSplitRows));
+  }
+  plan.split_rows = divide_up(divide_up(K, splits), plan.tile_rows) * plan.tile_rows;
+  plan.splits = divide_up(K, plan.split_rows);
+  return plan;
+}
+
+// What a reduction leaves for one block and one split.
+struct Piece {
+  Reduction reductions[kMaxReductions];
+  bool finite = true;
+};
+
+// What a thread needs while it sweeps and while it finishes rows.
+struct Workspace {
+  float* tile;
+  float* weights;
+  float* partial_mean[kMaxReductions];
+  double* mean[kMaxReductions];
+  Neighbor* candidates[kMaxReductions];
+};
+
+class Pass {
+ public:
+  Pass(const PassRequest& request, const FinishRow& finish)
+      : request_(request),
+        finish_(finish),
+        kernels_(sweep_kernels()),
+        plan_(make_plan(request, kernels_.lanes)) {}
+
+  void run() {
+    Arena measure;
+    lay_out(measure);
+    Arena arena(measure.used());
+    lay_out(arena);
+    const int threads = static_cast<int>(plan_.num_threads);
+    if (!plan_.is_split()) {
+      parallel_for(threads, plan_.blocks, [&](std::int64_t block, int thread) {
+        sweep(block, 0, pieces_[thread], workspaces_[thread]);
+        finish_strips(block, &pieces_[thread], 0, plan_.block_strips(block), thread);
+      });
+      return;
+    }
+    parallel_for(threads, plan_.blocks * plan_.splits, [&](std::int64_t i, int thread) {
+      sweep(i / plan_.splits, i % plan_.splits, pieces_[i], workspaces_[thread]);
+    });
+    parallel_for(threads, plan_.strips, [&](std::int64_t strip, int thread) {
+      const std::int64_t block = strip / plan_.strips_per_block;
+      const std::int64_t local = strip % plan_.strips_per_block;
+      finish_strips(block, &pieces_[block * plan_.splits], local, local + 1, thread);
+    });
+  }
+
+ private:
+  void lay_out(Arena& arena) {
+    const std::int64_t D = request_.dim;
+    const std::int64_t rows = plan_.strips_per_block * plan_.lanes;
+    const std::int64_t num_pieces =
+        plan_.is_split() ? plan_.blocks * plan_.splits : plan_.num_threads;
+    pieces_.resize(num_pieces);
+    workspaces_.resize(plan_.num_threads);
+    for (Piece& piece : pieces_) {
+      for (int i = 0; i < request_.num_reductions; ++i) {
+        const ReductionRequest& wanted = request_.reductions[i];
+        Reduction& r = piece.reductions[i];
+        if (wanted.has_softmax) {
+          r.offset = arena.take<float>(rows);
+          r.sum = arena.take<double>(rows);
+          r.weighted = arena.take<double>(rows);
+        }
+        if (wanted.has_mean) r.mean = arena.take<double>(rows * D);
+        if (wanted.positive != nullptr) r.rank = arena.take<std::int64_t>(rows);
+        if (wanted.num_neighbors > 0) {
+          r.neighbors.k = wanted.num_neighbors;
+          r.neighbors.capacity = list_capacity(wanted);
+          r.neighbors.threshold = arena.take<float>(rows);
+          r.neighbors.count = arena.take<std::int64_t>(rows);
+          r.neighbors.items = arena.take<Neighbor>(rows * r.neighbors.capacity);
+        }
+      }
+    }
+    for (Workspace& w : workspaces_) {
+      w.tile = arena.take<float>(plan_.tile_rows * tile_stride(D));
+      w.weights = arena.take<float>(plan_.tile_rows * plan_.lanes);
+      for (int i = 0; i < request_.num_reductions; ++i) {
+        const ReductionRequest& wanted = request_.reductions[i];
+        if (wanted.has_mean) {
+          w.partial_mean[i] = arena.take<float>(rows * D);
+          w.mean[i] = arena.take<double>(D);
+        }
+        if (wanted.num_neighbors > 0) {
+          w.candidates[i] = arena.take<Neighbor>(plan_.splits * list_capacity(wanted));
+        }
+      }
+    }
+  }
+
+  std::int64_t list_capacity(const ReductionRequest& wanted) const {
+    return std::min(2 * wanted.num_neighbors, std::min(request_.queue_size, plan_.split_rows));
+  }
+
+  void sweep(std::int64_t block, std::int64_t split, Piece& piece, Workspace& workspace) const {
+    const std::int64_t first_row = block * plan_.strips_per_block * plan_.lanes;
+    SweepTask task;
+    task.queue = request_.queue;
+    task.queue_type = request_.queue_type;
+    task.dim = request_.dim;
+    task.begin = split * plan_.split_rows;
+    task.end = std::min(task.begin + plan_.split_rows, request_.queue_size);
+    task.strips = plan_.block_strips(block);
+    task.num_reductions = request_.num_reductions;
+    task.tile_rows = plan_.tile_rows;
+    task.tile = workspace.tile;
+    task.weights = workspace.weights;
+    for (int i = 0; i < request_.num_reductions; ++i) {
+      const ReductionRequest& wanted = request_.reductions[i];
+      Reduction& r = piece.reductions[i];
+      r.rows = wanted.rows->strips + first_row * request_.dim;
+      r.positive = wanted.positive == nullptr ? nullptr : wanted.positive + first_row;
+      r.scale = static_cast<float>(1.0 / (kLn2 * wanted.temperature));
+      r.has_softmax = wanted.has_softmax;
+      r.has_mean = wanted.has_mean;
+      task.reductions[i] = r;
+      task.partial_mean[i] = workspace.partial_mean[i];
+    }
+    kernels_.sweep(task);
+    piece.finite = task.finite;
+  }
+
+  // Strips [begin, end) of a block whose pieces, one per split, lie at `pieces`.
+  void finish_strips(std::int64_t block, const Piece* pieces, std::int64_t begin, std::int64_t end,
+                     int thread) {
+    Workspace& workspace = workspaces_[thread];
+    const std::int64_t first_row = block * plan_.strips_per_block * plan_.lanes;
+    bool finite = true;
+    for (std::int64_t split = 0; split < plan_.splits; ++split) finite &= pieces[split].finite;
+    const std::int64_t last = std::min(end * plan_.lanes, request_.num_rows - first_row);
+    for (std::int64_t local = begin * plan_.lanes; local < last; ++local) {
+      RowResult results[kMaxReductions];
+      for (int i = 0; i < request_.num_reductions; ++i) {
+        merge_sums(pieces, i, local, workspace, results[i]);
+        merge_neighbors(pieces, i, local, workspace, results[i]);
+      }
+      finish_(first_row + local, results, finite, thread);
+    }
+  }
+
+  void merge_sums(const Piece* pieces, int i, std::int64_t local, Workspace& workspace,
+                  RowResult& result) const {
+    const ReductionRequest& wanted = request_.reductions[i];
+    if (wanted.positive != nullptr) {
+      for (std::int64_t split = 0; split < plan_.splits; ++split) {
+        result.rank += pieces[split].reductions[i].rank[local];
+      }
+    }
+    if (!wanted.has_softmax) return;
+    double offset = -std::numeric_limits<double>::infinity();
+    for (std::int64_t split = 0; split < plan_.splits; ++split) {
+      offset = std::max(offset, double(pieces[split].reductions[i].offset[local]));
+    }
+    const std::int64_t D = request_.dim;
+    const std::int64_t start = local / plan_.lanes * D * plan_.lanes + local % plan_.lanes;
+    double sum = 0.0, weighted = 0.0;
+    if (wanted.has_mean) std::fill_n(workspace.mean[i], D, 0.0);
+    for (std::int64_t split = 0; split < plan_.splits; ++split) {
+      const Reduction& r = pieces[split].reductions[i];
+      const double difference = offset - double(r.offset[local]);
+      const double factor = std::exp2(-difference);
+      sum += factor * r.sum[local];
+      weighted += factor * (r.weighted[local] - difference * r.sum[local]);
+      if (!wanted.has_mean) continue;
+      for (std::int64_t d = 0; d < D; ++d) {
+        workspace.mean[i][d] += factor * r.mean[start + d * plan_.lanes];
+      }
+    }
+    result.lse = kLn2 * offset + std::log(sum);
+    // The offset cancels; both terms are small where lse - E[x] would cancel.
+    result.entropy = std::log(sum) - kLn2 * weighted / sum;
+    if (!wanted.has_mean) return;
+    result.mean = workspace.mean[i];
+    for (std::int64_t d = 0; d < D; ++d) result.mean[d] /= sum;
+  }
+
+  void merge_neighbors(const Piece* pieces, int i, std::int64_t local, Workspace& workspace,
+                       RowResult& result) const {
+    const std::int64_t k = request_.reductions[i].num_neighbors;
+    if (k == 0) return;
+    result.neighbors = workspace.candidates[i];
+    std::int64_t count = 0;
+    for (std::int64_t split = 0; split < plan_.splits; ++split) {
+      const NeighborLists& lists = pieces[split].reductions[i].neighbors;
+      std::copy_n(lists.items + local * lists.capacity, lists.count[local],
+                  result.neighbors + count);
+      count += lists.count[local];
+    }
+    result.num_neighbors = sort_best(result.neighbors, count, k);
+  }
+
+  const PassRequest& request_;
+  const FinishRow& finish_;
+  const SweepKernels& kernels_;
+  const Plan plan_;
+  std::vector<Piece> pieces_;
+  std::vector<Workspace> workspaces_;
+};
+
+}  // namespace
+
+void run_pass(const PassRequest& request, const FinishRow& finish) {
+  Pass(request, finish).run();
+}
+
+}  // namespace softcl::cpu

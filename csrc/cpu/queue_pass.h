@@ -1,0 +1,58 @@
+// One pass over the queue for all rows: how the work is cut, run and put together again.
+//
+// Rows are cut into blocks whose strips and sums fit the L2 cache. Many blocks: one piece of work
+// is a block and the whole queue. Few blocks: the queue is cut too, into equal splits; every split
+// leaves its sums, and they are merged in ascending order. The cut depends on the sizes and the
+// number of threads only, and not on which thread runs what: same inputs, same number of threads,
+// same bits.
+
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "rows.h"
+#include "softcl/element_type.h"
+#include "sweep.h"
+
+namespace softcl::cpu {
+
+/// What is wanted of one softmax reduction.
+struct ReductionRequest {
+  const Rows* rows = nullptr;
+  const float* positive = nullptr;  // (strips * lanes,) or null, see Reduction
+  double temperature = 1.0;
+  bool has_softmax = false;
+  bool has_mean = false;
+  std::int64_t num_neighbors = 0;
+};
+
+struct PassRequest {
+  const void* queue = nullptr;  // (K, D)
+  ElementType queue_type = ElementType::kFloat32;
+  std::int64_t num_rows = 0;    // N
+  std::int64_t queue_size = 0;  // K
+  std::int64_t dim = 0;         // D
+  int num_threads = 1;
+  int num_reductions = 0;
+  ReductionRequest reductions[kMaxReductions];
+};
+
+/// The merged result of one reduction for one row.
+struct RowResult {
+  double lse = 0.0;
+  double entropy = 0.0;
+  std::int64_t rank = 0;
+  double* mean = nullptr;          // (D,) if has_mean
+  Neighbor* neighbors = nullptr;   // best first
+  std::int64_t num_neighbors = 0;  // found; fewer than wanted only if rows are not finite
+};
+
+/// Called once per row with a result per reduction, on thread [0, num_threads); `finite`: every
+/// queue row is. Must not throw.
+using FinishRow =
+    std::function<void(std::int64_t row, RowResult* results, bool finite, int thread)>;
+
+void run_pass(const PassRequest& request, const FinishRow& finish);
+
+}  // namespace softcl::cpu

@@ -1,0 +1,94 @@
+// Softmax statistics of every vector over the queue, in one pass (see queue_pass.h).
+
+#include <cmath>
+#include <limits>
+
+#include "arena.h"
+#include "check.h"
+#include "isa.h"
+#include "parallel.h"
+#include "queue_pass.h"
+#include "softcl/params.h"
+
+namespace softcl::cpu {
+
+namespace {
+
+constexpr std::int64_t kLargest = std::int64_t{1} << 48;
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+void check(const QueueStatisticsParams& p) {
+  check_count("num_vectors", p.num_vectors, 1, kLargest);
+  check_count("queue_size", p.queue_size, 1, kLargest);
+  check_count("dim", p.dim, 1, kLargest);
+  check_count("num_neighbors", p.num_neighbors, 0, p.queue_size);
+  check_count("num_threads", p.num_threads, 1, 4096);
+  check_temperature("temperature", p.temperature);
+  check_type("vector_type", p.vector_type);
+  check_type("queue_type", p.queue_type);
+  check_pointer("vectors", p.vectors);
+  check_pointer("queue", p.queue);
+  if (p.num_neighbors > 0) {
+    check_pointer("neighbor_logits", p.neighbor_logits);
+    check_pointer("neighbor_indices", p.neighbor_indices);
+  }
+}
+
+void write_row(const QueueStatisticsParams& p, std::int64_t row, const RowResult& result,
+               bool finite) {
+  const std::int64_t D = p.dim, k = p.num_neighbors;
+  if (p.lse != nullptr) p.lse[row] = finite ? float(result.lse) : kNaN;
+  if (p.entropy != nullptr) p.entropy[row] = finite ? float(result.entropy) : kNaN;
+  if (p.mean != nullptr) {
+    for (std::int64_t d = 0; d < D; ++d) {
+      p.mean[row * D + d] = finite ? float(result.mean[d]) : kNaN;
+    }
+  }
+  const bool has_all = finite && result.num_neighbors == k;
+  for (std::int64_t i = 0; i < k; ++i) {
+    // Of rows that are not finite the first k are named: valid rows, to gather without a check.
+    p.neighbor_logits[row * k + i] =
+        has_all ? float(double(result.neighbors[i].value) / p.temperature) : kNaN;
+    p.neighbor_indices[row * k + i] = has_all ? result.neighbors[i].index : i;
+  }
+}
+
+}  // namespace
+
+void queue_statistics(const QueueStatisticsParams& p) {
+  check(p);
+  const int lanes = sweep_kernels().lanes;
+  const std::int64_t strips = (p.num_vectors + lanes - 1) / lanes;
+  Rows rows;
+  const auto lay_out = [&](Arena& arena) {
+    rows.strips = arena.take<float>(strips * lanes * p.dim);
+    rows.norm = arena.take<double>(strips * lanes);
+    rows.finite = arena.take<bool>(strips * lanes);
+  };
+  Arena measure;
+  lay_out(measure);
+  Arena arena(measure.used());
+  lay_out(arena);
+  parallel_for(p.num_threads, strips, [&](std::int64_t strip, int) {
+    read_strip(p.vectors, p.vector_type, p.num_vectors, p.dim, false, strip * lanes, lanes, rows);
+  });
+
+  PassRequest request;
+  request.queue = p.queue;
+  request.queue_type = p.queue_type;
+  request.num_rows = p.num_vectors;
+  request.queue_size = p.queue_size;
+  request.dim = p.dim;
+  request.num_threads = p.num_threads;
+  request.num_reductions = 1;
+  request.reductions[0].rows = &rows;
+  request.reductions[0].temperature = p.temperature;
+  request.reductions[0].has_mean = p.mean != nullptr;
+  request.reductions[0].has_softmax = p.lse != nullptr || p.entropy != nullptr || p.mean != nullptr;
+  request.reductions[0].num_neighbors = p.num_neighbors;
+  run_pass(request, [&](std::int64_t row, RowResult* results, bool queue_is_finite, int) {
+    write_row(p, row, results[0], queue_is_finite && rows.finite[row]);
+  });
+}
+
+}  // namespace softcl::cpu

@@ -1,0 +1,25 @@
+// Rows of query, key or vectors, read from their storage type into strips (see sweep.h).
+
+#pragma once
+
+#include <cstdint>
+
+#include "softcl/element_type.h"
+
+namespace softcl::cpu {
+
+/// max(norm, kNormFloor) divides a row under normalize.
+inline constexpr double kNormFloor = 1e-12;
+
+struct Rows {
+  float* strips = nullptr;  // (strips, D, lanes); lanes past the last row are 0
+  double* norm = nullptr;   // (strips * lanes,) max(norm, kNormFloor) if normalised, else 1
+  bool* finite = nullptr;   // (strips * lanes,) every element read is finite
+};
+
+/// Reads rows [first, first + lanes) of a matrix (N, D) into one strip, fewer at its end.
+/// normalize: divides by max(norm, kNormFloor) and rounds to fp32, then to `type`.
+void read_strip(const void* matrix, ElementType type, std::int64_t num_rows, std::int64_t dim,
+                bool normalize, std::int64_t first, int lanes, const Rows& rows);
+
+}  // namespace softcl::cpu

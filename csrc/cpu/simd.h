@@ -1,0 +1,68 @@
+// Vectors of SOFTCL_VECTOR_WIDTH floats as the compiler's own types (GCC and Clang), and the few
+// operations they lack. Products followed by sums become FMAs (-ffp-contract=fast) where there are
+// any.
+//
+// Included by the sweep_*.cpp files only, inside their own namespace: see sweep_kernel.h.
+
+constexpr int kWidth = SOFTCL_VECTOR_WIDTH;
+constexpr int kVectorBytes = kWidth * 4;
+
+// aligned(4), may_alias: also the type to load and store through.
+typedef float Vector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef std::int32_t IntVector __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+
+inline Vector load(const float* p) {
+  return *reinterpret_cast<const Vector*>(p);
+}
+
+inline void store(float* p, Vector x) {
+  *reinterpret_cast<Vector*>(p) = x;
+}
+
+inline Vector broadcast(float x) {
+  return x - Vector{};
+}
+
+/// Larger of the two; y where x is NaN.
+inline Vector max(Vector x, Vector y) {
+#if defined(__AVX512F__)
+  // The masked form: GCC 12 warns of an uninitialised value inside the plain one.
+  return (Vector)_mm512_maskz_max_ps(__mmask16(-1), (__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+/// Some x[i] > y[i].
+inline bool any_greater(Vector x, Vector y) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_GT_OQ)) != 0;
+#else
+  const IntVector mask = x > y;
+  std::int32_t any = 0;
+  for (int i = 0; i < kWidth; ++i) any |= mask[i];
+  return any != 0;
+#endif
+}
+
+/// 2^x for x <= 127 to 1.2e-7 relative; 0 for x < -126.5; NaN for NaN.
+///
+/// x = n + f, n integer, |f| <= 1/2: adding 1.5 * 2^23 rounds x to an integer in the low mantissa
+/// bits. 2^f by the minimax polynomial of degree 5 for the relative error on [-1/2, 1/2]
+/// (Remez: 7.5e-8).
+inline Vector exp2(Vector x) {
+  x = max(broadcast(-127.0f), x);  // in this order NaN passes through
+  const Vector shifted = x + (0x1.8p23f + 127.0f);
+  const Vector f = x - (shifted - (0x1.8p23f + 127.0f));
+  Vector p = f * 0x1.5c08e4p-10f + 0x1.3d0c54p-7f;
+  p = p * f + 0x1.c6b6e4p-5f;
+  p = p * f + 0x1.ebf918p-3f;
+  p = p * f + 0x1.62e428p-1f;
+  p = p * f + 0x1.000002p+0f;
+  // A product, and not an addition to the exponent: it keeps NaN and gives 0 for n = -127.
+  return p * (Vector)((IntVector)shifted << 23);
+}

@@ -1,0 +1,323 @@
+// The sweep's kernels, written once; sweep_<isa>.cpp includes this with
+//     SOFTCL_ISA            a name, also of the namespace that keeps the copies apart
+//     SOFTCL_VECTOR_WIDTH   floats in a vector register
+//     SOFTCL_VECTORS        vectors in a strip; lanes = width * vectors
+//     SOFTCL_ROWS           queue rows (or dimensions) in a micro-kernel; divides kTileGranularity
+// No function that another file could also emit may be called inline from here (see convert.h).
+//
+// Tiling. A tile of queue rows is copied to fp32 once per block of rows and serves both products:
+//     S (tile_rows, lanes) = tile . strip      micro-kernel: ROWS queue rows x lanes, over D
+//     E = 2^(scale S - offset) in place, with its sums, counts and candidates
+//     O (D, lanes) += tile^T . E               micro-kernel: ROWS dimensions x lanes, over tile
+//     rows
+// In both, ROWS * VECTORS accumulators stay in registers; each step loads VECTORS vectors of the
+// strip (or of E) and broadcasts ROWS elements of the tile.
+//
+// Traffic. The queue is read from memory once per block of rows. Per strip and reduction the tile
+// passes through L1 twice (from L2), the strip's rows once, and O is read and written once: at
+// D = 128, 96 rows and 16 lanes 5 bytes per 32-flop cycle. S and E never leave L1.
+//
+// Numbers. Sums over a tile are fp32 in the lane, sums over tiles are double. O is fp32 over
+// kFlushTiles tiles, double beyond. The offset is set by the first tile and raised only when a
+// value exceeds it by kHeadroom (in log2): for unit rows and temperatures above 0.05 that cannot
+// happen, below it hardly does, so the running maximum costs one comparison per tile.
+
+namespace softcl::cpu {
+
+namespace SOFTCL_ISA {
+
+namespace {
+
+#include "simd.h"
+
+constexpr int kVectors = SOFTCL_VECTORS;
+constexpr int kRows = SOFTCL_ROWS;
+constexpr int kLanes = kWidth * kVectors;
+static_assert(kTileGranularity % kRows == 0, "a tile must hold whole groups of rows");
+
+constexpr float kHeadroom = 40.0f;
+constexpr std::int64_t kFlushTiles = 64;
+// Dimensions that S sums in registers before it moves on: a strip's part stays in L1.
+constexpr std::int64_t kDimBlock = 256;
+
+// s (R, lanes) {=, +=} tile rows (R, dims) . strip (dims, lanes)
+template <int R>
+void multiply_rows(const float* __restrict tile, std::int64_t stride, const float* __restrict strip,
+                   std::int64_t dims, bool resume, float* __restrict s) {
+  Vector sum[R][kVectors];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = resume ? load(s + r * kLanes + v * kWidth) : Vector{};
+    }
+  }
+  for (std::int64_t d = 0; d < dims; ++d) {
+    Vector x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load(strip + d * kLanes + v * kWidth);
+    for (int r = 0; r < R; ++r) {
+      const Vector q = broadcast(tile[r * stride + d]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += q * x[v];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(s + r * kLanes + v * kWidth, sum[r][v]);
+  }
+}
+
+// o (R, lanes) += tile columns (rows, R)^T . e (rows, lanes)
+template <int R>
+void accumulate_dims(const float* __restrict tile, std::int64_t stride, const float* __restrict e,
+                     std::int64_t rows, float* __restrict o) {
+  Vector sum[R][kVectors] = {};
+  for (std::int64_t j = 0; j < rows; ++j) {
+    Vector x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load(e + j * kLanes + v * kWidth);
+    for (int r = 0; r < R; ++r) {
+      const Vector q = broadcast(tile[j * stride + r]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += q * x[v];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = o + r * kLanes + v * kWidth;
+      store(p, load(p) + sum[r][v]);
+    }
+  }
+}
+
+// s (tile_rows, lanes) = tile . strip; a row of s sums its D products in ascending order.
+void similarities(const float* tile, std::int64_t tile_rows, const float* strip, std::int64_t dim,
+                  float* s) {
+  const std::int64_t stride = tile_stride(dim);
+  for (std::int64_t d = 0; d < dim; d += kDimBlock) {
+    const std::int64_t dims = dim - d < kDimBlock ? dim - d : kDimBlock;
+    for (std::int64_t j = 0; j < tile_rows; j += kRows) {
+      multiply_rows<kRows>(tile + j * stride + d, stride, strip + d * kLanes, dims, d > 0,
+                           s + j * kLanes);
+    }
+  }
+}
+
+template <int R>
+void accumulate_group(int size, const float* tile, std::int64_t stride, const float* e,
+                      std::int64_t rows, float* o) {
+  if (size == R) return accumulate_dims<R>(tile, stride, e, rows, o);
+  if constexpr (R > 1) accumulate_group<R - 1>(size, tile, stride, e, rows, o);
+}
+
+// o (D, lanes) += tile (rows, D)^T . e (rows, lanes), the dimensions in groups of nearly equal
+// size.
+void accumulate(const float* tile, std::int64_t rows, const float* e, std::int64_t dim, float* o) {
+  const std::int64_t groups = (dim + kRows - 1) / kRows;
+  const std::int64_t large = dim % groups;  // so many groups have one dimension more
+  std::int64_t d = 0;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const int size = static_cast<int>(dim / groups + (g < large ? 1 : 0));
+    accumulate_group<kRows>(size, tile + d, tile_stride(dim), e, rows, o + d * kLanes);
+    d += size;
+  }
+}
+
+// Largest s of every lane.
+void tile_maximum(const float* s, std::int64_t rows, Vector (&maximum)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) maximum[v] = load(s + v * kWidth);
+  for (std::int64_t j = 1; j < rows; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
+      maximum[v] = max(load(s + j * kLanes + v * kWidth), maximum[v]);
+    }
+  }
+}
+
+// Rare: moves the lanes whose maximum exceeds their offset by the headroom to a new offset.
+void raise_offset(const Reduction& r, float* partial_mean, std::int64_t strip, std::int64_t dim,
+                  const Vector (&maximum)[kVectors]) {
+  const std::int64_t mean_start = strip * dim * kLanes;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const std::int64_t row = strip * kLanes + lane;
+    const float raised = maximum[lane / kWidth][lane % kWidth] * r.scale;
+    const double difference = double(raised) - double(r.offset[row]);
+    if (!(difference > double(kHeadroom))) continue;
+    const double factor = __builtin_exp2(-difference);
+    r.offset[row] = raised;
+    // e' = e factor and u' = u - difference.
+    r.weighted[row] = factor * (r.weighted[row] - difference * r.sum[row]);
+    r.sum[row] *= factor;
+    if (!r.has_mean) continue;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      partial_mean[mean_start + d * kLanes + lane] *= float(factor);
+      r.mean[mean_start + d * kLanes + lane] *= factor;
+    }
+  }
+}
+
+// Enters the s above their lane's threshold into the lists; queue row of s[0] is `first`.
+void collect(const NeighborLists& lists, std::int64_t strip, const float* s, std::int64_t rows,
+             std::int64_t first) {
+  const float* threshold = lists.threshold + strip * kLanes;
+  for (std::int64_t j = 0; j < rows; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
+      const float* x = s + j * kLanes + v * kWidth;
+      if (!any_greater(load(x), load(threshold + v * kWidth))) continue;
+      for (int i = 0; i < kWidth; ++i) {
+        if (x[i] > threshold[v * kWidth + i]) {
+          push(lists, strip * kLanes + v * kWidth + i, x[i], first + j);
+        }
+      }
+    }
+  }
+}
+
+// rank += number of s above the positive's.
+void count_above(const float* positive, const float* s, std::int64_t rows, std::int64_t* rank) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector limit = load(positive + v * kWidth);
+    IntVector count = {};
+    for (std::int64_t j = 0; j < rows; ++j) {
+      count -= (IntVector)(load(s + j * kLanes + v * kWidth) > limit);
+    }
+    for (int i = 0; i < kWidth; ++i) rank[v * kWidth + i] += count[i];
+  }
+}
+
+// s -> e = 2^(scale s - offset) in place; sum += sum e, weighted += sum e u.
+void exponentiate(const Reduction& r, std::int64_t strip, float* s, std::int64_t rows) {
+  const std::int64_t row = strip * kLanes;
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector offset = load(r.offset + row + v * kWidth);
+    Vector sum[2] = {}, weighted[2] = {};
+    for (std::int64_t j = 0; j < rows; ++j) {
+      float* p = s + j * kLanes + v * kWidth;
+      const Vector u = load(p) * r.scale - offset;
+      const Vector e = exp2(u);
+      sum[j & 1] += e;
+      weighted[j & 1] += e * u;
+      store(p, e);
+    }
+    for (int i = 0; i < kWidth; ++i) {
+      r.sum[row + v * kWidth + i] += double(sum[0][i]) + double(sum[1][i]);
+      r.weighted[row + v * kWidth + i] += double(weighted[0][i]) + double(weighted[1][i]);
+    }
+  }
+}
+
+// One tile, one strip, one reduction: everything of S but its product. Leaves E in s.
+void finish_tile(const Reduction& r, float* partial_mean, std::int64_t strip, std::int64_t dim,
+                 float* s, std::int64_t rows, std::int64_t first, bool is_first) {
+  if (r.positive != nullptr) {
+    count_above(r.positive + strip * kLanes, s, rows, r.rank + strip * kLanes);
+  }
+  if (!r.has_softmax && r.neighbors.k == 0) return;
+  Vector maximum[kVectors];
+  tile_maximum(s, rows, maximum);
+  if (r.neighbors.k > 0) {
+    bool some = false;
+    for (int v = 0; v < kVectors; ++v) {
+      some |= any_greater(maximum[v], load(r.neighbors.threshold + strip * kLanes + v * kWidth));
+    }
+    if (__builtin_expect(some, 0)) collect(r.neighbors, strip, s, rows, first);
+  }
+  if (!r.has_softmax) return;
+  bool exceeded = false;
+  for (int v = 0; v < kVectors; ++v) {
+    float* offset = r.offset + strip * kLanes + v * kWidth;
+    if (is_first) store(offset, maximum[v] * r.scale);
+    exceeded |= any_greater(maximum[v] * r.scale - load(offset), broadcast(kHeadroom));
+  }
+  if (__builtin_expect(exceeded, 0)) raise_offset(r, partial_mean, strip, dim, maximum);
+  exponentiate(r, strip, s, rows);
+}
+
+// Copies queue rows to fp32 and clears the rest of the tile's last group. Returns whether all are
+// finite: x * 0 is NaN exactly if x is not, and NaN stays in a sum.
+bool pack_tile(const SweepTask& task, std::int64_t first, std::int64_t rows) {
+  const std::int64_t D = task.dim;
+  const std::int64_t stride = tile_stride(D);
+  Vector check = {};
+  float check_rest = 0.0f;
+  for (std::int64_t j = 0; j < rows; ++j) {
+    float* out = task.tile + j * stride;
+    if (task.queue_type == ElementType::kFloat32) {
+      const float* row = static_cast<const float*>(task.queue) + (first + j) * D;
+      std::memcpy(out, row, static_cast<std::size_t>(D) * sizeof(float));
+    } else if (task.queue_type == ElementType::kBFloat16) {
+      const auto* row = static_cast<const std::uint16_t*>(task.queue) + (first + j) * D;
+      for (std::int64_t d = 0; d < D; ++d) out[d] = from_bfloat16(row[d]);
+    } else {
+      const auto* row = static_cast<const std::uint16_t*>(task.queue) + (first + j) * D;
+      for (std::int64_t d = 0; d < D; ++d) out[d] = from_float16(row[d]);
+    }
+    std::int64_t d = 0;
+    for (; d + kWidth <= D; d += kWidth) check += load(out + d) * 0.0f;
+    for (; d < D; ++d) check_rest += out[d] * 0.0f;
+  }
+  const std::int64_t padded = (rows + kTileGranularity - 1) / kTileGranularity * kTileGranularity;
+  for (std::int64_t j = rows; j < padded; ++j) {
+    for (std::int64_t d = 0; d < D; ++d) task.tile[j * stride + d] = 0.0f;
+  }
+  for (int i = 0; i < kWidth; ++i) check_rest += check[i];
+  return check_rest == 0.0f;
+}
+
+// mean += partial_mean; partial_mean = 0.
+void flush(const SweepTask& task) {
+  const std::int64_t count = task.strips * task.dim * kLanes;
+  for (int i = 0; i < task.num_reductions; ++i) {
+    if (!task.reductions[i].has_mean) continue;
+    for (std::int64_t x = 0; x < count; ++x) {
+      task.reductions[i].mean[x] += double(task.partial_mean[i][x]);
+      task.partial_mean[i][x] = 0.0f;
+    }
+  }
+}
+
+void reset(const SweepTask& task) {
+  const std::int64_t rows = task.strips * kLanes;
+  for (int i = 0; i < task.num_reductions; ++i) {
+    const Reduction& r = task.reductions[i];
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (r.positive != nullptr) r.rank[row] = 0;
+      if (r.has_softmax) r.sum[row] = r.weighted[row] = 0.0;
+    }
+    if (r.has_mean) {
+      for (std::int64_t x = 0; x < rows * task.dim; ++x) {
+        r.mean[x] = 0.0;
+        task.partial_mean[i][x] = 0.0f;
+      }
+    }
+    cpu::reset(r.neighbors, rows);
+  }
+}
+
+void sweep(SweepTask& task) {
+  const std::int64_t D = task.dim;
+  reset(task);
+  task.finite = true;
+  std::int64_t unflushed = 0;
+  for (std::int64_t first = task.begin; first < task.end; first += task.tile_rows) {
+    const std::int64_t left = task.end - first;
+    const std::int64_t rows = left < task.tile_rows ? left : task.tile_rows;
+    task.finite &= pack_tile(task, first, rows);
+    const std::int64_t padded = (rows + kRows - 1) / kRows * kRows;
+    for (std::int64_t strip = 0; strip < task.strips; ++strip) {
+      for (int i = 0; i < task.num_reductions; ++i) {
+        const Reduction& r = task.reductions[i];
+        similarities(task.tile, padded, r.rows + strip * D * kLanes, D, task.weights);
+        finish_tile(r, task.partial_mean[i], strip, D, task.weights, rows, first,
+                    first == task.begin);
+        if (r.has_mean) {
+          accumulate(task.tile, rows, task.weights, D, task.partial_mean[i] + strip * D * kLanes);
+        }
+      }
+    }
+    if (++unflushed == kFlushTiles) {
+      flush(task);
+      unflushed = 0;
+    }
+  }
+  flush(task);
+}
+
+}  // namespace
+
+}  // namespace SOFTCL_ISA
+
+}  // namespace softcl::cpu
