@@ -1,0 +1,125 @@
+"""Command-line flags derived from TrainConfig, refused in at most three lines with a suggestion."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from softcl.config import ConfigError, TrainConfig, did_you_mean, flag_name, value_type
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help that uses the terminal's width up to 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        columns = shutil.get_terminal_size((100, 24)).columns
+        super().__init__(prog, max_help_position=28, width=min(columns, 100) - 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors turned into ConfigError lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(_readable(message))
+
+
+class FlagError(ConfigError):
+    """A flag that does not exist or cannot be read."""
+
+    def __init__(self, line: str) -> None:
+        ValueError.__init__(self, line)
+        self.field = ""
+
+
+def _readable(message: str) -> str:
+    """argparse's message, told like the others: ``--flag value: reason``."""
+    match = re.fullmatch(r"argument (--[\w-]+)[^:]*: (.*)", message, flags=re.DOTALL)
+    if match is None:
+        return message
+    flag, reason = match.groups()
+    invalid = re.fullmatch(r"invalid (\w+) value: '(.*)'", reason, flags=re.DOTALL)
+    if invalid is not None:
+        kind = {"int": "a whole number", "float": "a number"}.get(invalid[1], invalid[1])
+        return f"{flag} {invalid[2]}: must be {kind}"
+    if reason.startswith("expected one argument"):
+        return f"{flag}: needs a value"
+    if reason.startswith("ignored explicit argument"):
+        return f"{flag}: takes no value"
+    return f"{flag}: {reason}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="softcl.train",
+        usage="python -m softcl.train [flags]",
+        description="Train a backbone without labels, by contrast against a memory queue. "
+        "Without flags: ASCL on the generated set 'shapes', on whatever device there is.",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        groups[name].add_argument(flag_name(field.name), **_argument(field))
+    parser.add_argument_group("help").add_argument(
+        "-h", "--help", action="help", help="show this and stop"
+    )
+    return parser
+
+
+def _argument(field: dataclasses.Field) -> dict[str, Any]:
+    kind, rule = value_type(field), field.metadata
+    text = rule["help"].replace("%", "%%")
+    if kind is bool:
+        negatable = field.default is None
+        action = argparse.BooleanOptionalAction if negatable else "store_true"
+        return dict(action=action, help=text, dest=field.name)
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    metavar = rule["metavar"] or _METAVARS[kind]
+    return dict(type=kind, metavar=metavar, help=text, dest=field.name)
+
+
+def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The fields given on the command line, by name; no other field is in the result.
+
+    Raises:
+        ConfigError: for a flag that does not exist or whose value cannot be read.
+        SystemExit: 0 after --help.
+    """
+    parser = build_parser()
+    _refuse_unknown(parser, argv)
+    values, rest = parser.parse_known_args(list(argv))
+    if rest:
+        raise FlagError(f"unexpected {rest[0]!r}: every value follows a flag")
+    return vars(values)
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Name the first unknown flag (argparse would report a missing value elsewhere before it)."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in argv:
+        name = word.split("=", 1)[0]
+        if re.match(r"--?[A-Za-z]", name) and name not in known:
+            fixed = "--" + name.lstrip("-").replace("_", "-")
+            hint = f"; did you mean {fixed}?" if fixed in known else did_you_mean(fixed, known)
+            raise FlagError(f"unknown flag {name}{hint}")
+
+
+def report(message: str, code: int) -> int:
+    """Say on stderr, in one line, why the command ends; for wrong flags, where to read more."""
+    print(f"softcl.train: {' '.join(message.split())}", file=sys.stderr)
+    if code == 2:
+        print("'python -m softcl.train --help' lists the flags", file=sys.stderr)
+    return code

@@ -1,0 +1,128 @@
+"""Settling a configuration: what the flags leave open comes from the method's own defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+from softcl.config import ConfigError, TrainConfig, did_you_mean, field_names
+from softcl.data import ImageSet
+from softcl.methods import METHODS, Defaults
+
+# Settings of a method's defaults that are fields of the configuration under the same name.
+_TRAINING = ("arch", "epochs", "batch_size", "lr", "sgd_momentum", "weight_decay", "warmup_epochs")
+_METHOD_GROUPS = ("model", "method")
+SMALL_IMAGE = 64  # sets without defaults of their own: up to here CIFAR-10's, above it ImageNet's
+
+
+def method_class(name: str) -> type:
+    """The dataclass of a method.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS)
+        raise ConfigError("method", name, f"must be one of {', '.join(METHODS)}{hint}")
+    return METHODS[name]
+
+
+def check_method_flags(config: TrainConfig) -> None:
+    """Refuse settings that the method does not have, and labels that it does not know.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    kind = method_class(config.method)
+    own = {field.name for field in dataclasses.fields(kind)}
+    for field in dataclasses.fields(TrainConfig):
+        group = field.metadata["group"].split(" ")[0]
+        if group not in _METHOD_GROUPS or field.name in ("method", "arch"):
+            continue
+        value = getattr(config, field.name)
+        if value is not None and field.name not in own:
+            reason = f"does not apply to method {config.method}"
+            raise ConfigError(field.name, value, reason)
+    known = getattr(importlib.import_module(kind.__module__), "LABELS", None)
+    if config.labels is not None and known is not None and config.labels not in known:
+        hint = did_you_mean(config.labels, known)
+        raise ConfigError("labels", config.labels, f"must be one of {', '.join(known)}{hint}")
+
+
+def defaults_for(method: str, images: ImageSet, image_size: int) -> tuple[str, Defaults]:
+    """A method's defaults for a set of images, and the name they go by."""
+    known = importlib.import_module(method_class(method).__module__).DEFAULTS
+    name = {"tiny": "tiny_imagenet"}.get(images.statistics, images.statistics)
+    # "imagenet" is also the normalisation of sets that nobody published constants for.
+    if name not in known or name == "imagenet":
+        name = "cifar10" if image_size <= SMALL_IMAGE else "imagenet"
+    return name, known[name]
+
+
+def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainConfig, Any, str]:
+    """Fill every open setting that decides what a run computes.
+
+    Returns:
+        The configuration, the method's dataclass made from it, and the name of the defaults.
+
+    Raises:
+        ConfigError: settings that do not fit the method, the data or each other.
+    """
+    check_method_flags(config)
+    kind = method_class(config.method)
+    defaults_name, defaults = defaults_for(config.method, images, image_size)
+    filled: dict[str, Any] = {"image_size": image_size}
+    for name in _TRAINING:
+        filled[name] = _first(getattr(config, name), getattr(defaults, name))
+    settings = {}
+    for field in dataclasses.fields(kind):
+        settings[field.name] = getattr(defaults.method, field.name)
+        if field.name in field_names():
+            settings[field.name] = _first(getattr(config, field.name), settings[field.name])
+            filled[field.name] = settings[field.name]
+    _fit_to_data(config, filled, len(images))
+    _check_together(filled)
+    try:
+        method = kind(**settings)
+    except ValueError as error:
+        name = str(error).split(" ")[0]
+        if name not in filled:
+            raise
+        raise ConfigError(name, filled[name], str(error)) from error
+    return dataclasses.replace(config, **filled), method, defaults_name
+
+
+def _first(given: Any, default: Any) -> Any:
+    return default if given is None else given
+
+
+def _fit_to_data(config: TrainConfig, filled: dict[str, Any], count: int) -> None:
+    """Make defaults fit a small set or a short run; refuse given values that do not."""
+    splits = filled.get("num_splits", 1)
+    if config.batch_size is None and filled["batch_size"] > count:
+        filled["batch_size"] = max(count // splits * splits, 2)
+    if filled["batch_size"] > count:
+        reason = f"larger than the data, which has {count} images"
+        raise ConfigError("batch_size", filled["batch_size"], reason)
+    if config.warmup_epochs is None:
+        # The default warm-up is meant for the default number of epochs.
+        filled["warmup_epochs"] = min(float(filled["warmup_epochs"]), filled["epochs"] / 10)
+
+
+def _check_together(filled: dict[str, Any]) -> None:
+    batch, splits = filled["batch_size"], filled.get("num_splits", 1)
+    if batch % splits:
+        raise ConfigError(
+            "batch_size", batch, f"must be a multiple of --num-splits {splits} (split batch norm)"
+        )
+    if batch < 2 * splits:
+        reason = f"leaves one image in each of --num-splits {splits}; batch norm needs two"
+        raise ConfigError("batch_size", batch, reason)
+    if filled["warmup_epochs"] > filled["epochs"]:
+        reason = f"longer than the run of --epochs {filled['epochs']}"
+        raise ConfigError("warmup_epochs", filled["warmup_epochs"], reason)
+    neighbors, rows = filled.get("num_neighbors", 0), filled.get("queue_size")
+    if rows is not None and neighbors > rows:
+        reason = f"more than the rows of --queue-size {rows}"
+        raise ConfigError("num_neighbors", neighbors, reason)
