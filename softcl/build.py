@@ -1,0 +1,196 @@
+"""The parts of a run, made from its configuration: device, images, networks, optimiser, backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcl.config import ConfigError, TrainConfig, did_you_mean
+from softcl.data import VIEWS, DataError, ImageSet, load_dataset
+from softcl.evaluate import KNN, NUM_NEIGHBORS
+from softcl.nn import (
+    Encoder,
+    MemoryQueue,
+    Projector,
+    build_backbone,
+    convert_split_batch_norm,
+    make_teacher,
+)
+from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
+from softcl.step import TrainState, View, derived_seed
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message is one line."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means; "auto" is the first CUDA device, or else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        hint = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise ConfigError("device", name, f"must be auto, cpu, cuda or cuda:N{hint}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ConfigError("device", name, "this machine has no CUDA device that torch can use")
+        if (device.index or 0) >= count:
+            raise ConfigError("device", name, f"there are {count} CUDA devices, counted from 0")
+    return device
+
+
+def check_arch(name: str | None) -> None:
+    """Refuse an unknown backbone before any image is read.
+
+    Raises:
+        ConfigError: with the nearest known name.
+    """
+    if name is None:
+        return
+    import timm
+
+    from softcl.nn.backbones import ALIASES, OWN_RESNETS
+
+    own = (*OWN_RESNETS, *ALIASES)
+    if name not in own and not timm.is_model(name.split(".")[0]):
+        hint = did_you_mean(name, [*own, *timm.list_models()])
+        raise ConfigError("arch", name, f"unknown backbone{hint}")
+
+
+def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, str]:
+    """Training images, the queries of the k-NN evaluation, and a line about the latter.
+
+    Without a test split the queries are the training set itself, of which KNN holds images out.
+
+    Raises:
+        DataError: the training images, or the images of --eval-data, cannot be read.
+    """
+    options = {"image_size": config.image_size, "workers": config.workers}
+    train = load_dataset(config.data, "train", **options)
+    options["image_size"] = image_side(train, config)
+    if config.eval_data is not None:
+        queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
+        return train, queries, queries.describe()
+    try:
+        queries = load_dataset(config.data, "test", **options)
+        return train, queries, queries.describe()
+    except DataError as error:
+        return train, train, f"every tenth training image ({error})"
+
+
+def _labelled_split(spec: str) -> str:
+    """The split of --eval-data: its test images if it is divided, else all of it."""
+    if spec.startswith("shapes") and not Path(spec).is_dir():
+        return "test"
+    divided = any((Path(spec).expanduser() / name).is_dir() for name in ("test", "val"))
+    return "test" if divided else "all"
+
+
+def image_side(images: ImageSet, config: TrainConfig) -> int:
+    """Side of the views: the one asked for, or that of the images."""
+    if config.image_size is not None:
+        return config.image_size
+    return int(images.batch(torch.tensor([0])).shape[-1])
+
+
+def fingerprint(images: ImageSet) -> str:
+    """Changes when images are added or removed or their classes change (not their pixels)."""
+    digest = hashlib.sha256(json.dumps([len(images), images.classes]).encode())
+    if images.labels is not None:
+        digest.update(images.labels.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_state(config: TrainConfig, method: Any, device: torch.device) -> TrainState:
+    """Networks, queue and optimiser at step 0: a function of the configuration alone.
+
+    Raises:
+        ConfigError: the backbone is unknown or cannot take images of this size.
+    """
+    torch.manual_seed(derived_seed(config.seed, "init"))
+    try:
+        backbone = build_backbone(config.arch, config.image_size)
+    except ValueError as error:
+        raise ConfigError("arch", config.arch, str(error)) from error
+    projector = Projector(backbone.num_features, method.projector_hidden, method.projection_dim)
+    student: nn.Module = Encoder(backbone, projector)
+    if method.num_splits > 1:
+        student = convert_split_batch_norm(student, method.num_splits)
+    student = student.to(device).train()
+    queue = MemoryQueue(
+        method.queue_size, method.projection_dim, seed=derived_seed(config.seed, "queue")
+    )
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        lr=config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return TrainState(method, student, make_teacher(student), queue.to(device), optimizer)
+
+
+def build_views(method: Any, images: ImageSet, size: int) -> tuple[View, View]:
+    """The student's and the teacher's view of a batch."""
+
+    def view(name: str) -> View:
+        make = VIEWS[name]
+        return lambda batch, generator: make(batch, size, images.mean, images.std, generator)
+
+    return view(method.student_view), view(method.teacher_view)
+
+
+def build_knn(config: TrainConfig, train: ImageSet, queries: ImageSet, device: torch.device) -> KNN:
+    """The k-NN evaluation.
+
+    Raises:
+        ConfigError: --knn-k exceeds the bank.
+        DataError: the two sets have labels of different classes.
+    """
+    if queries.labels is not None and train.labels is not None and queries.classes != train.classes:
+        other = sorted(set(queries.classes) ^ set(train.classes))
+        named = f" ({other[0]!r} is in one of the two)" if other else " (another order)"
+        raise DataError(f"{queries.name}: its classes are not those of {train.name}{named}")
+    wanted = NUM_NEIGHBORS if config.knn_k is None else config.knn_k
+    knn = KNN(train, queries, config.image_size, device, wanted)
+    if config.knn_k is not None and knn.num_neighbors < config.knn_k:
+        reason = f"more than the {knn.num_neighbors} images that can vote"
+        raise ConfigError("knn_k", config.knn_k, reason)
+    return knn
+
+
+def choose_run_backend(config: TrainConfig, state: TrainState) -> BackendChoice:
+    """The backend of every step of a run.
+
+    Raises:
+        RunError: none runs that the configuration allows, with each one's reason.
+    """
+    method, rows = state.method, state.queue.rows
+    like_query = rows.new_empty((config.batch_size, method.projection_dim), dtype=torch.float32)
+    options = dict(
+        rule=method.rule(),
+        temperature=method.temperature,
+        teacher_temperature=method.teacher_temperature,
+    )
+    try:
+        choice = choose_backend(like_query, rows, backend=config.wanted_backend, **options)
+    except UnsupportedBackendError as error:
+        raise RunError(f"--backend {config.wanted_backend}: {error}") from error
+    if config.fused and choice.name not in FUSED_BACKENDS:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
+        raise RunError(f"--fused: no fused backend runs here ({reasons})")
+    return choice

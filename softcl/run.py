@@ -1,0 +1,347 @@
+"""A training run: its steps, its log, its checkpoints, its evaluations."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+import torch
+
+import softcl
+from softcl.build import build_views, fingerprint
+from softcl.checkpoint import write_checkpoint
+from softcl.config import TrainConfig, identity_hash
+from softcl.data import ImageSet
+from softcl.evaluate import KNN
+from softcl.feed import BatchFeed
+from softcl.interrupt import StopRequest
+from softcl.meter import Diverged, Meter
+from softcl.ops import BackendChoice
+from softcl.picture import choose_queries, draw_neighbors, nearest
+from softcl.progress import Progress, Status, clock
+from softcl.resume import FORMAT
+from softcl.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
+from softcl.step import TrainState, learning_rate, train_step
+
+
+class Run:
+    """One run, from its first step or from a checkpoint (`load`) to its end.
+
+    Args:
+        config: every open setting filled.
+        folder: where it writes.
+        images: training set.
+        state: networks, queue, optimiser at step 0.
+        knn: evaluation.
+        backend: of the operator, for every step.
+        progress: where it shows itself.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        images: ImageSet,
+        state: TrainState,
+        knn: KNN,
+        backend: BackendChoice,
+        progress: Progress,
+    ) -> None:
+        self.config, self.folder, self.state, self.knn = config, folder, state, knn
+        self.backend, self.progress, self.device = backend, progress, knn.device
+        self.fingerprint = fingerprint(images)
+        self.images = _resident_on(images, self.device)
+        self.feed = BatchFeed(self.images, config.batch_size, config.seed, self.device)
+        self.views = build_views(state.method, images, config.image_size)
+        self.meter = Meter(config.log_every, config.batch_size)
+        self.total_steps = config.epochs * self.feed.steps_per_epoch
+        self.baselines: dict[str, Any] = {}
+        self.accuracy: float | None = None
+        self.evaluated_step = self.saved_step = -1
+        self._seconds_before, self._started = 0.0, time.perf_counter()
+        self._first_step = state.step
+
+    # ------------------------------------------------------------------------------------ steps
+
+    def train(self, stop: StopRequest) -> None:
+        """Steps until the end, --max-steps or a request to stop; logs, evaluates, saves."""
+        self._first_step = self.state.step
+        self._loop_started = time.perf_counter()
+        self.meter.restart(self.feed.waited)
+        last = min(self.total_steps, self.config.max_steps or self.total_steps)
+        self._evaluate_if_due()  # a run stopped between an epoch's last step and its evaluation
+        for images in self.feed.batches(self.state.step, last):
+            self._one_step(images)
+            if self.meter.due(self.state.step, self.total_steps):
+                self._log(last)
+            if stop.exit_code is not None:
+                return
+            self._evaluate_if_due()
+            if self._checkpoint_is_due():
+                self.save()
+
+    def _one_step(self, images: torch.Tensor) -> None:
+        config, state = self.config, self.state
+        lr = learning_rate(
+            state.step,
+            peak=config.lr,
+            steps_per_epoch=self.feed.steps_per_epoch,
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            measures = train_step(
+                state, images, *self.views, seed=config.seed, backend=self.backend.name
+            )
+        except ValueError as error:  # the operator's word on rows that are not finite
+            raise Diverged(f"step {state.step + 1} failed: {error}") from error
+        self.meter.add(state.step, lr, measures)
+
+    def _log(self, last: int) -> None:
+        for row in self.meter.rows(self.feed.waited):
+            row["epoch"] = row["step"] / self.feed.steps_per_epoch
+            self.folder.log(row)
+        done, left = self.state.step - self._first_step, last - self.state.step
+        pace = (time.perf_counter() - self._loop_started) / max(done, 1)
+        self.progress.show(
+            Status(
+                step=self.state.step,
+                steps=self.total_steps,
+                epoch=min(self.state.step // self.feed.steps_per_epoch + 1, self.config.epochs),
+                epochs=self.config.epochs,
+                loss=self.meter.loss,
+                lr=self.state.optimizer.param_groups[0]["lr"],
+                images_per_s=self.meter.images_per_s,
+                data_wait=self.meter.data_wait,
+                seconds_left=pace * left,
+            )
+        )
+
+    # ------------------------------------------------------------------------------- evaluation
+
+    def measure_baselines(self) -> None:
+        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder)."""
+        stored = self.folder.read_json(BASELINES)
+        if stored is not None and stored.get("num_neighbors") == self.knn.num_neighbors:
+            self.baselines = stored
+        else:
+            self.baselines = self._baselines()
+            self.folder.write_json(BASELINES, self.baselines)
+        if self.knn.labelled:
+            pixels, untrained = self.baselines["pixels"], self.baselines["untrained"]
+            self.progress.say(
+                f"k-NN       before training: raw pixels {pixels:.1%}, "
+                f"untrained backbone {untrained:.1%}"
+            )
+        else:
+            self.progress.say("k-NN       not measured: the images have no labels")
+        self.meter.restart(self.feed.waited)
+
+    def _baselines(self) -> dict[str, Any]:
+        if self.state.step:
+            raise RuntimeError("baselines are measured before training")
+        queries, bank = self.knn.encoder_features(self.state.student)
+        found = nearest(queries[choose_queries(self.knn).to(self.device)], bank)
+        result = {"num_neighbors": self.knn.num_neighbors, "untrained_neighbors": found.tolist()}
+        if self.knn.labelled:
+            result["untrained"] = self.knn.accuracy(queries, bank)
+            result["pixels"] = self.knn.accuracy(*self.knn.pixel_features())
+        return result
+
+    def _evaluate_if_due(self) -> None:
+        epoch, within = divmod(self.state.step, self.feed.steps_per_epoch)
+        every = self.config.knn_every
+        if self.state.step == 0 or within or self.state.step == self.evaluated_step:
+            return
+        if self.state.step == self.total_steps or (every and epoch % every == 0):
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """k-NN of the student as it is; logged and printed."""
+        if not self.knn.labelled:
+            return
+        paused = time.perf_counter()
+        self.accuracy = self.knn.accuracy(*self.knn.encoder_features(self.state.student))
+        self.evaluated_step = self.state.step
+        epoch = self.state.step / self.feed.steps_per_epoch
+        self.folder.log(
+            {
+                "step": self.state.step,
+                "epoch": epoch,
+                "knn_top1": self.accuracy,
+                "seconds": self.seconds(),
+            }
+        )
+        self.progress.say(
+            f"epoch {epoch:g}/{self.config.epochs}  loss {self.meter.loss:.4f}  "
+            f"k-NN {self.accuracy:.1%}  after {clock(self.seconds())}"
+        )
+        self.meter.skip(time.perf_counter() - paused)
+
+    def finish(self) -> None:
+        """The picture and the final numbers, after the last step."""
+        picture = self._draw_picture()
+        result = {
+            "step": self.state.step,
+            "knn_top1": self.accuracy,
+            "knn_neighbors": self.knn.num_neighbors,
+            "knn_pixels": self.baselines.get("pixels"),
+            "knn_untrained": self.baselines.get("untrained"),
+            "loss": self.meter.loss,
+            "seconds": self.seconds(),
+            "backend": self.backend.name,
+            "refused_keys": self.state.queue.refused,
+        }
+        self.progress.close()
+        if self.accuracy is not None:
+            self.progress.say(
+                f"k-NN       raw pixels {self.baselines['pixels']:.1%}, "
+                f"untrained backbone {self.baselines['untrained']:.1%}, trained {self.accuracy:.1%}"
+            )
+        self.progress.say(f"picture    {picture}")
+        self.progress.say(f"done       in {clock(self.seconds())}, in {self.folder.path}")
+        self.folder.write_json(RESULT, result)
+
+    def _draw_picture(self) -> str:
+        places = choose_queries(self.knn)
+        queries, bank = self.knn.encoder_features(self.state.student)
+        trained = nearest(queries[places.to(self.device)], bank)
+        untrained = torch.tensor(self.baselines["untrained_neighbors"])
+        path = self.folder.path / PICTURE
+        panels = [("nearest after training", trained), ("nearest before training", untrained)]
+        draw_neighbors(path, self.knn, places, panels)
+        return str(path)
+
+    # ------------------------------------------------------------------------------- state, time
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every
+        if every is None:
+            every = self.feed.steps_per_epoch
+        return every > 0 and self.state.step % every == 0
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, unless it is there already.
+
+        Raises:
+            CheckpointError: the disk refuses; the checkpoint before it is kept.
+            Diverged: the loss is not finite; nothing is written.
+        """
+        if self.saved_step == self.state.step:
+            return
+        started = time.perf_counter()
+        self.meter.check()
+        content = {
+            "format": FORMAT,
+            **self.state.state_dict(),
+            "config": self.config.to_dict(),
+            "config_hash": identity_hash(self.config),
+            "fingerprint": self.fingerprint,
+            "meter": self.meter.state_dict(),
+            "accuracy": self.accuracy,
+            "evaluated_step": self.evaluated_step,
+            "seconds": self.seconds(),
+            "versions": versions(),
+        }
+        write_checkpoint(self.folder.checkpoint, content)
+        self.saved_step = self.state.step
+        self.meter.skip(time.perf_counter() - started)
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Go on from the content of a checkpoint of the same configuration."""
+        self.state.load_state_dict(content)
+        self.meter.load_state_dict(content["meter"], self.device)
+        self.accuracy, self.evaluated_step = content["accuracy"], content["evaluated_step"]
+        self._seconds_before = content["seconds"]
+        self._started = time.perf_counter()
+        self.saved_step = self.state.step
+
+    def seconds(self) -> float:
+        """Wall time of the run, its earlier parts included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def last_checkpoint(self) -> str:
+        """Where to go on from, in words."""
+        if self.saved_step < 0:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {self.folder.checkpoint}, of step {self.saved_step}"
+
+    def say_stopped(self) -> None:
+        self.progress.close()
+        self.progress.say(
+            f"stopped    at step {self.state.step} of {self.total_steps}; go on with: "
+            f"python -m softcl.train --resume {self.folder.path}"
+        )
+
+    def write_config(self) -> None:
+        """config.json, and skipped.txt if images were unreadable."""
+        content = {
+            "config": self.config.to_dict(),
+            "backend": {"name": self.backend.name, "passed_over": self.backend.reasons},
+            "device": device_name(self.device),
+            "versions": versions(),
+        }
+        self.folder.write_json(CONFIG, content)
+        if self.images.skipped:
+            self.folder.write_text(SKIPPED, "".join(f"{line}\n" for line in self.images.skipped))
+
+    def close(self) -> None:
+        self.progress.close()
+        self.folder.close()
+
+
+def _resident_on(images: ImageSet, device: torch.device) -> ImageSet:
+    """The set with its pixels on the device, where they take at most a quarter of its memory."""
+    if not images.resident or device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if images.images.numel() < free // 4 else images
+
+
+def versions() -> dict[str, str]:
+    return {
+        "softcl": softcl.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def describe(run: Run, defaults: str, queries: str) -> None:
+    """Say what will run: the data, the settings and where each default comes from, the backend."""
+    config, say = run.config, run.progress.say
+    module = run.state.student
+    parameters = sum(p.numel() for p in module.parameters())
+    say(f"softcl     {softcl.__version__}, torch {torch.__version__}, {device_name(run.device)}")
+    say(f"data       {run.images.describe()}")
+    for note in run.images.notes:
+        say(f"           {note}")
+    for line in run.images.skipped[:3]:
+        say(f"           skipped {line}")
+    say(f"evaluation {queries}")
+    say(
+        f"model      {config.arch} at {config.image_size} px ({module.backbone.stem_rule}), "
+        f"{module.backbone.num_features} features, projector {config.projector_hidden} -> "
+        f"{config.projection_dim}, {parameters / 1e6:.2f} M parameters"
+    )
+    say(
+        f"method     {config.method} with {config.labels} labels, "
+        f"{config.num_neighbors} neighbour(s), queue of {config.queue_size}, "
+        f"temperatures {config.temperature:g} and {config.teacher_temperature:g}, "
+        f"momentum {config.momentum:g} (defaults of {defaults!r})"
+    )
+    say(
+        f"training   {config.epochs} epochs of {run.feed.steps_per_epoch} steps, "
+        f"batch {config.batch_size}, lr {config.lr:g} after {config.warmup_epochs:g} epochs of "
+        f"warm-up, weight decay {config.weight_decay:g}, seed {config.seed}"
+    )
+    say(f"backend    {run.backend}")
+    say(f"run        {run.folder.path}")
