@@ -1,4 +1,4 @@
-"""The CUDA enqueue against the CPU's, and what the module says of devices; the former needs a GPU."""
+"""The CUDA enqueue against the CPU's (needs a GPU), and what the module says of devices."""
 
 from __future__ import annotations
 
@@ -90,6 +90,6 @@ def test_agrees_with_cpu(key_dtype, queue_dtype, normalize) -> None:
         )
         expected_refused = _C.cpu_enqueue(**sizes(keys, queue, pointer, normalize))
         assert int(refused) == expected_refused
-        # The sums of squares may round differently in the last bit of double: one ulp after casting.
+        # The sums of squares may differ in the last bit of double: one ulp after the cast.
         tolerance = torch.finfo(queue_dtype).eps if normalize else 0.0
         torch.testing.assert_close(on_gpu.cpu(), queue, rtol=tolerance, atol=0.0)
