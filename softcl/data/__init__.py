@@ -4,7 +4,7 @@ from softcl.data.image_set import STATISTICS, DataError, ImageSet
 from softcl.data.load import load_dataset
 from softcl.data.prefetch import batches
 from softcl.data.sampler import batch_indices, num_batches
-from softcl.data.shapes import shapes
+from softcl.data.shapes import make_shapes
 from softcl.data.sheet import contact_sheet
 from softcl.data.views import VIEWS, center_view, strong_view, weak_view
 
@@ -19,7 +19,7 @@ __all__ = [
     "contact_sheet",
     "load_dataset",
     "num_batches",
-    "shapes",
+    "make_shapes",
     "strong_view",
     "weak_view",
 ]

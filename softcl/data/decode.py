@@ -52,14 +52,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _orientation(image: Image.Image) -> int:
+    # A JPEG without an EXIF block needs no search: that would take a sixth of a small file's time.
+    if image.format == "JPEG" and "exif" not in image.info:
+        return 1
+    return image.getexif().get(ORIENTATION, 1)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; an EXIF block that cannot be read counts as none."""
     from PIL import ImageOps
 
     try:
-        if image.getexif().get(ORIENTATION, 1) == 1:
-            return image
-        return ImageOps.exif_transpose(image)
+        return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
     except Exception:
         return image
 
@@ -78,7 +83,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of an upright image, from its header."""
     with pillow().open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = _orientation(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 

@@ -14,7 +14,7 @@ import torch
 from softcl.data import decode
 from softcl.data.folder import Listing, list_folder, printable
 from softcl.data.image_set import STATISTICS, DataError, ImageSet
-from softcl.data.shapes import TEST_SIZE, TRAIN_SIZE, shapes
+from softcl.data.shapes import TEST_SIZE, TRAIN_SIZE, make_shapes
 
 SMALL = 128  # images of one size up to this many pixels a side are kept as they are
 DEFAULT_SIZE = 224
@@ -197,14 +197,14 @@ def _load_shapes(spec: str, split: str) -> ImageSet:
         )
     train = int(count) if count else TRAIN_SIZE
     if split == "all":
-        parts = [shapes(train, "train"), shapes(TEST_SIZE, "test")]
+        parts = [make_shapes(train, "train"), make_shapes(TEST_SIZE, "test")]
         both = parts[0]
         both.images = torch.cat([p.images for p in parts])
         both.factors = {k: torch.cat([p.factors[k] for p in parts]) for k in both.factors}
         both.labels = both.factors["shape"]
         both.name = "shapes (all)"
         return both
-    return shapes(train if split == "train" else TEST_SIZE, split)
+    return make_shapes(train if split == "train" else TEST_SIZE, split)
 
 
 def load_dataset(

@@ -226,7 +226,7 @@ def _grain(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
     return octets.reshape(-1, 3, SIDE, SIDE).astype(np.float32) * np.float32(1 / 255)
 
 
-def shapes(number: int, split: str = "train", *, seed: int = 0) -> ImageSet:
+def make_shapes(number: int, split: str = "train", *, seed: int = 0) -> ImageSet:
     """The first `number` images of a split ("train" or "test"), resident, with labels and factors."""
     if number < 1:
         raise ValueError(f"number must be at least 1, got {number}")
