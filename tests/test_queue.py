@@ -11,9 +11,19 @@ from collections import deque
 import pytest
 import torch
 
-from softcl.nn import MemoryQueue
+from softcl.nn import MemoryQueue, enqueue
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["torch", "native"])
+def code(request, monkeypatch):
+    """Run a test with the PyTorch code and with the compiled code, where it is built."""
+    if request.param == "torch":
+        monkeypatch.setattr(enqueue, "_native", lambda: None)
+    elif enqueue._native() is None:
+        pytest.skip("softcl._C is not built")
+    return request.param
 
 
 def stored(keys: torch.Tensor, dtype: torch.dtype, normalize: bool = True) -> torch.Tensor:
@@ -60,7 +70,7 @@ def batch_size(rng: random.Random, size: int) -> int:
 @pytest.mark.parametrize("init", ["random", "empty"])
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
 @pytest.mark.filterwarnings("ignore:MemoryQueue refused")
-def test_thousands_of_batches_follow_a_deque(size, init, dtype):
+def test_thousands_of_batches_follow_a_deque(size, init, dtype, code):
     rng = random.Random(size)
     generator = torch.Generator().manual_seed(size)
     queue = MemoryQueue(size, 5, dtype=dtype, init=init)
@@ -88,7 +98,7 @@ def test_thousands_of_batches_follow_a_deque(size, init, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_batch_equals_its_pieces(dtype):
+def test_one_batch_equals_its_pieces(dtype, code):
     keys = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     keys[[3, 19, 20, 49]] = float("nan")
     whole, pieces = MemoryQueue(8, 6, dtype=dtype), MemoryQueue(8, 6, dtype=dtype)
@@ -103,7 +113,7 @@ def test_one_batch_equals_its_pieces(dtype):
 
 @pytest.mark.parametrize("key_dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_unit_rows_of_the_storage_type(dtype, key_dtype):
+def test_rows_are_unit_rows_of_the_storage_type(dtype, key_dtype, code):
     keys = torch.randn(20, 33, generator=torch.Generator().manual_seed(1)).to(key_dtype)
     queue = MemoryQueue(16, 33, dtype=dtype)
     queue.enqueue(keys)
@@ -113,7 +123,7 @@ def test_rows_are_unit_rows_of_the_storage_type(dtype, key_dtype):
     assert_same_rows(queue.rows[:4], stored(keys[16:], dtype))
 
 
-def test_strided_keys_and_keys_with_gradient():
+def test_strided_keys_and_keys_with_gradient(code):
     keys = torch.randn(9, 4, generator=torch.Generator().manual_seed(2)).T.requires_grad_()
     before = keys.detach().clone()
     queue = MemoryQueue(6, 9)
@@ -123,7 +133,7 @@ def test_strided_keys_and_keys_with_gradient():
     assert torch.equal(keys, before)
 
 
-def test_without_normalize_rows_are_stored_as_they_are():
+def test_without_normalize_rows_are_stored_as_they_are(code):
     keys = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
     queue = MemoryQueue(2, 2)
     queue.enqueue(keys, normalize=False)
@@ -134,7 +144,7 @@ def test_without_normalize_rows_are_stored_as_they_are():
 @pytest.mark.parametrize(
     "bad", [[float("nan"), 1, 1], [1, float("inf"), 1], [-float("inf")] * 3, [0, 0, 0], [1e-13] * 3]
 )
-def test_a_key_without_direction_is_refused(bad, normalize):
+def test_a_key_without_direction_is_refused(bad, normalize, code):
     queue = MemoryQueue(4, 3)
     before = queue.rows.clone()
     keys = torch.tensor([[0.6, 0.8, 0.0], bad, [0.0, 0.6, 0.8]])
@@ -145,7 +155,7 @@ def test_a_key_without_direction_is_refused(bad, normalize):
     assert (queue.pointer, queue.filled, queue.refused) == (3, 4, 1)
 
 
-def test_large_and_small_finite_keys_are_accepted():
+def test_large_and_small_finite_keys_are_accepted(code):
     keys = torch.tensor([[3e38, 3e38], [2e-12, 0.0], [-1e-6, 1e-6]])
     queue = MemoryQueue(3, 2)
     queue.enqueue(keys)
@@ -154,11 +164,48 @@ def test_large_and_small_finite_keys_are_accepted():
     assert queue.refused == 0
 
 
-def test_a_value_too_large_for_the_storage_is_refused_without_normalize():
+def test_a_value_too_large_for_the_storage_is_refused_without_normalize(code):
     queue = MemoryQueue(2, 2, dtype=torch.float16)
     with pytest.warns(RuntimeWarning):
         queue.enqueue(torch.tensor([[1e5, 0.0]]), normalize=False)
     assert queue.refused == 1 and queue.rows.isfinite().all()
+
+
+def test_rows_of_the_queue_itself_may_be_enqueued(code):
+    queue = MemoryQueue(6, 3)
+    before = queue.rows.clone()
+    queue.enqueue(queue.rows[1:], normalize=False)
+    assert torch.equal(queue.rows, torch.cat([before[1:], before[5:]]))
+
+
+def test_autograd_notices_that_the_rows_changed(code):
+    """A backward pass that needs the rows as they were must fail, not use the new ones."""
+    queue = MemoryQueue(6, 3)
+    weight = torch.ones(3, requires_grad=True)
+    output = (queue.rows * weight).sum()
+    queue.enqueue(torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("key_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_and_torch_code_agree(dtype, key_dtype, normalize):
+    native = enqueue._native()
+    if native is None:
+        pytest.skip("softcl._C is not built")
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    keys = torch.randn(45, 37, generator=generator).to(key_dtype)
+    keys[[4, 5, 30]] = torch.tensor([float("nan"), float("inf"), 0.0]).to(key_dtype)[:, None]
+    for write in (enqueue.enqueue_torch, lambda *rest: enqueue.enqueue_native(native, *rest)):
+        rows = MemoryQueue(20, 37, dtype=dtype).rows
+        refused = torch.tensor(7)
+        write(keys, rows, refused, 13, normalize)
+        results.append((rows, refused.item()))
+    assert results[0][1] == results[1][1] == 10
+    assert_same_rows(results[1][0], results[0][0])
 
 
 def test_refusals_warn_once():
@@ -210,7 +257,9 @@ def test_state_goes_through_a_file_of_plain_tensors():
     loaded = MemoryQueue(6, 3, dtype=torch.bfloat16, seed=5)
     torch.nn.ModuleDict({"queue": loaded}).load_state_dict(state)
     assert torch.equal(loaded.rows, queue.rows)
-    assert (loaded.pointer, loaded.filled, loaded.refused) == (2, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the saved queue has warned already
+        assert (loaded.pointer, loaded.filled, loaded.refused) == (2, 2, 1)
 
 
 def test_a_loaded_queue_shares_nothing_with_the_state():

@@ -30,6 +30,7 @@ ALIASES = {
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
 }
+PATCH_MODULES = ("timm.models.vision_transformer", "timm.models.deit")  # take a patch_size
 # timm's ResNet class with BasicBlocks, sized for CPUs.
 OWN_RESNETS = {"resnet_tiny": {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}}
 
@@ -68,9 +69,8 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
                 ALIASES.get(name, name), pretrained=False, num_classes=0, **options
             )
         except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(
-                f"cannot build {name!r} for {image_size} px images: {error}"
-            ) from error
+            raise ValueError(f"{name!r} cannot take {image_size} px images: {error}") from error
+    _check_patches(backbone, name, image_size)
     if isinstance(backbone, timm.models.resnet.ResNet):
         rule = _fit_resnet_stem(backbone, image_size)
     backbone.num_features = _count_features(backbone, name, image_size)
@@ -97,7 +97,7 @@ def _options(name: str, image_size: int) -> tuple[dict[str, Any], str]:
         return {}, "as defined"
     options: dict[str, Any] = {"img_size": image_size}
     rule = f"built for {image_size} px"
-    if module == "timm.models.vision_transformer" and image_size <= SMALL_IMAGE:
+    if module in PATCH_MODULES and image_size <= SMALL_IMAGE:
         options["patch_size"] = _small_patch(name, image_size)
         rule += f", patches of {options['patch_size']} px"
     return options, rule
@@ -108,6 +108,16 @@ def _small_patch(name: str, image_size: int) -> int:
         if image_size % patch == 0:
             return patch
     raise ValueError(f"no patch size for {name!r} divides image_size={image_size} evenly")
+
+
+def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
+    """Refuse patches that do not cover the image: timm would drop the rest without a word."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and image_size % patch[0]:
+        raise ValueError(
+            f"{name!r} cannot take {image_size} px images: "
+            f"its patches of {patch[0]} px do not divide them"
+        )
 
 
 def _own_resnet(name: str) -> nn.Module:

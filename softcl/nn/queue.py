@@ -7,8 +7,9 @@ import warnings
 import torch
 from torch import nn
 
+from softcl.nn.enqueue import enqueue
+
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALLEST_NORM = 1e-12  # below it the operator's normalisation no longer gives unit rows
 
 
 class MemoryQueue(nn.Module):
@@ -127,11 +128,12 @@ class MemoryQueue(nn.Module):
             ValueError: keys is not (N, D) or lies on another device than the queue.
         """
         self._check(keys)
-        # Piece by piece, so that a refused key in a later piece leaves the earlier piece's row.
+        count = keys.shape[0]
         with torch.no_grad():
-            for piece in keys.detach().split(self.size):
-                self._write(piece, normalize)
-        if keys.shape[0] and self.rows.device.type == "cpu":
+            enqueue(keys.detach(), self.rows, self.refused_rows, self.pointer, normalize)
+        self.pointer = (self.pointer + count) % self.size
+        self.filled = min(self.size, self.filled + count)
+        if self.rows.device.type == "cpu":
             self._count_refused()
 
     def _check(self, keys: torch.Tensor) -> None:
@@ -144,36 +146,13 @@ class MemoryQueue(nn.Module):
         if keys.device != self.rows.device:
             raise ValueError(f"keys are on {keys.device}, the queue is on {self.rows.device}")
 
-    def _write(self, keys: torch.Tensor, normalize: bool) -> None:
-        """Write at most K keys (N, D) at the pointer, in two runs where they pass the end."""
-        count = keys.shape[0]
-        if count == 0:
-            return
-        # In float64, where no finite fp32 row has an infinite norm. Unit rows are judged as stored,
-        # because 1e5 is infinite in fp16.
-        wide = (keys if normalize else keys.to(self.rows.dtype)).double()
-        norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)  # (N, 1)
-        accepted = (norms >= SMALLEST_NORM) & norms.isfinite()  # a NaN fails both comparisons
-        if normalize:
-            wide = wide * norms.reciprocal()
-        keys = wide.float().to(self.rows.dtype)
-        before_end = min(count, self.size - self.pointer)
-        self._write_run(self.pointer, keys[:before_end], accepted[:before_end])
-        self._write_run(0, keys[before_end:], accepted[before_end:])
-        self.refused_rows += count - accepted.sum()
-        self.pointer = (self.pointer + count) % self.size
-        self.filled = min(self.size, self.filled + count)
-
-    def _write_run(self, start: int, keys: torch.Tensor, accepted: torch.Tensor) -> None:
-        held = self.rows[start : start + keys.shape[0]]
-        held.copy_(torch.where(accepted, keys, held))
-
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor([self.pointer, self.filled, self.refused], dtype=torch.int64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.pointer, self.filled, refused = (int(value) for value in state)
         self.refused_rows.fill_(refused)
+        self._warned = refused > 0  # the run that refused them was told
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

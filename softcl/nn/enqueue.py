@@ -1,0 +1,108 @@
+"""Enqueue: normalise keys, round them, and write them into a ring of rows, refusing bad ones.
+
+The same operation as csrc/include/softcl/enqueue.h, whose CPU code runs where it is built; PyTorch
+otherwise and on other devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+SMALLEST_NORM = 1e-12  # below it the operator's normalisation no longer gives unit rows
+
+# The values of ElementType in csrc/include/softcl/element_type.h.
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def enqueue(
+    keys: torch.Tensor,  # (N, D)
+    rows: torch.Tensor,  # (K, D)
+    refused: torch.Tensor,  # () int64
+    pointer: int,
+    normalize: bool,
+) -> None:
+    """Write key i to row (pointer + i) mod K, one after the other; add refused keys to ``refused``.
+
+    A key with a NaN, an infinity or a norm below 1e-12 is refused: its row stays. With
+    ``normalize`` keys are divided by their norms in float64; otherwise they are judged as they are
+    stored, because 1e5 is infinite in float16. rows and refused change in place; the host waits for
+    no device.
+    """
+    native = _native()
+    on_cpu = rows.device.type == "cpu"
+    if native and on_cpu and keys.dtype in ELEMENT_TYPES and rows.dtype in ELEMENT_TYPES:
+        enqueue_native(native, keys, rows, refused, pointer, normalize)
+    else:
+        enqueue_torch(keys, rows, refused, pointer, normalize)
+
+
+@functools.cache
+def _native() -> ModuleType | None:
+    try:
+        from softcl import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def enqueue_native(
+    native: ModuleType,
+    keys: torch.Tensor,
+    rows: torch.Tensor,
+    refused: torch.Tensor,
+    pointer: int,
+    normalize: bool,
+) -> None:
+    """The compiled CPU code, on contiguous keys that do not overlap the rows."""
+    keys = keys.contiguous()
+    if keys.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
+        keys = keys.clone()
+    refused += native.cpu_enqueue(
+        keys=keys.data_ptr(),
+        queue=rows.data_ptr(),
+        num_keys=keys.shape[0],
+        queue_size=rows.shape[0],
+        dim=rows.shape[1],
+        pointer=pointer,
+        key_type=ELEMENT_TYPES[keys.dtype],
+        queue_type=ELEMENT_TYPES[rows.dtype],
+        normalize=normalize,
+    )
+    # PyTorch did not see the write: without this a backward that needs the old rows would not fail.
+    torch.autograd.graph.increment_version(rows)
+
+
+def enqueue_torch(
+    keys: torch.Tensor,
+    rows: torch.Tensor,
+    refused: torch.Tensor,
+    pointer: int,
+    normalize: bool,
+) -> None:
+    """Plain PyTorch, any device."""
+    size = rows.shape[0]
+    # Piece by piece, so that a refused key in a later piece leaves the earlier piece's row.
+    for keys_of_piece in keys.split(size):
+        piece, accepted = _round(keys_of_piece, rows.dtype, normalize)
+        refused += (~accepted).sum()
+        before_end = min(len(piece), size - pointer)
+        for start, run in ((pointer, slice(before_end)), (0, slice(before_end, None))):
+            held = rows[start : start + len(piece[run])]
+            held.copy_(torch.where(accepted[run], piece[run], held))
+        pointer = (pointer + len(piece)) % size
+
+
+def _round(
+    keys: torch.Tensor, dtype: torch.dtype, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that keys become, (N, D) of dtype, and which are accepted, (N, 1)."""
+    # In float64, where no finite float32 row has an infinite norm.
+    wide = (keys if normalize else keys.to(dtype)).double()
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    accepted = (norms >= SMALLEST_NORM) & norms.isfinite()  # a NaN fails both
+    if normalize:
+        wide = wide * norms.reciprocal()
+    return wide.float().to(dtype), accepted

@@ -1,0 +1,330 @@
+"""ASCL: its losses against the dense formula, a whole step against dense PyTorch, its numbers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from softcl.labels import (
+    AdaptiveNeighborLabels,
+    AdaptiveSoftLabels,
+    HardLabels,
+    NeighborLabels,
+)
+from softcl.methods import METHODS, Defaults, ascl
+from softcl.methods.ascl import ASCL, DEFAULTS, LABELS
+from softcl.methods.losses import ASCLLoss
+from softcl.nn import MemoryQueue, convert_split_batch_norm, make_teacher
+from softcl.ops import soft_contrastive_loss
+from softcl.step import StepRandom, TrainState, train_step
+
+
+def dense_labels(t, Q, method: ASCL) -> torch.Tensor:
+    """The labels y of the paper and its code, (N, 1 + K), the positive first."""
+    K, n = len(Q), method.num_neighbors
+    d = t @ Q.T
+    q = torch.softmax(d / method.teacher_temperature, dim=1)
+    H = -(q * q.clamp_min(1e-300).log()).sum(1, keepdim=True)
+    c = 1 - H / math.log(K)
+    nearest = torch.zeros_like(d).scatter_(1, d.topk(n, dim=1).indices, 1.0)
+    y = {
+        "soft": (c * n * q).clamp(max=1.0),
+        "ahcl": c * nearest,
+        "hard": nearest,
+        "normal": torch.zeros_like(d),
+    }[method.labels]
+    y = torch.cat([torch.ones_like(c), y], dim=1)
+    return y / y.sum(1, keepdim=True)
+
+
+def dense_loss(z, t, Q, method: ASCL) -> torch.Tensor:
+    """Cross-entropy of y and the softmax over [positive, queue], one value per row."""
+    logits = torch.cat([(z * t).sum(1, keepdim=True), z @ Q.T], dim=1) / method.temperature
+    return -(dense_labels(t, Q, method) * torch.log_softmax(logits, dim=1)).sum(1)
+
+
+def unit_rows(count: int, dim: int, seed: int, spread: float = 1.0) -> torch.Tensor:
+    """Random unit rows in float64; a small spread puts them close to one direction."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = spread * torch.randn(count, dim, generator=generator, dtype=torch.float64)
+    return F.normalize(rows + (1 - spread), dim=1)
+
+
+def clustered(N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A query, a key and a queue with a few near copies of each key, so that labels get clipped."""
+    t, Q = unit_rows(N, D, 1), unit_rows(K, D, 2)
+    for copies in range(3):
+        rows = torch.arange(0, N) * 5 + copies
+        Q[rows] = F.normalize(t + (0.1 + 0.05 * copies) * unit_rows(N, D, 3 + copies), dim=1)
+    z = F.normalize(t + 0.5 * unit_rows(N, D, 7), dim=1)
+    return z, t, Q
+
+
+@pytest.mark.parametrize("num_neighbors", [1, 2, 5])
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("data", ["random", "clustered", "close"])
+def test_loss_and_gradient_equal_the_dense_formula(data, labels, num_neighbors):
+    if data == "clustered":
+        z, t, Q = clustered(7, 37, 16)
+    else:
+        spread = 1.0 if data == "random" else 0.3
+        z, t, Q = (unit_rows(rows, 16, seed, spread) for rows, seed in ((7, 1), (7, 2), (37, 3)))
+    method = ASCL(labels=labels, num_neighbors=num_neighbors, queue_size=37)
+    z.requires_grad_()
+    expected = dense_loss(z, t, Q, method)
+    (expected_gradient,) = torch.autograd.grad(expected.mean(), z)
+    numbers = {
+        "temperature": method.temperature,
+        "teacher_temperature": method.teacher_temperature,
+        "positive": method.positive,
+    }
+    actual = soft_contrastive_loss(z, t, Q, method.rule(), reduction="none", **numbers)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    mean = soft_contrastive_loss(z, t, Q, method.rule(), **numbers)
+    (gradient,) = torch.autograd.grad(mean, z)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_the_clustered_data_clips_labels():
+    """Otherwise the comparison above would not cover min(1, .)."""
+    _, t, Q = clustered(7, 37, 16)
+    y = dense_labels(t, Q, ASCL(num_neighbors=5, queue_size=37))
+    assert (y[:, 1:] == y[:, :1]).sum() >= 7
+    assert (y[:, 1:] < y[:, :1]).any()
+
+
+def test_confidence_of_the_random_queue_at_the_start():
+    """The page says c is about 0.18 for K = 4096, D = 128, random keys."""
+    queue = MemoryQueue(4096, 128).rows
+    key = MemoryQueue(64, 128, seed=1).rows
+    _, diagnostics = soft_contrastive_loss(
+        key,
+        key,
+        queue,
+        AdaptiveSoftLabels(1),
+        temperature=0.1,
+        teacher_temperature=0.05,
+        diagnostics=True,
+    )
+    assert 0.16 < diagnostics.confidence.mean() < 0.20
+
+
+# ---- the loss module ----
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_loss_module_equals_the_dense_formula_on_raw_projections(labels):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(6, 8, generator=generator, requires_grad=True)
+    v = torch.randn(6, 8, generator=generator, requires_grad=True)
+    queue = MemoryQueue(20, 8)
+    before = queue.rows.clone()
+    criterion = ASCLLoss(labels, num_neighbors=3)
+    loss = criterion(u, v, queue)
+    (gradient,) = torch.autograd.grad(loss, u)
+    method = ASCL(labels=labels, num_neighbors=3, queue_size=20)
+    u64 = u.detach().double().requires_grad_()
+    t64 = F.normalize(v.detach().double(), dim=1)
+    expected = dense_loss(F.normalize(u64, dim=1), t64, queue.rows.double(), method).mean()
+    (expected_gradient,) = torch.autograd.grad(expected, u64)
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(queue.rows, before) and queue.pointer == 0
+    assert not list(criterion.parameters()) and not criterion.state_dict()
+
+
+def test_loss_module_takes_a_queue_in_three_ways():
+    u, v = unit_rows(6, 8, 1).float(), unit_rows(6, 8, 2).float()
+    queue = MemoryQueue(20, 8)
+    given = ASCLLoss()(u, v, queue)
+    assert torch.equal(ASCLLoss()(u, v, queue.rows), given)
+    own = ASCLLoss(queue=queue)
+    assert torch.equal(own(u, v), given)
+    assert own.queue is queue and "queue.rows" in own.state_dict()
+    other = MemoryQueue(20, 8, seed=1)
+    assert torch.equal(own(u, v, other), ASCLLoss()(u, v, other))
+
+
+def test_loss_module_uses_the_filled_rows_alone():
+    u, v = unit_rows(6, 8, 1).float(), unit_rows(6, 8, 2).float()
+    queue = MemoryQueue(20, 8, init="empty")
+    with pytest.raises(ValueError, match="queue is empty"):
+        ASCLLoss()(u, v, queue)
+    queue.enqueue(unit_rows(5, 8, 3).float())
+    torch.testing.assert_close(ASCLLoss()(u, v, queue), ASCLLoss()(u, v, queue.rows[:5]))
+
+
+def test_loss_module_refuses_wrong_arguments():
+    with pytest.raises(ValueError, match="queue is missing"):
+        ASCLLoss()(torch.ones(2, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="labels must be one of .* got 'softer'"):
+        ASCLLoss("softer")
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        ASCLLoss(temperature=0)
+
+
+# ---- a whole step ----
+
+SPLITS, N, K, D = 2, 8, 20, 6
+
+
+def small_student() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 4 * 4, D),
+    ).double()
+
+
+def noisy(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A view: something random of the images that depends on the generator."""
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    return images.double() / 255 + 0.3 * noise
+
+
+def dense_forward(parameters: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The student of small_student, its batch norm written out per split."""
+    conv, gamma, beta, weight, bias = parameters
+    x = F.conv2d(x, conv)
+    normalised = torch.empty_like(x)
+    for split in range(SPLITS):
+        part = x[split::SPLITS]
+        mean = part.mean((0, 2, 3), keepdim=True)
+        var = ((part - mean) ** 2).mean((0, 2, 3), keepdim=True)
+        normalised[split::SPLITS] = (part - mean) / (var + 1e-5).sqrt()
+    x = (normalised * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)).relu()
+    return F.normalize(x.flatten(1) @ weight.T + bias, dim=1)
+
+
+def dense_step(step, images, student, teacher, velocity, queue, method, lr) -> torch.Tensor:
+    """One step of ASCL, MoCo form, in the order of the paper's code; changes its lists in place."""
+    random = StepRandom(0, step, torch.device("cpu"))
+    for follower, leader in zip(teacher, student, strict=True):
+        follower.copy_(method.momentum * follower + (1 - method.momentum) * leader)
+    leaves = [parameter.clone().requires_grad_() for parameter in student]
+    z = dense_forward(leaves, noisy(images, random("student view")))
+    weak = noisy(images, random("teacher view"))
+    order = torch.randperm(N, generator=random("shuffle"))
+    t = torch.empty(N, D, dtype=torch.float64)
+    t[order] = dense_forward(teacher, weak[order])
+    loss = dense_loss(z, t, torch.stack(queue), method).mean()
+    for index, gradient in enumerate(torch.autograd.grad(loss, leaves)):
+        velocity[index] = 0.9 * velocity[index] + gradient + 5e-4 * student[index]
+        student[index] = student[index] - lr * velocity[index]
+    queue += list(t)
+    del queue[:N]
+    return loss.detach()
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_steps_equal_dense_steps(labels):
+    method = ASCL(
+        labels=labels,
+        num_neighbors=3,
+        queue_size=K,
+        momentum=0.7,
+        projection_dim=D,
+        num_splits=SPLITS,
+    )
+    student = convert_split_batch_norm(small_student(), SPLITS)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    # A float64 queue still rounds to fp32 what it is given; 1e-6 below covers that.
+    queue = MemoryQueue(K, D).double()
+    state = TrainState(method, student, make_teacher(student), queue, optimizer)
+
+    dense_student = [parameter.detach().clone() for parameter in student.parameters()]
+    dense_teacher = [parameter.clone() for parameter in dense_student]
+    velocity = [torch.zeros_like(parameter) for parameter in dense_student]
+    dense_queue = list(queue.rows.clone())  # oldest first
+    start = copy.deepcopy(dense_student)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(6):  # 48 keys: the ring wraps twice, within a batch
+        images = torch.randint(0, 256, (N, 3, 6, 6), generator=generator, dtype=torch.uint8)
+        expected = dense_step(
+            step, images, dense_student, dense_teacher, velocity, dense_queue, method, 0.1
+        )
+        measures = train_step(state, images, noisy, noisy, seed=0, backend="reference")
+        assert abs(measures[0] - expected) < 1e-5 * expected
+        for actual, wanted in zip(student.parameters(), dense_student, strict=True):
+            torch.testing.assert_close(actual.detach(), wanted, rtol=1e-5, atol=1e-6)
+        for actual, wanted in zip(state.teacher.parameters(), dense_teacher, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+        oldest_first = queue.rows.roll(-queue.pointer, dims=0)
+        torch.testing.assert_close(oldest_first, torch.stack(dense_queue), rtol=0, atol=1e-5)
+    assert not torch.allclose(start[0], dense_student[0], atol=1e-2)
+
+
+# ---- its numbers ----
+
+
+def test_rules():
+    assert ASCL().rule() == AdaptiveSoftLabels(1)
+    assert ASCL(labels="ahcl", num_neighbors=2).rule() == AdaptiveNeighborLabels(2)
+    assert ASCL(labels="hard", num_neighbors=3).rule() == NeighborLabels(3)
+    assert ASCL(labels="normal", num_neighbors=4).rule() == HardLabels()
+
+
+def test_defaults_are_the_published_ones():
+    assert METHODS["ascl"] is ASCL
+    cifar = DEFAULTS["cifar10"]
+    assert cifar == Defaults(ASCL(), "resnet18", 32, 200, 256, 0.03, 0.9, 5e-4, 5)
+    method = cifar.method
+    assert (method.queue_size, method.projection_dim, method.momentum) == (4096, 128, 0.99)
+    assert (method.temperature, method.teacher_temperature) == (0.1, 0.05)
+    assert (method.labels, method.num_neighbors, method.num_splits) == ("soft", 1, 8)
+    assert (method.student_view, method.teacher_view) == ("strong", "weak")
+    assert DEFAULTS["cifar100"].method.num_neighbors == 5
+    assert DEFAULTS["stl10"].image_size == DEFAULTS["tiny_imagenet"].image_size == 64
+    imagenet = DEFAULTS["imagenet"]
+    assert (imagenet.method.queue_size, imagenet.method.momentum) == (65536, 0.999)
+    assert (imagenet.arch, imagenet.image_size, imagenet.weight_decay) == ("resnet50", 224, 1e-4)
+    assert set(DEFAULTS) == {
+        "cifar10",
+        "cifar100",
+        "stl10",
+        "tiny_imagenet",
+        "imagenet",
+        "shapes",
+    }
+
+
+def test_the_page_is_frozen_documented_and_pure():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ASCL().momentum = 0.5
+    for field in dataclasses.fields(ASCL):
+        assert field.name in ASCL.__doc__
+    assert "2207.11163" in ascl.__doc__
+    assert "import torch" not in inspect.getsource(ascl)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": "moco"}, "labels must be one of .* got 'moco'"),
+        ({"num_neighbors": -1}, r"num_neighbors must be in \[0, queue_size=4096\], got -1"),
+        ({"num_neighbors": 9, "queue_size": 8}, r"in \[0, queue_size=8\], got 9"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"teacher_temperature": math.inf}, "teacher_temperature must be .* got inf"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"momentum": 1.1}, r"momentum must be in \[0, 1\], got 1.1"),
+        ({"queue_size": 0, "num_neighbors": 0}, "queue_size must be at least 1, got 0"),
+        ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+        ({"projector_hidden": -3}, "projector_hidden must be at least 1, got -3"),
+        ({"num_splits": 0}, "num_splits must be at least 1, got 0"),
+        ({"student_view": "loud"}, "student_view must be one of .* got 'loud'"),
+        ({"teacher_view": ""}, "teacher_view must be one of .* got ''"),
+    ],
+)
+def test_wrong_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ASCL(**arguments)
