@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
     def __init__(self, field: str, value: Any, reason: str) -> None:
         self.field = field
-        super().__init__(f"{flag_name(field)} {value}: {reason}")
+        super().__init__(f"{flag_name(field)} {value}".rstrip() + f": {reason}")
 
 
 def flag_name(field: str) -> str:
@@ -207,11 +207,15 @@ def _check_range(name: str, value: float, rule: Mapping[str, Any]) -> None:
     if not math.isfinite(value):
         raise ConfigError(name, value, "must be a finite number")
     if rule["at_least"] is not None and value < rule["at_least"]:
-        raise ConfigError(name, value, f"must be at least {rule['at_least']:g}")
+        raise ConfigError(name, value, f"must be at least {_plain(rule['at_least'])}")
     if rule["above"] is not None and value <= rule["above"]:
-        raise ConfigError(name, value, f"must be above {rule['above']:g}")
+        raise ConfigError(name, value, f"must be above {_plain(rule['above'])}")
     if rule["at_most"] is not None and value > rule["at_most"]:
-        raise ConfigError(name, value, f"must be at most {rule['at_most']:.15g}")
+        raise ConfigError(name, value, f"must be at most {_plain(rule['at_most'])}")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _check_fused(config: TrainConfig) -> None:

@@ -40,10 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_pages()
     try:
         given = parse_flags(sys.argv[1:] if argv is None else argv)
+        config = TrainConfig(**given)
         require_extras()
-        if "resume" in given:
-            return resume(read_run(given))
-        return start(TrainConfig(**given))
+        return start(config) if config.resume is None else resume(read_run(given))
     except ConfigError as error:
         return report(str(error), 2)
     except (RunError, RunFolderError, CheckpointError, DataError) as error:

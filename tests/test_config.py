@@ -1,0 +1,225 @@
+"""The configuration, the flags derived from it, and how wrong ones are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from softcl.config import (
+    ConfigError,
+    TrainConfig,
+    did_you_mean,
+    field_names,
+    first_difference,
+    identity_hash,
+    value_type,
+)
+from softcl.data import ImageSet
+from softcl.flags import build_parser, parse_flags
+from softcl.settings import defaults_for, fill
+from softcl.train import main
+
+
+def image_set(count: int = 512, size: int = 32, statistics: str = "shapes") -> ImageSet:
+    images = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    half = (0.5, 0.5, 0.5)
+    return ImageSet(images, None, [], half, half, "none", statistics=statistics)
+
+
+def test_every_field_is_a_flag_and_every_flag_a_field():
+    flags = {name for action in build_parser()._actions for name in action.option_strings}
+    fields = {"--" + name.replace("_", "-") for name in field_names()}
+    assert flags - {"-h", "--help", "--no-fused"} == fields
+
+
+def test_flags_give_typed_values_and_only_those_given():
+    given = parse_flags(
+        ["--lr", "1e-2", "--epochs=3", "--no-fused", "--overwrite", "--data", "shapes:9"]
+    )
+    assert given == {
+        "lr": 0.01,
+        "epochs": 3,
+        "fused": False,
+        "overwrite": True,
+        "data": "shapes:9",
+    }
+    assert parse_flags([]) == {}
+    assert parse_flags(["--fused"]) == {"fused": True}
+
+
+def test_config_survives_json():
+    config = TrainConfig(lr=0.1, epochs=3, warmup_epochs=0.5, fused=True, out="x")
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and identity_hash(again) == identity_hash(config)
+    with pytest.raises(ConfigError, match=r"--epoch 3: unknown setting; did you mean epochs\?"):
+        TrainConfig.from_dict({"epoch": 3})
+
+
+def test_identity_covers_what_a_run_computes_and_nothing_else():
+    config = TrainConfig()
+    samples = {int: 7, float: 0.25, str: "cpu", bool: True}
+    for field in dataclasses.fields(TrainConfig):
+        value = samples[value_type(field)]
+        if field.name == "resume" or value == getattr(config, field.name):
+            continue
+        if field.name == "image_size":
+            value = 64
+        changed = dataclasses.replace(config, **{field.name: value})
+        same = identity_hash(changed) == identity_hash(config)
+        assert same == field.metadata["may_change"], field.name
+        assert first_difference(config, changed) == (None if same else field.name)
+
+
+def test_settings_come_from_the_methods_defaults():
+    config, method, name = fill(TrainConfig(), image_set(), 32)
+    assert name == "shapes" and config.arch == "resnet_tiny"
+    assert (config.queue_size, config.temperature, config.momentum) == (4096, 0.1, 0.99)
+    assert method.queue_size == 4096 and method.rule().name == "adaptive_soft"
+    assert all(
+        getattr(config, field) is not None
+        for field in ("epochs", "batch_size", "lr", "weight_decay", "sgd_momentum", "labels")
+    )
+    config, method, _ = fill(TrainConfig(labels="ahcl", queue_size=64, lr=1.0), image_set(), 32)
+    assert (method.labels, method.queue_size, config.lr) == ("ahcl", 64, 1.0)
+    assert method.rule().name == "adaptive_neighbors"
+
+
+@pytest.mark.parametrize(
+    "statistics, size, name",
+    [
+        ("shapes", 32, "shapes"),
+        ("cifar100", 32, "cifar100"),
+        ("tiny", 64, "tiny_imagenet"),
+        ("imagenet", 32, "cifar10"),  # a folder without published constants, small images
+        ("imagenet", 224, "imagenet"),
+    ],
+)
+def test_defaults_follow_the_data(statistics: str, size: int, name: str):
+    assert defaults_for("ascl", image_set(8, size, statistics), size)[0] == name
+
+
+def test_defaults_shrink_to_small_data_and_short_runs():
+    config, _, _ = fill(TrainConfig(epochs=1), image_set(100), 32)
+    assert config.batch_size == 96  # a multiple of the 8 splits of batch norm
+    assert config.warmup_epochs == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": 1024}, "--batch-size 1024: larger than the data, which has 512 images"),
+        ({"batch_size": 100}, "--batch-size 100: must be a multiple of --num-splits 8"),
+        ({"batch_size": 8}, "--batch-size 8: leaves one image in each of --num-splits 8"),
+        ({"num_neighbors": 65, "queue_size": 64}, "--num-neighbors 65: more than the rows of"),
+        ({"warmup_epochs": 5.0, "epochs": 4}, "--warmup-epochs 5.0: longer than the run"),
+        ({"labels": "sofd"}, "--labels sofd: must be one of .*; did you mean soft"),
+        ({"method": "asci"}, "--method asci: must be one of .*; did you mean ascl"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        fill(TrainConfig(**settings), image_set(), 32)
+
+
+def test_a_field_of_another_method_is_refused(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        temperature: float = 0.2
+
+    monkeypatch.setitem(__import__("softcl.methods").methods.METHODS, "plain", Plain)
+    with pytest.raises(ConfigError, match="--labels soft: does not apply to method plain"):
+        fill(TrainConfig(method="plain", labels="soft"), image_set(), 32)
+
+
+def test_did_you_mean():
+    assert did_you_mean("resnet81", ["resnet18", "vit"]) == "; did you mean resnet18?"
+    assert did_you_mean("zzz", ["resnet18"]) == ""
+
+
+REFUSED = [
+    # flags that do not exist
+    ("--epoch 3", "unknown flag --epoch; did you mean --epochs?"),
+    ("--batchsize 3", "unknown flag --batchsize; did you mean --batch-size?"),
+    ("--batch_size 3", "unknown flag --batch_size; did you mean --batch-size?"),
+    ("-epochs 3", "unknown flag -epochs; did you mean --epochs?"),
+    ("--epochs 3 --xyzzy=1", "unknown flag --xyzzy"),
+    ("--no-overwrite", "unknown flag --no-overwrite; did you mean --overwrite?"),
+    ("--unfused", "unknown flag --unfused; did you mean --fused?"),
+    ("shapes", "unexpected 'shapes'"),
+    ("--epochs 3 4", "unexpected '4'"),
+    # values that cannot be read
+    ("--epochs", "--epochs: needs a value"),
+    ("--epochs --lr 1", "--epochs: needs a value"),
+    ("--epochs three", "--epochs three: must be a whole number"),
+    ("--epochs 1.5", "--epochs 1.5: must be a whole number"),
+    ("--lr fast", "--lr fast: must be a number"),
+    ("--fused=yes", "--fused: takes no value"),
+    # values out of range
+    ("--epochs 0", "--epochs 0: must be at least 1"),
+    ("--batch-size 1", "--batch-size 1: must be at least 2"),
+    ("--queue-size 0", "--queue-size 0: must be at least 1"),
+    ("--num-neighbors -1", "--num-neighbors -1: must be at least 0"),
+    ("--lr -0.1", "--lr -0.1: must be above 0"),
+    ("--lr 0", "--lr 0.0: must be above 0"),
+    ("--lr nan", "--lr nan: must be a finite number"),
+    ("--lr inf", "--lr inf: must be a finite number"),
+    ("--weight-decay -1", "--weight-decay -1.0: must be at least 0"),
+    ("--momentum 1.5", "--momentum 1.5: must be at most 1"),
+    ("--temperature 0", "--temperature 0.0: must be above 0"),
+    ("--teacher-temperature -1", "--teacher-temperature -1.0: must be above 0"),
+    ("--image-size 4", "--image-size 4: must be at least 8"),
+    ("--seed -1", "--seed -1: must be at least 0"),
+    ("--seed 9223372036854775808", "must be at most 9223372036854775807"),
+    ("--knn-k 0", "--knn-k 0: must be at least 1"),
+    ("--log-every 0", "--log-every 0: must be at least 1"),
+    ("--max-steps 0", "--max-steps 0: must be at least 1"),
+    ("--warmup-epochs -1", "--warmup-epochs -1.0: must be at least 0"),
+    ("--num-splits 0", "--num-splits 0: must be at least 1"),
+    # names
+    ("--method ascd", "--method ascd: must be one of ascl; did you mean ascl?"),
+    ("--labels softt", "must be one of soft, ahcl, hard, normal; did you mean soft?"),
+    ("--backend tritom", "did you mean triton?"),
+    ("--backend gpu", "--backend gpu: must be one of auto, cuda, triton, cpu, reference"),
+    ("--device cdua", "--device cdua: must be auto, cpu, cuda or cuda:N; did you mean cuda?"),
+    ("--device meta", "--device meta: must be auto, cpu, cuda or cuda:N"),
+    ("--device cuda:99", "--device cuda:99: "),
+    ("--arch resnet81", "--arch resnet81: unknown backbone; did you mean resnet"),
+    ("--arch resnet_tin", "did you mean resnet_tiny?"),
+    ("--data=", "--data '': must not be empty"),
+    # combinations
+    ("--fused --backend reference", "--fused: backend reference is not fused"),
+    ("--no-fused --backend cpu", "--no-fused means --backend reference"),
+    ("--resume x --overwrite", "--overwrite: cannot be combined with --resume"),
+    ("--resume x --out y", "--out y: cannot be combined with --resume"),
+    ("--data shapes:256 --batch-size 512", "larger than the data, which has 256 images"),
+    ("--data shapes:256 --knn-k 257", "--knn-k 257: more than the 256 images that can vote"),
+    ("--data shapes:256 --arch vit_tiny --image-size 37", "--arch vit_tiny: "),
+]
+
+
+@pytest.mark.parametrize("line, message", REFUSED, ids=[line for line, _ in REFUSED])
+def test_wrong_flags_are_refused_in_three_lines(
+    line: str, message: str, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert 1 <= len(captured.err.splitlines()) <= 3
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_help_fits_the_terminal(columns: int, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= min(columns, 100)
+    for name in field_names():
+        assert "--" + name.replace("_", "-") in text
