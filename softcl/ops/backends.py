@@ -30,7 +30,7 @@ FUSED_BACKENDS = ("triton", "cpu")
 
 # Device type -> backends in the order in which backend="auto" tries them.
 PREFERENCE = {
-    "cpu": ("reference",),
+    "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
 }
 
