@@ -133,6 +133,20 @@ def test_mixed_and_double_precision(dtype):
     torch.testing.assert_close(output, one_norm_per_split(plain, x)[0], **tolerance)
 
 
+def test_compiles_without_a_graph_break_and_with_activation_in_place():
+    _, split = pair()
+    model = nn.Sequential(split, nn.ReLU(inplace=True))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for each in (compiled, twin):
+        x = images().requires_grad_()
+        each(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(split.running_mean, twin[0].running_mean)
+
+
 def test_state_dict_keys_are_those_of_batch_norm():
     plain, split = pair()
     assert list(plain.state_dict()) == list(split.state_dict())

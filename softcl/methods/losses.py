@@ -7,6 +7,7 @@ from torch import nn
 
 from softcl.methods.ascl import ASCL
 from softcl.nn import MemoryQueue
+from softcl.ops import soft_contrastive_loss
 
 
 class ASCLLoss(nn.Module):
@@ -81,8 +82,6 @@ class ASCLLoss(nn.Module):
         Raises:
             ValueError: no queue was given here or to the constructor, or an empty one.
         """
-        from softcl.ops import soft_contrastive_loss
-
         queue = self.queue if queue is None else queue
         if queue is None:
             raise ValueError("queue is missing: give one to forward or to the constructor")
