@@ -215,6 +215,8 @@ class BuildExt(build_ext):
         super().run()
 
     def build_extensions(self) -> None:
+        if self.built:  # by bdist_wheel, which is asked for it once more while packing
+            return
         by_name = "build_ext" in self.distribution.commands
         required = by_name if switch("SOFTCL_BUILD") is None else switch("SOFTCL_BUILD")
         file_name = self.get_ext_filename("softcl._C")
