@@ -104,21 +104,21 @@ class Call:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend of a call and, for each one passed over before it, the reason.
+    """The backend of a call, why it runs and, for each one passed over before it, the reason.
 
     Attributes:
         name: the backend that runs.
         reasons: backend -> why it was passed over, in order of preference; empty if the first ran
             or if the backend was asked for by name.
+        why: what made it the one, in a few words. ``str(choice)`` gives name and why.
     """
 
     name: str
     reasons: dict[str, str]
+    why: str = ""
 
     def __str__(self) -> str:
-        if not self.reasons:
-            return self.name
-        return f"{self.name} ({'; '.join(f'{k}: {v}' for k, v in self.reasons.items())})"
+        return f"{self.name} ({self.why})" if self.why else self.name
 
 
 @functools.cache
@@ -139,7 +139,9 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
         for name in PREFERENCE.get(call.device.type, ("reference",)):
             reason = load_backend(name).unsupported(call)
             if reason is None:
-                return BackendChoice(name, reasons)
+                passed_over = "; ".join(f"{k}: {v}" for k, v in reasons.items())
+                first = f"the first choice for tensors on {call.device.type}"
+                return BackendChoice(name, reasons, passed_over or first)
             reasons[name] = reason
         raise UnsupportedBackendError(
             "no backend runs this call: " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
@@ -148,7 +150,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
     reason = load_backend(backend).unsupported(call)
     if reason is not None:
         raise UnsupportedBackendError(f"backend {backend!r} cannot run this call: {reason}")
-    return BackendChoice(backend, {})
+    return BackendChoice(backend, {}, "asked for by name")
 
 
 def check_backend_name(backend: str) -> None:
