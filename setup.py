@@ -31,10 +31,19 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except (
+    ModuleNotFoundError
+):  # an old one, as a new virtual environment of Python 3.10 or 3.11 has it
+    sys.exit(
+        f"softcl: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'"
+    )
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_CMAKE = (3, 24)
