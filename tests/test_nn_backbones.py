@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("timm")
 
@@ -63,13 +64,24 @@ def test_deep_stems_are_replaced_too():
     assert features(backbone, 32).shape == (2, 512)
 
 
-@pytest.mark.parametrize("image_size", [32, 64, 96])
-def test_resnet_tiny(image_size):
+@pytest.mark.parametrize(
+    ("image_size", "rule"),
+    [
+        (32, "3x3 stride 2 stem, no max-pool"),
+        (64, "3x3 stride 2 stem, max-pool kept"),
+        (96, "ImageNet stem"),
+    ],
+)
+def test_resnet_tiny(image_size, rule):
     backbone = build_backbone("resnet_tiny", image_size)
-    output = features(backbone, image_size)
-    assert output.shape == (2, backbone.num_features)
-    assert sum(parameter.numel() for parameter in backbone.parameters()) < 1_000_000
-    assert backbone.stem_rule
+    assert backbone.stem_rule == rule
+    assert backbone.num_features == 192
+    assert features(backbone, image_size).shape == (2, 192)
+    if image_size == 32:
+        # 9 million multiplications an image: what makes it fit for CPUs.
+        with FlopCounterMode(display=False) as counter:
+            backbone(torch.zeros(1, 3, image_size, image_size))
+        assert counter.get_total_flops() == 2 * 9_013_248
 
 
 @pytest.mark.parametrize(

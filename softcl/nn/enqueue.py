@@ -83,16 +83,15 @@ def enqueue_torch(
     normalize: bool,
 ) -> None:
     """Plain PyTorch, any device."""
-    size = rows.shape[0]
-    # Piece by piece, so that a refused key in a later piece leaves the earlier piece's row.
-    for keys_of_piece in keys.split(size):
+    # In pieces of K keys, which all start at the pointer: a refused key in a later piece leaves the
+    # row of the earlier piece.
+    for keys_of_piece in keys.split(rows.shape[0]):
         piece, accepted = _round(keys_of_piece, rows.dtype, normalize)
         refused += (~accepted).sum()
-        before_end = min(len(piece), size - pointer)
+        before_end = min(len(piece), rows.shape[0] - pointer)
         for start, run in ((pointer, slice(before_end)), (0, slice(before_end, None))):
             held = rows[start : start + len(piece[run])]
             held.copy_(torch.where(accepted[run], piece[run], held))
-        pointer = (pointer + len(piece)) % size
 
 
 def _round(
