@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -183,10 +184,15 @@ def field_names() -> list[str]:
 
 def value_type(field: dataclasses.Field) -> type:
     """int, float, str or bool: the type of a field, None left out."""
-    annotation = typing.get_type_hints(TrainConfig)[field.name]
+    annotation = _annotations()[field.name]
     if isinstance(annotation, types.UnionType):
         return next(part for part in typing.get_args(annotation) if part is not type(None))
     return annotation
+
+
+@functools.cache
+def _annotations() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
 
 
 def _check_value(field: dataclasses.Field, value: Any) -> None:

@@ -304,7 +304,7 @@ def _resident_on(images: ImageSet, device: torch.device) -> ImageSet:
 def versions() -> dict[str, str]:
     return {
         "softcl": softcl.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which weights_only refuses
         "python": platform.python_version(),
     }
 

@@ -1,0 +1,370 @@
+"""Whole runs of the training command on tiny images: what they write, and how they end."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softcl import checkpoint, run, train
+from softcl.checkpoint import read_checkpoint
+from softcl.ops import BackendChoice
+from softcl.run_folder import read_metrics
+from softcl.train import main
+
+TIMED = ("images_per_s", "data_wait", "seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are computed faster by one thread, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """128 + 32 images of four classes (the direction of a bright stripe), as PNG files."""
+    root = tmp_path_factory.mktemp("images")
+    chooser = np.random.default_rng(0)
+    for split, count in (("train", 32), ("test", 8)):
+        for label in range(4):
+            path = root / split / f"class{label}"
+            path.mkdir(parents=True)
+            for number in range(count):
+                image = chooser.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                at = chooser.integers(3, 13)
+                view = np.rot90(image, label % 2)
+                view[at, :, label // 2 : label // 2 + 2] = 255
+                Image.fromarray(image).save(path / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture
+def flags(folder: Path, tmp_path: Path, monkeypatch) -> list[str]:
+    """A run of 2 epochs of 4 steps."""
+    monkeypatch.chdir(tmp_path)
+    line = "--epochs 2 --batch-size 32 --queue-size 64 --num-splits 2 --lr 0.05 --arch resnet_tiny "
+    line += "--projection-dim 16 --projector-hidden 32 --warmup-epochs 0.5 --device cpu"
+    return ["--data", str(folder), *line.split()]
+
+
+def assert_same(first, second, path: str = "") -> None:
+    """Nested states are equal to the last bit."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            assert_same(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), path
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same(a, b, f"{path}/{i}")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), path
+    else:
+        assert first == second or first != first, path
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, queue, optimiser and every logged number agree to the last bit."""
+    a, b = read_checkpoint(first / "last.pt"), read_checkpoint(second / "last.pt")
+    for name in ("step", "student", "teacher", "queue", "optimizer", "meter", "accuracy"):
+        assert_same(a[name], b[name], name)
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]
+        for path in (first / "metrics.jsonl", second / "metrics.jsonl")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert main([*flags, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    names = {path.name for path in out.iterdir() if not path.name.startswith("events.")}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "last.pt",
+        "baselines.json",
+        "result.json",
+        "neighbors.png",
+    }
+    assert len(list(out.glob("events.out.tfevents.*"))) == 1
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["queue_size"] == 64 and config["config"]["temperature"] == 0.1
+    assert f"backend    {config['backend']['name']}" in text
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert steps[0]["lr"] == 0.0 and steps[2]["lr"] == 0.05
+    for row in steps:
+        assert math.isfinite(row["loss"]) and 0 <= row["confidence"] <= 1
+        assert 0 <= row["entropy"] <= math.log(64) + 1e-5 and 0 <= row["positive_top1"] <= 1
+        assert row["images_per_s"] > 0 and 0 <= row["data_wait"] <= 1
+    evaluations = [row for row in rows if "knn_top1" in row]
+    assert [row["step"] for row in evaluations] == [4, 8]
+
+    result = json.loads((out / "result.json").read_text())
+    assert result["knn_top1"] == evaluations[-1]["knn_top1"] and result["step"] == 8
+    baselines = json.loads((out / "baselines.json").read_text())
+    assert 0 <= baselines["untrained"] <= 1 and 0 <= baselines["pixels"] <= 1
+    assert "raw pixels" in text and "untrained backbone" in text and "neighbors.png" in text
+    state = read_checkpoint(out / "last.pt")
+    assert state["step"] == 8 and state["queue"]["rows"].shape == (64, 16)
+
+
+def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([*flags, "--out", "run"]) == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert {"loss", "lr", "knn_top1", "confidence"} <= set(events.Tags()["scalars"])
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("early_rows", [50, 0])
+def test_resume_is_bit_exact_in_the_middle_of_an_epoch(
+    flags: list[str], tmp_path: Path, monkeypatch, early_rows: int
+):
+    monkeypatch.setattr("softcl.meter.FIRST_STEPS", early_rows)
+    flags = [*flags, "--log-every", "4"]
+    assert main([*flags, "--out", "whole"]) == 0
+    assert main([*flags, "--out", "parts", "--max-steps", "3"]) == 0
+    assert read_checkpoint(tmp_path / "parts/last.pt")["step"] == 3
+    assert main(["--resume", "parts", "--max-steps", "6"]) == 0
+    # From the checkpoint file too, and over a line that was logged after it.
+    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    assert main(["--resume", "parts/last.pt"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert (tmp_path / "parts/result.json").exists()
+
+
+def test_resume_at_an_epochs_end_evaluates_once(flags: list[str], tmp_path: Path):
+    assert main([*flags, "--out", "whole"]) == 0
+    assert main([*flags, "--out", "parts", "--max-steps", "4"]) == 0
+    assert main(["--resume", "parts"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_after_the_step(
+    flags: list[str], tmp_path: Path, monkeypatch, capfd, number: int, code: int
+):
+    original = run.train_step
+
+    def step_with_signal(state, *rest, **options):
+        if state.step == 3:  # the fourth step, at an epoch's end
+            os.kill(os.getpid(), number)
+        return original(state, *rest, **options)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(run, "train_step", step_with_signal)
+    assert main([*flags, "--out", "parts"]) == code
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    assert signal.getsignal(number) is before
+    captured = capfd.readouterr()
+    assert "finishing the step and saving" in captured.err
+    assert "python -m softcl.train --resume parts" in captured.out
+    assert read_checkpoint(tmp_path / "parts/last.pt")["step"] == 4
+    assert main(["--resume", "parts"]) == 0
+    assert main([*flags, "--out", "whole"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_divergence_stops_with_the_step_and_the_checkpoint(
+    flags: list[str], tmp_path: Path, capsys
+):
+    assert main([*flags, "--lr", "1e25", "--checkpoint-every", "1", "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "Traceback" not in error
+    step = read_checkpoint(tmp_path / "run/last.pt")["step"]
+    assert f"step {step + 1} " in error or f"the loss of step {step + 1} is" in error
+    assert f"the last checkpoint is run/last.pt, of step {step}" in error
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(
+    flags: list[str], tmp_path: Path, monkeypatch, capsys
+):
+    original, calls = checkpoint.os.fsync, []
+
+    def fail_later(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls.append(name)
+        if sum("last.pt" in name for name in calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail_later)
+    assert main([*flags, "--out", "run", "--checkpoint-every", "3"]) == 1
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert error == (
+        "softcl.train: run/last.pt: cannot write: No space left on device; "
+        "the checkpoint before it is kept\n"
+    )
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 3
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_finished_and_foreign_folders_are_left_alone(flags: list[str], tmp_path: Path, capsys):
+    assert main([*flags, "--epochs", "1", "--out", "run"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert main([*flags, "--out", "run"]) == 1
+    assert "run: holds a finished run; name another --out or add --overwrite" in (
+        capsys.readouterr().err
+    )
+    assert main(["--resume", "run"]) == 0
+    assert "run: finished, nothing to resume" in capsys.readouterr().out
+    # An overwriting run that cannot start has not touched the old one either.
+    assert main([*flags, "--out", "run", "--overwrite", "--batch-size", "4096"]) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for extra in ([], ["--overwrite"]):
+        assert main([*flags, "--out", "other", *extra]) == 1
+        assert "other: holds other files and no run" in capsys.readouterr().err
+    assert (other / "thesis.tex").read_text() == "years of work"
+
+    (tmp_path / "run/notes.txt").write_text("mine")
+    assert main([*flags, "--epochs", "1", "--max-steps", "1", "--out", "run", "--overwrite"]) == 0
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run/result.json").exists()
+    assert main([*flags, "--out", "run"]) == 1
+    assert "run: holds an unfinished run; continue it with --resume run" in capsys.readouterr().err
+
+
+def test_without_out_each_run_gets_a_new_folder(flags: list[str], tmp_path: Path):
+    for _ in range(2):
+        assert main([*flags, "--epochs", "1", "--max-steps", "1"]) == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(names) == 2 and names[0].startswith("ascl-") and names[0].endswith("-01")
+    assert names[1].endswith("-02")
+
+
+def test_resume_refuses_another_run(flags: list[str], tmp_path: Path, folder: Path, capsys):
+    assert main([*flags, "--out", "run", "--max-steps", "2"]) == 0
+    assert main(["--resume", "run", "--lr", "0.1"]) == 2
+    assert "--lr 0.1: the run to resume has --lr 0.05" in capsys.readouterr().err
+    # The same values may be repeated.
+    assert main([*flags, "--resume", "run", "--max-steps", "3"]) == 0
+
+    path = tmp_path / "run/config.json"
+    content = json.loads(path.read_text())
+    content["config"]["temperature"] = 0.3
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(["--resume", "run"]) == 1
+    error = capsys.readouterr().err
+    assert "config.json: has --temperature 0.3, but the checkpoint was made with 0.1" in error
+    path.unlink()
+
+    (folder / "train/class0/extra.png").write_bytes((folder / "train/class0/000.png").read_bytes())
+    try:
+        assert main(["--resume", "run"]) == 1
+        assert "not the images that run was trained on" in capsys.readouterr().err
+    finally:
+        (folder / "train/class0/extra.png").unlink()
+
+    damaged = bytearray((tmp_path / "run/last.pt").read_bytes())
+    damaged[1000] ^= 1
+    (tmp_path / "run/last.pt").write_bytes(damaged)
+    assert main(["--resume", "run"]) == 1
+    error = capsys.readouterr().err
+    assert "run/last.pt: its checksum does not match" in error and len(error.splitlines()) == 1
+
+
+BAD_PATHS = [
+    ("--resume nowhere", "nowhere: cannot read: No such file or directory"),
+    ("--resume empty", "empty: holds no run to resume (no last.pt)"),
+    ("--data nowhere", "nowhere"),
+    ("--data empty", "empty"),
+    ("--data file.txt", "file.txt"),
+    ("--data shapes:0", "shapes:0"),
+    ("--data shapes:256 --eval-data nowhere", "nowhere"),
+    ("--data shapes:256 --out file.txt", "file.txt: is a file"),
+    ("--data shapes:256 --out file.txt/run", "file.txt"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD_PATHS, ids=[line for line, _ in BAD_PATHS])
+def test_bad_paths_are_named_in_one_line(line: str, message: str, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    assert main([*line.split(), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file.txt"]
+
+
+def test_fused_stops_with_the_reasons(flags: list[str], tmp_path: Path, monkeypatch, capsys):
+    reasons = {"triton": "no CUDA device", "cpu": "softcl._C is not built"}
+    monkeypatch.setattr(
+        "softcl.build.choose_backend", lambda *_, **__: BackendChoice("reference", reasons)
+    )
+    assert main([*flags, "--out", "run", "--fused"]) == 1
+    error = capsys.readouterr().err
+    assert "no fused backend runs here (triton: no CUDA device; cpu: softcl._C is" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_fused_runs_the_reference(flags: list[str], tmp_path: Path, capsys):
+    assert main([*flags, "--out", "run", "--no-fused", "--max-steps", "1"]) == 0
+    assert "backend    reference" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text())["backend"]["name"] == "reference"
+    # A resumed run computes as before, unless told otherwise.
+    assert main(["--resume", "run", "--max-steps", "2"]) == 0
+    assert "backend    reference" in capsys.readouterr().out
+
+
+def test_missing_extras_are_named(monkeypatch, capsys):
+    original = importlib.util.find_spec
+    absent = ("timm", "PIL")
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name: None if name in absent else original(name)
+    )
+    assert main([]) == 1
+    line = 'softcl.train: training needs timm, pillow: pip install "softcl[train]"\n'
+    assert capsys.readouterr().err == line
+
+
+def test_images_without_labels_train_without_knn(
+    flags: list[str], folder: Path, tmp_path: Path, capsys
+):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+        (plain / f"{number}.png").write_bytes(path.read_bytes())
+    assert main([*flags, "--data", str(plain), "--out", "run", "--epochs", "1"]) == 0
+    assert "not measured: the images have no labels" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/result.json").read_text())["knn_top1"] is None
+    assert (tmp_path / "run/neighbors.png").exists()
+
+
+def test_eval_data_is_a_set_of_its_own(flags: list[str], folder: Path, tmp_path: Path, capsys):
+    line = ["--data", str(folder / "train"), "--eval-data", str(folder / "test")]
+    assert main([*flags, *line, "--epochs", "1", "--out", "run"]) == 0
+    assert "32 images" in capsys.readouterr().out
+    bad = [*flags, "--eval-data", "shapes", "--out", "other"]
+    assert main(bad) == 1
+    assert "its classes are not those of" in capsys.readouterr().err

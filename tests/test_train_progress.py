@@ -1,0 +1,166 @@
+"""What a run shows of itself, what it measures of itself, and how it is stopped."""
+
+from __future__ import annotations
+
+import io
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from softcl.allocator import keep_freed_pages
+from softcl.meter import FIRST_STEPS, Diverged, Meter
+from softcl.progress import BarProgress, PlainProgress, Status, clock, make_progress
+
+STATUS = Status(
+    step=120,
+    steps=390,
+    epoch=4,
+    epochs=10,
+    loss=6.54321,
+    lr=0.0512,
+    images_per_s=1234.5,
+    data_wait=0.021,
+    seconds_left=61.4,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def measures(loss: float) -> torch.Tensor:
+    return torch.tensor([loss, 0.5, 2.0, 1.0])
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 61.4, 3599.4, 3600, 86399)] == [
+        "0:00",
+        "1:01",
+        "59:59",
+        "1:00:00",
+        "23:59:59",
+    ]
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+    stream = io.StringIO()
+    progress = make_progress(stream)
+    assert isinstance(progress, PlainProgress)
+    progress.show(STATUS)  # too early for another line
+    progress._shown -= 11
+    progress.show(STATUS)
+    progress.say("k-NN 51 %")
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "epoch 4/10  step 120/390  loss 6.5432  lr 0.0512  1,234 images/s  data wait 2%  ETA 1:01",
+        "k-NN 51 %",
+    ]
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    progress = make_progress(stream)
+    assert isinstance(progress, BarProgress)
+    progress.show(STATUS)
+    progress.say("[k-NN] 51 %")
+    progress.show(STATUS)
+    progress.close()
+    text = stream.getvalue()
+    assert "loss 6.5432" in text and "ETA 1:01" in text and "4/10" in text and "31%" in text
+    assert "[k-NN] 51 %" in text
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_progress(Terminal()), PlainProgress)
+
+
+def test_meter_gives_early_steps_a_row_each_and_then_means():
+    meter = Meter(every=10, batch_size=4)
+    rows = []
+    for step in range(1, FIRST_STEPS + 26):
+        meter.add(step, 0.1 * step, measures(float(step)))
+        if meter.due(step, FIRST_STEPS + 25):
+            rows += meter.rows(0.0)
+    steps = [row["step"] for row in rows]
+    assert steps == [*range(1, 51), 60, 70, 75]
+    assert [row["loss"] for row in rows[:50]] == list(range(1, 51))
+    assert [row["loss"] for row in rows[50:]] == [55.5, 65.5, 73.0]
+    assert rows[-1]["lr"] == pytest.approx(7.5) and rows[-1]["positive_top1"] == 1.0
+
+
+def test_meter_does_not_depend_on_where_it_was_stored():
+    whole, parts = Meter(4, 4), Meter(4, 4)
+    for step in range(51, 55):
+        whole.add(step, 0.1, measures(step / 3))
+        if step == 54:
+            state, parts = parts.state_dict(), Meter(4, 4)
+            parts.load_state_dict(state, torch.device("cpu"))
+        parts.add(step, 0.1, measures(step / 3))
+    rows = [
+        {k: v for k, v in meter.rows(0.0)[0].items() if k not in ("images_per_s", "data_wait")}
+        for meter in (whole, parts)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_meter_names_the_step_that_diverged(loss: float):
+    meter = Meter(10, 4)
+    meter.add(1, 0.1, measures(1.0))
+    with pytest.raises(Diverged, match="the loss of step 2 is"):
+        meter.add(2, 0.1, measures(loss))
+    with pytest.raises(Diverged, match="the loss of step 2 is"):
+        meter.check()
+
+
+def test_meter_leaves_other_work_out_of_the_speed():
+    meter = Meter(1, 100)
+    meter.restart(0.0)
+    meter.add(60, 0.1, measures(1.0))
+    time.sleep(0.02)
+    start = time.perf_counter()
+    time.sleep(0.3)
+    meter.skip(time.perf_counter() - start)
+    (row,) = meter.rows(waited=0.01)
+    assert row["images_per_s"] > 100 / 0.3
+    assert 0.0 < row["data_wait"] <= 0.5
+
+
+_WAITING = """
+import sys, time
+from softcl.interrupt import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while stop.exit_code is None:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_exits_at_once(number: int, code: int):
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(number)
+        assert process.wait(timeout=20) == code
+        error = process.stderr.read()
+    assert "once more to exit at once" in error and "Traceback" not in error
+
+
+def test_freed_pages_are_kept_on_glibc():
+    assert keep_freed_pages() == (platform.libc_ver()[0] == "glibc")

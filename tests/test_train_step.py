@@ -1,0 +1,147 @@
+"""One step: its order, its randomness, its learning rate."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softcl import step as step_module
+from softcl.methods import ASCL
+from softcl.nn import MemoryQueue, make_teacher
+from softcl.step import (
+    MEASURES,
+    StepRandom,
+    TrainState,
+    derived_seed,
+    learning_rate,
+    train_step,
+)
+
+CPU = torch.device("cpu")
+
+
+def make_state(**settings) -> TrainState:
+    method = ASCL(queue_size=24, projection_dim=6, num_splits=1, **settings)
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 16), nn.ReLU(), nn.Linear(16, 6))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
+    return TrainState(method, student, make_teacher(student), MemoryQueue(24, 6), optimizer)
+
+
+def noisy_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images.float() / 64 - 2 + 0.1 * torch.randn(images.shape, generator=generator)
+
+
+def batch(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (8, 3, 4, 4), generator=generator, dtype=torch.uint8)
+
+
+def take_step(state: TrainState, number: int = 0, seed: int = 7) -> Tensor:
+    return train_step(state, batch(number), noisy_view, noisy_view, seed=seed, backend="reference")
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def test_order_of_a_step(monkeypatch):
+    """The loss sees the updated teacher and the old queue; the keys enter the queue after it."""
+    state = make_state(momentum=0.5)
+    take_step(state)
+    student, teacher, rows = (
+        weights(state.student),
+        weights(state.teacher),
+        state.queue.rows.clone(),
+    )
+    seen = {}
+    original = step_module.soft_contrastive_loss
+
+    def spy(query, key, queue, rule, **options):
+        seen.update(key=key, rows=queue.clone(), options=options, pointer=state.queue.pointer)
+        seen.update(teacher=weights(state.teacher), student=weights(state.student))
+        assert query.requires_grad and not key.requires_grad
+        return original(query, key, queue, rule, **options)
+
+    monkeypatch.setattr(step_module, "soft_contrastive_loss", spy)
+    take_step(state, 1)
+    assert torch.equal(seen["rows"], rows) and seen["pointer"] == 8
+    assert all(map(torch.equal, seen["student"], student))
+    for now, old, new in zip(seen["teacher"], teacher, student, strict=True):
+        torch.testing.assert_close(now, 0.5 * old + 0.5 * new)
+    assert all(map(torch.equal, weights(state.teacher), seen["teacher"]))
+    assert not any(map(torch.equal, weights(state.student), student))
+    unit = nn.functional.normalize(seen["key"], dim=1)
+    torch.testing.assert_close(state.queue.rows[8:16], unit)
+    assert torch.equal(state.queue.rows[:8], rows[:8])
+    assert torch.equal(state.queue.rows[16:], rows[16:])
+    assert seen["options"]["normalize"] and seen["options"]["temperature"] == 0.1
+    assert seen["options"]["teacher_temperature"] == 0.05 and state.step == 2
+
+
+def test_measures_agree_with_the_operator():
+    measures = dict(zip(MEASURES, take_step(make_state()).tolist(), strict=True))
+    assert math.isfinite(measures["loss"]) and 0 <= measures["confidence"] <= 1
+    expected = 1 - measures["entropy"] / math.log(24)
+    assert measures["confidence"] == pytest.approx(expected, abs=1e-5)
+    without = dict(zip(MEASURES, take_step(make_state(labels="normal")).tolist(), strict=True))
+    assert math.isnan(without["confidence"]) and math.isfinite(without["loss"])
+
+
+def test_a_step_depends_on_seed_and_step_and_on_no_earlier_draw():
+    first, second = make_state(), make_state()
+    torch.rand(1000)  # somebody else's draw
+    assert torch.equal(take_step(first), take_step(second))
+    torch.rand(1000)
+    assert torch.equal(take_step(first, 1), take_step(second, 1))
+    assert all(map(torch.equal, weights(first.student), weights(second.student)))
+    assert not torch.equal(take_step(first, 2, seed=8), take_step(second, 2, seed=9))
+
+
+def test_state_round_trip_continues_to_the_last_bit():
+    whole, parts = make_state(), make_state()
+    for number in range(3):
+        take_step(whole, number)
+        take_step(parts, number)
+    stored = copy.deepcopy(parts.state_dict())
+    resumed = make_state()
+    resumed.load_state_dict(stored)
+    for number in range(3, 6):
+        assert torch.equal(take_step(whole, number), take_step(resumed, number))
+    assert all(map(torch.equal, weights(whole.student), weights(resumed.student)))
+    assert torch.equal(whole.queue.rows, resumed.queue.rows) and resumed.step == 6
+
+
+def test_training_lowers_the_loss():
+    state = make_state(labels="normal")
+    # Eight batches in turn, so that no image meets its own key in a queue of three batches.
+    losses = [float(take_step(state, number % 8)[0]) for number in range(120)]
+    assert max(losses) > 1.0 and sum(losses[-8:]) / 8 < 0.4
+
+
+def test_derived_seeds():
+    seeds = {derived_seed(s, k, p) for s in range(5) for k in range(50) for p in ("a", "b")}
+    assert len(seeds) == 500 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derived_seed(1, 23) != derived_seed(12, 3)
+    random = StepRandom(3, 4, CPU)
+    assert torch.equal(
+        torch.rand(3, generator=random("x")), torch.rand(3, generator=StepRandom(3, 4, CPU)("x"))
+    )
+
+
+def test_learning_rate_is_the_published_schedule():
+    settings = dict(peak=2.0, steps_per_epoch=10, epochs=6, warmup_epochs=2)
+    rates = [learning_rate(step, **settings) for step in range(61)]
+    assert rates[0] == 0.0 and rates[10] == pytest.approx(1.0) and rates[20] == 2.0
+    assert rates[40] == pytest.approx(1.0) and rates[60] == pytest.approx(0.0, abs=1e-12)
+    assert rates[25] == pytest.approx(1 + math.cos(math.pi * 0.125))
+    assert learning_rate(0, peak=2.0, steps_per_epoch=10, epochs=6, warmup_epochs=0) == 2.0
+    rates = [
+        learning_rate(step, peak=1.0, steps_per_epoch=4, epochs=2, warmup_epochs=2)
+        for step in range(9)
+    ]
+    assert rates == pytest.approx([step / 8 for step in range(8)] + [1.0])
