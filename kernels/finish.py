@@ -1,0 +1,251 @@
+"""The finishing kernels: merge the splits, then the loss of a label rule, or the bare statistics.
+
+Per row, with LSE the student's log-sum-exp over the queue, g its mean, s+ = z.t / tau and m the
+label mean (labels.py):
+
+    L    = logaddexp(LSE, s+)          g+ = g exp(LSE - L) + t exp(s+ - L)      with the positive
+    L    = LSE                         g+ = g                                   without
+    loss = L - z.m / tau               dz = (g+ - m) / tau
+    du   = (dz - z (z.dz)) / |u|                       where z = u / |u| was normalised here
+
+With the positive both are computed as what is left once t is taken out, which is small where the
+student has learned its positive, and free of cancellation for hard labels (m = t):
+
+    loss = log(1 + exp(LSE - s+)) + z.(t - m) / tau    tau dz = (g - t) exp(LSE - L) + (t - m)
+
+z.m takes its z.mu from a sum in fp32, not from mu, whose weights are rounded for the product.
+
+Tiling: one program per row; every vector of length D lies in its registers. Traffic: the partial
+sums once (splits x D), n queue rows from L2, the row in and its gradient out.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .labels import RULE_CODES, label_mean
+from .numerics import LN2, NORM_FLOOR, widen
+from .sums import merge_sums
+
+
+class Config(NamedTuple):
+    """What one compilation of the loss kernel is specialised to. Integers and booleans only."""
+
+    D: int
+    BLOCK_D: int
+    BLOCK_S: int  # splits in flight together
+    BLOCK_J: int  # neighbours in flight together
+    RULE: int
+    POSITIVE: bool
+    NORMALIZE: bool
+    GRADIENT: bool
+    DIAGNOSTICS: bool
+    TEACHER_SOFTMAX: bool
+    TEACHER_MEAN: bool
+    RUNNING_MAX: bool
+    WEIGHT_PARTS: int
+
+
+@triton.jit
+def load_row(pointer, n, C: tl.constexpr):
+    """Row n in fp32, (BLOCK_D,)."""
+    d = tl.arange(0, C.BLOCK_D)
+    return widen(tl.load(pointer + n * C.D + d, mask=d < C.D, other=0.0))
+
+
+@triton.jit(do_not_specialize=["N", "num_rows", "splits", "num_neighbors"])
+def finish_kernel(
+    query_ptr,  # (N, D) as given
+    z_ptr,  # (N, D) unit rows: query, or what the streaming kernel normalised
+    t_ptr,  # (N, D)
+    queue_ptr,  # (K, D)
+    sums_ptr,  # (splits, SLOTS, num_rows)
+    means_ptr,  # (splits, num_rows, D)
+    ranks_ptr,  # (splits, N)
+    neighbor_logits_ptr,  # (N, n) in base 2
+    neighbor_indices_ptr,  # (N, n)
+    loss_ptr,  # (N,) out
+    dquery_ptr,  # (N, D) out
+    confidence_ptr,  # (N,) out
+    entropy_ptr,  # (N,) out
+    positive_rank_ptr,  # (N,) out
+    N,
+    num_rows,
+    splits,
+    num_neighbors,
+    student_scale,  # log2(e) / temperature
+    teacher_scale,
+    inverse_temperature,
+    inverse_log_K,  # 1 / ln K; 0 for a queue of one row
+    positive_weight,
+    C: tl.constexpr,  # Config
+):
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, C.BLOCK_D)
+    z = load_row(z_ptr, n, C)
+    t = load_row(t_ptr, n, C)
+
+    log_sum, _, _, mean = merge_sums(
+        sums_ptr, means_ptr, n, num_rows, splits, student_scale, C.BLOCK_S,
+        C.GRADIENT, False, False, C.RUNNING_MAX, C.WEIGHT_PARTS, C.D, C.BLOCK_D,
+    )  # fmt: skip
+    teacher_log_sum = log_sum
+    mu = tl.zeros([C.BLOCK_D], tl.float32)
+    z_mu = log_sum
+    confidence = log_sum
+    if C.TEACHER_SOFTMAX:
+        teacher_log_sum, entropy, z_mu, mu = merge_sums(
+            sums_ptr, means_ptr, n + N, num_rows, splits, teacher_scale, C.BLOCK_S,
+            C.TEACHER_MEAN and C.GRADIENT, True, C.TEACHER_MEAN, C.RUNNING_MAX, C.WEIGHT_PARTS,
+            C.D, C.BLOCK_D,
+        )  # fmt: skip
+        entropy = entropy * LN2
+        confidence = 1.0 - entropy * inverse_log_K
+        confidence = tl.clamp(confidence, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        confidence = tl.where(inverse_log_K > 0.0, confidence, 0.0)
+        if C.DIAGNOSTICS:
+            tl.store(confidence_ptr + n, confidence)
+            tl.store(entropy_ptr + n, entropy)
+    m, share_of_mu = label_mean(
+        C.RULE, t, mu, confidence, teacher_log_sum, positive_weight, num_neighbors, queue_ptr,
+        neighbor_indices_ptr + n * num_neighbors, neighbor_logits_ptr + n * num_neighbors,
+        C.BLOCK_J, C.D, C.BLOCK_D,
+    )  # fmt: skip
+
+    # Everything in base 2 and relative to the positive.
+    positive = tl.sum(z * t, 0) * student_scale
+    excess = log_sum - positive
+    share_of_queue = tl.full([], 1.0, tl.float32)
+    if C.POSITIVE:
+        queue_odds = tl.exp2(-tl.abs(excess))
+        total = tl.maximum(excess, 0.0) + tl.log2(1.0 + queue_odds)
+        share_of_queue = tl.where(excess > 0.0, 1.0, queue_odds) / (1.0 + queue_odds)
+        excess = tl.where(excess == excess, total, excess)
+    label_gap = tl.sum(z * (t - m), 0)
+    if C.TEACHER_MEAN:
+        label_gap -= share_of_mu * (z_mu - tl.sum(z * mu, 0))
+    tl.store(loss_ptr + n, excess * LN2 + label_gap * inverse_temperature)
+
+    if C.GRADIENT:
+        gradient = ((mean - t) * share_of_queue + (t - m)) * inverse_temperature
+        if C.NORMALIZE:
+            raw = load_row(query_ptr, n, C)
+            norm = tl.maximum(tl.sqrt_rn(tl.sum(raw * raw, 0)), NORM_FLOOR)
+            gradient = (gradient - z * tl.sum(z * gradient, 0)) / norm
+        tl.store(dquery_ptr + n * C.D + d, gradient, mask=d < C.D)
+    if C.DIAGNOSTICS:
+        rank = tl.full([], 0, tl.int64)
+        for start in tl.range(0, splits, C.BLOCK_S):
+            s = start + tl.arange(0, C.BLOCK_S)
+            counts = tl.load(ranks_ptr + s.to(tl.int64) * N + n, mask=s < splits, other=0)
+            rank += tl.sum(counts.to(tl.int64), 0)
+        tl.store(positive_rank_ptr + n, rank)
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def statistics_kernel(
+    sums_ptr,  # (splits, SLOTS, N)
+    means_ptr,  # (splits, N, D)
+    lse_ptr,  # (N,) out
+    mean_ptr,  # (N, D) out
+    entropy_ptr,  # (N,) out
+    N,
+    splits,
+    scale,  # log2(e) / temperature
+    BLOCK_S: tl.constexpr,
+    RUNNING_MAX: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    log_sum, entropy, _, mean = merge_sums(
+        sums_ptr, means_ptr, n, N, splits, scale, BLOCK_S, True, True, False, RUNNING_MAX,
+        WEIGHT_PARTS, D, BLOCK_D,
+    )  # fmt: skip
+    tl.store(lse_ptr + n, log_sum * LN2)
+    tl.store(entropy_ptr + n, entropy * LN2)
+    tl.store(mean_ptr + n * D + d, mean, mask=d < D)
+
+
+# ------------------------------------------------------------------------------------------ launch
+
+
+def finish_loss(
+    query: torch.Tensor,  # (N, D) as given
+    z: torch.Tensor,  # (N, D) unit rows
+    t: torch.Tensor,  # (N, D)
+    queue: torch.Tensor,  # (K, D)
+    streamed,  # stream.Streamed
+    neighbor_logits: torch.Tensor,  # (N, n) in base 2
+    neighbor_indices: torch.Tensor,  # (N, n)
+    rule,  # softcl.labels.LabelRule
+    temperature: float,
+    scales: tuple[float, float],  # log2(e) / temperature of student and teacher
+    plan,  # plan.Plan of the streaming kernel
+    *,
+    positive: bool,
+    gradient: bool,
+    diagnostics: bool,
+) -> tuple[torch.Tensor, ...]:
+    """loss (N,), dquery (N, D), confidence, entropy, positive_rank (N,); empty if not asked for."""
+    c = plan.config
+    (N, D), K = query.shape, queue.shape[0]
+    config = Config(
+        D=D,
+        BLOCK_D=c.BLOCK_D,
+        BLOCK_S=block_of_splits(plan.splits, c.BLOCK_D),
+        BLOCK_J=max(1, min(1 << (rule.num_neighbors - 1).bit_length(), 4096 // c.BLOCK_D))
+        if rule.num_neighbors
+        else 1,
+        RULE=RULE_CODES[rule.name],
+        POSITIVE=positive,
+        NORMALIZE=c.NORMALIZE,
+        GRADIENT=gradient,
+        DIAGNOSTICS=diagnostics,
+        TEACHER_SOFTMAX=rule.needs_softmax,
+        TEACHER_MEAN=rule.needs_mean,
+        RUNNING_MAX=c.RUNNING_MAX,
+        WEIGHT_PARTS=c.WEIGHT_PARTS,
+    )
+    shown = N if diagnostics and rule.needs_softmax else 0
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, device=query.device, dtype=dtype)
+
+    loss, dquery = empty(N), empty(N, D) if gradient else empty(0)
+    confidence, entropy = empty(shown), empty(shown)
+    rank = empty(N if diagnostics else 0, dtype=torch.int64)
+    finish_kernel[(N,)](
+        query, z, t, queue, streamed.sums, streamed.means, streamed.ranks, neighbor_logits,
+        neighbor_indices, loss, dquery, confidence, entropy, rank, N, N * plan.num_rows,
+        plan.splits, rule.num_neighbors, *scales, 1.0 / temperature,
+        1.0 / math.log(K) if K > 1 else 0.0, float(rule.positive_weight), config, num_warps=4,
+    )  # fmt: skip
+    return loss, dquery, confidence, entropy, rank
+
+
+def finish_statistics(
+    streamed, scale: float, N: int, plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lse (N,), mean (N, D), entropy (N,)."""
+    c = plan.config
+    device = streamed.sums.device
+    lse = torch.empty(N, device=device, dtype=torch.float32)
+    mean = torch.empty((N, c.D), device=device, dtype=torch.float32)
+    entropy = torch.empty(N, device=device, dtype=torch.float32)
+    statistics_kernel[(N,)](
+        streamed.sums, streamed.means, lse, mean, entropy, N, plan.splits, scale,
+        block_of_splits(plan.splits, c.BLOCK_D), c.RUNNING_MAX, c.WEIGHT_PARTS, c.D, c.BLOCK_D,
+        num_warps=4,
+    )  # fmt: skip
+    return lse, mean, entropy
+
+
+def block_of_splits(splits: int, block_d: int) -> int:
+    """Splits read together: all of them while their means fit in a program's registers."""
+    return max(1, min(1 << (splits - 1).bit_length(), 8192 // block_d))

@@ -1,0 +1,192 @@
+"""From the shapes of a call to the launch of the streaming kernel: tile, splits and chunks.
+
+Everything here depends on shapes, dtypes and the kind of device alone, so a call is planned once
+and runs the same way every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import stream
+from .tiles import Tile, find_tile
+
+LOG2_E = math.log2(math.e)
+
+# 2^x of unit rows stays in fp32's range for |x| <= log2(e) / temperature <= 63.
+COLDEST_WITHOUT_MAXIMUM = 0.023
+
+# Bounds the chunk maxima of a row, so that the workspace does not grow with the queue.
+MOST_CHUNKS = 8192
+MOST_SPLITS = 64
+
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the streaming kernel has to do for one call."""
+
+    N: int
+    K: int
+    D: int
+    row_dtype: torch.dtype
+    queue_dtype: torch.dtype
+    has_key: bool = False  # two kinds of rows: student and teacher
+    mean: bool = True  # of the student's, or the only, rows
+    entropy: bool = False
+    teacher_softmax: bool = False
+    teacher_mean: bool = False
+    num_neighbors: int = 0
+    normalize: bool = False
+    ranks: bool = False
+    coldest: float = 0.1  # the smallest temperature in use
+
+    @property
+    def visits_teacher(self) -> bool:
+        return self.has_key and (self.teacher_softmax or self.num_neighbors > 0)
+
+    @property
+    def kind(self) -> str:
+        """The products of one tile: what the tile table is indexed by."""
+        if not self.visits_teacher:
+            return "single"
+        return "dense" if self.teacher_mean and self.mean else "mixed"
+
+    @property
+    def precision(self) -> str:
+        """One of "half" (rows and queue 16 bits wide, of one dtype) and "parts"."""
+        same = self.row_dtype == self.queue_dtype
+        return "half" if same and self.row_dtype != torch.float32 else "parts"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the streaming kernel is launched, and how its chunks are laid out."""
+
+    config: stream.Config
+    row_blocks: int
+    splits: int
+    tiles_per_split: int
+    num_chunks: int
+    num_warps: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the buffers of partial sums per sample."""
+        return 1 if self.config.LAYOUT == stream.SINGLE.value else 2
+
+    @property
+    def chunk_columns(self) -> int:
+        c = self.config
+        return c.BLOCK_K // (4 * c.CHUNK_GROUPS) * c.TILES_PER_CHUNK
+
+
+@functools.lru_cache(maxsize=256)
+def make_plan(
+    work: Work,
+    target: str,
+    num_multiprocessors: int,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> Plan:
+    """The plan of a call. ``tile`` and ``splits`` override the table and the choice made here."""
+    tile = tile or find_tile(target, work.kind, work.precision, work.D)
+    if work.kind == "dense":
+        layout = stream.STACKED if tile.stacked else stream.PAIRED
+    else:
+        layout = stream.SINGLE if work.kind == "single" else stream.PAIRED
+    stacked = layout == stream.STACKED
+    rows = tile.block_n * (2 if stacked else 1)
+    sum_groups = max(1, tile.num_warps * 16 // rows)
+    chunk_groups, tiles_per_chunk = chunking(work.K, work.num_neighbors, tile.block_k, sum_groups)
+
+    num_tiles = -(-work.K // tile.block_k)
+    row_blocks = -(-work.N // tile.block_n)
+    slots = num_multiprocessors * tile.programs_per_sm
+    wanted = splits or choose_splits(row_blocks, num_tiles, slots)
+    tiles_per_split = -(-num_tiles // wanted)
+    tiles_per_split = -(-tiles_per_split // tiles_per_chunk) * tiles_per_chunk
+
+    native_fp16 = work.row_dtype == work.queue_dtype == torch.float16
+    row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
+    config = stream.Config(
+        D=work.D,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_D=max(16, 1 << (work.D - 1).bit_length()),
+        LAYOUT=layout.value,
+        NUM_STAGES=tile.num_stages,
+        HAS_KEY=work.has_key,
+        NORMALIZE=work.normalize,
+        FIRST_MEAN=work.mean or stacked,
+        FIRST_ENTROPY=work.entropy or stacked,
+        SECOND_SOFTMAX=work.teacher_softmax and layout == stream.PAIRED,
+        SECOND_MEAN=work.kind == "dense" and layout == stream.PAIRED,
+        STUDENT=work.teacher_mean,
+        MAXIMA=work.num_neighbors > 0,
+        RANKS=work.ranks,
+        RUNNING_MAX=work.coldest < COLDEST_WITHOUT_MAXIMUM,
+        ROW_PARTS=1 if native_fp16 else row_parts,
+        QUEUE_PARTS=queue_parts,
+        MEAN_PARTS=queue_parts if row_parts == 3 else min(queue_parts, 2),
+        WEIGHT_PARTS=weight_parts(work),
+        NATIVE_FP16=native_fp16,
+        SUM_GROUPS=sum_groups,
+        CHUNK_GROUPS=chunk_groups,
+        TILES_PER_CHUNK=tiles_per_chunk,
+    )
+    return Plan(
+        config=config,
+        row_blocks=row_blocks,
+        splits=-(-num_tiles // tiles_per_split),
+        tiles_per_split=tiles_per_split,
+        num_chunks=-(-num_tiles // tiles_per_chunk) * 4 * chunk_groups,
+        num_warps=tile.num_warps,
+    )
+
+
+def weight_parts(work: Work) -> int:
+    """bf16 parts of a softmax weight in the second product.
+
+    A part leaves an error of 2^-8 in every weight, about 1.5e-3 of the mean over random rows. That
+    is a quarter of the 1e-3 promised to half-precision inputs where the positive's label dominates
+    the gradient, but not where it is the difference of two such means, or for a mean by itself:
+    they take two parts. fp32 rows take three, which hold a weight exactly.
+    """
+    if work.row_dtype == torch.float32:
+        return 3
+    return 2 if work.kind == "dense" or not work.has_key else 1
+
+
+def chunking(K: int, num_neighbors: int, block_k: int, sum_groups: int) -> tuple[int, int]:
+    """(column groups of a tile, tiles per chunk) that make chunks of the wanted size.
+
+    Long chunks mean few maxima to write and to scan, short ones few columns to multiply again for
+    each of the neighbours.
+    """
+    wanted = 32 if num_neighbors <= 4 else 16 if num_neighbors <= 16 else 8
+    while -(-K // wanted) > MOST_CHUNKS:
+        wanted *= 2
+    groups = max(sum_groups, block_k // (4 * wanted), 1)
+    columns_per_tile = block_k // (4 * groups)
+    return groups, max(1, wanted // columns_per_tile)
+
+
+def choose_splits(row_blocks: int, num_tiles: int, slots: int) -> int:
+    """Splits of the queue that keep ``slots`` resident programs evenly busy.
+
+    The time of one program is its tiles plus about two more for its start and end; programs run in
+    waves of ``slots``. Of equal times the fewest splits win: fewer sums to merge.
+    """
+    best, best_time = 1, math.inf
+    for splits in range(1, min(MOST_SPLITS, num_tiles) + 1):
+        waves = -(-row_blocks * splits // slots)
+        time = waves * (-(-num_tiles // splits) + 2) + splits / 8
+        if time < best_time:
+            best, best_time = splits, time
+    return best

@@ -1,0 +1,234 @@
+"""Exact top-k of one row from its chunk maxima, without the other N x K products.
+
+The k best columns of a row lie within the k chunks that have the largest maxima: a chunk left out
+holds nothing above its maximum, and k columns at least as good are among those kept. So
+
+    1. pick the k chunks with the largest maxima,
+    2. compute v.Q_j again for their k * CHUNK_COLUMNS columns, in fp32,
+    3. pick the k best of those and sort them.
+
+Picking is a search for the k-th largest value by bisection over fp32's ordered bit patterns: at
+most 32 counting passes, whatever k is, and no sort. Equal values go by lowest position.
+
+Tiling: BLOCK_N rows per program, side by side. Traffic per row: the maxima once from HBM (the
+passes after the first hit L1), and k * CHUNK_COLUMNS queue rows from L2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .numerics import widen
+
+# What a NaN, or minus infinity, counts as: below every cosine, above what is not a column at all.
+WORST = tl.constexpr(-3.0e38)
+LAST = tl.constexpr(-(2**63))  # sorts behind everything
+
+
+class Config(NamedTuple):
+    """What one compilation of the kernel is specialised to. Integers only."""
+
+    D: int
+    BLOCK_D: int
+    BLOCK_K: int  # the streaming kernel's tile and chunks
+    CHUNK_GROUPS: int
+    TILES_PER_CHUNK: int
+    CHUNK_COLUMNS: int
+    BLOCK_N: int  # rows per program
+    BLOCK_C: int  # values of a row counted together
+    BLOCK_J: int  # candidates of a row multiplied together
+    BLOCK_TOP: int  # k rounded up to a power of two
+
+
+@triton.jit
+def key_of(x):
+    """Integers in the order of fp32 ``x``, which is no NaN; -0 equals +0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def load_keys(values_ptrs, start, length, rows_mask, BLOCK: tl.constexpr):
+    """Keys (R, BLOCK) of one stretch of the rows' values, and which of them exist."""
+    i = start + tl.arange(0, BLOCK)[None, :]
+    exist = rows_mask & (i < length)
+    x = tl.load(values_ptrs + i, mask=exist, other=0.0)
+    return key_of(tl.where(x == x, x, WORST)), exist
+
+
+@triton.jit
+def pick_largest(
+    values_ptrs,  # (R, 1) the first value of each row
+    length,
+    count,
+    out_ptrs,  # (R, 1) room for `count` positions each
+    rows_mask,  # (R, 1)
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the positions of every row's ``count`` <= ``length`` largest values, ascending."""
+    smallest = tl.full([R, BLOCK], 0x7FFFFFFF, tl.int32)
+    largest = tl.full([R, BLOCK], -0x80000000, tl.int32)
+    for start in tl.range(0, length, BLOCK):
+        keys, exist = load_keys(values_ptrs, start, length, rows_mask, BLOCK)
+        smallest = tl.minimum(smallest, tl.where(exist, keys, 0x7FFFFFFF))
+        largest = tl.maximum(largest, tl.where(exist, keys, -0x80000000))
+    # At least `count` keys reach `low`, `above` of them and fewer than `count` reach `high`.
+    low = tl.min(smallest, 1, keep_dims=True).to(tl.int64)
+    high = tl.max(largest, 1, keep_dims=True).to(tl.int64) + 1
+    above = tl.zeros([R, 1], tl.int32)
+    open_rows = tl.max((rows_mask & (high - low > 1)).to(tl.int32))
+    while open_rows > 0:
+        middle = low + (high - low) // 2
+        counts = tl.zeros([R, BLOCK], tl.int32)
+        for start in tl.range(0, length, BLOCK):
+            keys, exist = load_keys(values_ptrs, start, length, rows_mask, BLOCK)
+            counts += (exist & (keys >= middle.to(tl.int32))).to(tl.int32)
+        reached = tl.sum(counts, 1, keep_dims=True)
+        # Exactly enough: nothing equals `high` - 1 = `low`, and the search of this row is over.
+        low = tl.where(reached >= count, middle, low)
+        low = tl.where(reached == count, middle - 1, low)
+        above = tl.where(reached <= count, reached, above)
+        high = tl.where(reached <= count, middle, high)
+        open_rows = tl.max((rows_mask & (high - low > 1)).to(tl.int32))
+
+    # Keys above `low` are in; of those equal to it, the first ones.
+    taken = tl.zeros([R, 1], tl.int32)
+    equal_seen = tl.zeros([R, 1], tl.int32)
+    for start in tl.range(0, length, BLOCK):
+        keys, exist = load_keys(values_ptrs, start, length, rows_mask, BLOCK)
+        wide = keys.to(tl.int64)
+        equal = (exist & (wide == low)).to(tl.int32)
+        rank = equal_seen + tl.cumsum(equal, 1) - equal
+        chosen = (exist & (wide > low)) | ((equal == 1) & (rank < count - above))
+        ones = chosen.to(tl.int32)
+        position = taken + tl.cumsum(ones, 1) - ones
+        i = start + tl.zeros([R, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
+        tl.store(out_ptrs + position, i, mask=chosen)
+        taken += tl.sum(ones, 1, keep_dims=True)
+        equal_seen += tl.sum(equal, 1, keep_dims=True)
+
+
+@triton.jit
+def chunk_column(chunk, i, C: tl.constexpr):
+    """Queue row of the i-th column of a chunk (see stream.py and numerics.fold)."""
+    WIDTH: tl.constexpr = C.BLOCK_K // C.CHUNK_GROUPS
+    PER_TILE: tl.constexpr = WIDTH // 4
+    group = chunk // 4 % C.CHUNK_GROUPS
+    tile = chunk // (4 * C.CHUNK_GROUPS) * C.TILES_PER_CHUNK + i // PER_TILE
+    j = i % PER_TILE
+    return tile * C.BLOCK_K + group * WIDTH + j // 2 * 8 + chunk % 4 * 2 + j % 2
+
+
+@triton.jit
+def candidate_columns(chunks_ptrs, i, mask, C: tl.constexpr):
+    """Queue rows of the i-th candidates: the columns of the kept chunks, one after the other."""
+    chunk = tl.load(chunks_ptrs + i // C.CHUNK_COLUMNS, mask=mask, other=0)
+    return chunk_column(chunk, i % C.CHUNK_COLUMNS, C)
+
+
+@triton.jit(do_not_specialize=["N", "K", "k", "num_chunks", "num_kept"])
+def select_kernel(
+    vectors_ptr,  # (N, D)
+    queue_ptr,  # (K, D)
+    maxima_ptr,  # (N, num_chunks)
+    chunks_ptr,  # (N, num_kept) scratch
+    cosines_ptr,  # (N, num_kept CHUNK_COLUMNS) scratch
+    picked_ptr,  # (N, k) scratch
+    logits_ptr,  # (N, k) out: factor v.Q_j, descending
+    indices_ptr,  # (N, k) out, int64
+    N,
+    K,
+    k,
+    num_chunks,
+    num_kept,  # min(k, num_chunks)
+    factor,
+    C: tl.constexpr,  # Config
+):
+    R: tl.constexpr = C.BLOCK_N
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    n_mask = n < N
+    n = n.to(tl.int64)[:, None]
+    rows_mask = n_mask[:, None]
+    num_columns = num_kept * C.CHUNK_COLUMNS
+    maxima_ptrs = maxima_ptr + n * num_chunks
+    chunks_ptrs = chunks_ptr + n * num_kept
+    cosines_ptrs = cosines_ptr + n * num_columns
+    picked_ptrs = picked_ptr + n * k
+    pick_largest(maxima_ptrs, num_chunks, num_kept, chunks_ptrs, rows_mask, R, C.BLOCK_C)
+    tl.debug_barrier()  # what other threads of the program wrote
+
+    d = tl.arange(0, C.BLOCK_D)[None, None, :]
+    v_mask = rows_mask[:, :, None] & (d < C.D)
+    v = widen(tl.load(vectors_ptr + n[:, :, None] * C.D + d, mask=v_mask, other=0.0))
+    for start in tl.range(0, num_columns, C.BLOCK_J):
+        i = start + tl.arange(0, C.BLOCK_J)[None, :]
+        mask = rows_mask & (i < num_columns)
+        column = candidate_columns(chunks_ptrs, i, mask, C)
+        inside = mask & (column < K)
+        q_ptrs = queue_ptr + column.to(tl.int64)[:, :, None] * C.D + d
+        q = widen(tl.load(q_ptrs, mask=inside[:, :, None] & (d < C.D), other=0.0))
+        x = tl.sum(q * v, 2)  # (R, BLOCK_J)
+        x = tl.where(x == x, tl.maximum(x, WORST), WORST)
+        tl.store(cosines_ptrs + i, tl.where(inside, x, float("-inf")), mask=mask)
+    tl.debug_barrier()
+    pick_largest(cosines_ptrs, num_columns, k, picked_ptrs, rows_mask, R, C.BLOCK_C)
+    tl.debug_barrier()
+
+    # Sort by value, then by lowest index: the two in one integer, largest first.
+    j = tl.arange(0, C.BLOCK_TOP)[None, :]
+    mask = rows_mask & (j < k)
+    i = tl.load(picked_ptrs + j, mask=mask, other=0)
+    column = tl.minimum(candidate_columns(chunks_ptrs, i, mask, C), K - 1)
+    key = key_of(tl.load(cosines_ptrs + i, mask=mask, other=0.0)).to(tl.int64)
+    order = tl.where(mask, (key << 32) | (0x7FFFFFFF - column).to(tl.int64), LAST)
+    order = tl.sort(order, descending=True)
+    key = (order >> 32).to(tl.int32)
+    x = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    tl.store(logits_ptr + n * k + j, x * factor, mask=mask)
+    tl.store(indices_ptr + n * k + j, 0x7FFFFFFF - (order & 0x7FFFFFFF), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------ launch
+
+
+ROWS = 4  # per program
+
+
+def launch(
+    vectors: torch.Tensor,  # (N, D) the very rows that the streaming kernel multiplied
+    queue: torch.Tensor,  # (K, D)
+    maxima: torch.Tensor,  # (N, num_chunks)
+    k: int,
+    factor: float,
+    plan,  # plan.Plan of the streaming kernel
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(factor v.Q_j, descending, (N, k) fp32) and (j, (N, k) int64) of the k nearest rows."""
+    c = plan.config
+    N = vectors.shape[0]
+    num_kept = min(k, plan.num_chunks)
+    config = Config(
+        D=c.D,
+        BLOCK_D=c.BLOCK_D,
+        BLOCK_K=c.BLOCK_K,
+        CHUNK_GROUPS=c.CHUNK_GROUPS,
+        TILES_PER_CHUNK=c.TILES_PER_CHUNK,
+        CHUNK_COLUMNS=plan.chunk_columns,
+        BLOCK_N=ROWS,
+        BLOCK_C=max(16, min(1024, 1 << (plan.num_chunks - 1).bit_length())),
+        BLOCK_J=max(1, 8192 // (ROWS * c.BLOCK_D)),
+        BLOCK_TOP=max(2, 1 << (k - 1).bit_length()),
+    )
+    device = vectors.device
+    chunks = torch.empty((N, num_kept), device=device, dtype=torch.int32)
+    cosines = torch.empty((N, num_kept * plan.chunk_columns), device=device, dtype=torch.float32)
+    picked = torch.empty((N, k), device=device, dtype=torch.int32)
+    logits = torch.empty((N, k), device=device, dtype=torch.float32)
+    indices = torch.empty((N, k), device=device, dtype=torch.int64)
+    select_kernel[(-(-N // ROWS),)](
+        vectors, queue, maxima, chunks, cosines, picked, logits, indices, N,
+        queue.shape[0], k, plan.num_chunks, num_kept, factor, config, num_warps=4,
+    )  # fmt: skip
+    return logits, indices

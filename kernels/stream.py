@@ -1,0 +1,339 @@
+"""The streaming kernel: one visit of every queue tile, for student and teacher rows together.
+
+Each program sweeps one piece ("split") of the queue for one block of rows v (unit norm) and leaves
+
+    sums      the partial softmax sums of its rows over the split (sums.py)
+    maxima    the largest v.Q_j of every chunk of queue rows, for the exact top-k (select.py)
+    ranks     how many z.Q_j exceed z.t, a diagnostic
+
+Tiling. Grid (row blocks, splits), row blocks fastest, so that the programs in flight read the same
+part of the queue. A program keeps its rows and its (rows, D) sums for its whole life; one
+(BLOCK_K, D) queue tile is loaded once into shared memory and serves up to four products:
+
+    SINGLE     BLOCK_N rows of one kind: queue statistics, or the student alone
+    PAIRED     BLOCK_N samples, student and teacher as two tiles, each with its own products
+    STACKED    BLOCK_N samples, students and teachers in one tile of 2 BLOCK_N rows that all get
+               both products, eight rows of each in turn (sums.pair_products): for large D
+
+Traffic: K D elements of queue per row block, from L2; rows and sums once; with maxima four bytes
+per row and chunk. Nothing of size N x K is written. The tiles before a ragged end need no masks:
+the last one is visited apart.
+
+Chunks. The columns of an accumulator that one thread holds (numerics.fold) make four chunks of each
+of the CHUNK_GROUPS column groups of a tile, over TILES_PER_CHUNK consecutive tiles.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .numerics import (
+    fold_max,
+    fold_sum,
+    multiply_parts,
+    parts,
+    transposed,
+    unfold_sum,
+    unit_rows,
+    widen,
+)
+from .sums import SLOTS, add_tile, no_sums, store_sums
+
+SINGLE = tl.constexpr(0)
+PAIRED = tl.constexpr(1)
+STACKED = tl.constexpr(2)
+
+
+class Config(NamedTuple):
+    """What one compilation of the kernel is specialised to. Integers and booleans only."""
+
+    D: int
+    BLOCK_N: int  # samples per program
+    BLOCK_K: int  # queue rows per tile
+    BLOCK_D: int  # D rounded up to a power of two
+    LAYOUT: int
+    NUM_STAGES: int
+    HAS_KEY: bool  # there are teacher rows, visited here or not
+    NORMALIZE: bool  # divide the rows by their norms first, and store them
+    FIRST_MEAN: bool  # the student's, or the only, rows: the second product
+    FIRST_ENTROPY: bool
+    SECOND_SOFTMAX: bool  # the teacher's rows in PAIRED: any sums, with the entropy
+    SECOND_MEAN: bool
+    STUDENT: bool  # the teacher's expectation of z.Q
+    MAXIMA: bool
+    RANKS: bool
+    RUNNING_MAX: bool
+    ROW_PARTS: int  # bf16 parts of the rows, the queue and the weights
+    QUEUE_PARTS: int
+    MEAN_PARTS: int  # of the queue, in the second product
+    WEIGHT_PARTS: int
+    NATIVE_FP16: bool  # fp16 rows meet an fp16 queue as they are, in one part
+    SUM_GROUPS: int  # column groups that different warps hold
+    CHUNK_GROUPS: int
+    TILES_PER_CHUNK: int
+
+
+@triton.jit
+def load_rows(pointers, mask, unit_pointers, dtype: tl.constexpr, C: tl.constexpr):
+    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide.
+
+    With NORMALIZE they are divided by their norms first and left at ``unit_pointers``: by every
+    split, all the same bits. The finishing kernel must see the very rows that are multiplied here.
+    """
+    raw = tl.load(pointers, mask=mask, other=0.0)
+    if C.NORMALIZE:
+        unit = unit_rows(widen(raw), dtype)
+        tl.store(unit_pointers, unit.to(dtype), mask=mask)
+        # Read back: tensor cores take what was loaded from shared memory, and what was computed
+        # from registers, where there is no room for it.
+        tl.debug_barrier()
+        raw = tl.load(unit_pointers, mask=mask, other=0.0)
+    if C.ROW_PARTS == 1:
+        return raw, raw, raw
+    else:
+        return parts(widen(raw), C.ROW_PARTS)
+
+
+@triton.jit
+def queue_operands(raw, C: tl.constexpr):
+    """A loaded tile as the bf16 parts of the second product and the right operand of the first."""
+    if C.QUEUE_PARTS == 1:
+        q = (raw, raw, raw)
+    else:
+        q = parts(widen(raw), C.QUEUE_PARTS)
+    if C.NATIVE_FP16:
+        return q, transposed((raw, raw, raw))
+    else:
+        return q, transposed(q)
+
+
+@triton.jit
+def cosines_of(rows, q_transposed, C: tl.constexpr):
+    """rows (M, D) times a tile: (M, BLOCK_K) in fp32."""
+    zero = tl.zeros([rows[0].shape[0], q_transposed[0].shape[1]], tl.float32)
+    TILE_PARTS: tl.constexpr = 1 if C.NATIVE_FP16 else C.QUEUE_PARTS
+    return multiply_parts(rows, q_transposed, zero, C.ROW_PARTS, TILE_PARTS)
+
+
+@triton.jit
+def load_tile(queue_ptr, tile, K, MASKED: tl.constexpr, C: tl.constexpr):
+    """Queue rows (BLOCK_K, BLOCK_D) of one tile, zeros outside the queue."""
+    k = tl.arange(0, C.BLOCK_K)
+    d = tl.arange(0, C.BLOCK_D)
+    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D)
+    pointers = queue_ptr + (k[:, None] * C.D + d[None, :])
+    if MASKED:
+        mask = (tile * C.BLOCK_K + k < K)[:, None] & (d < C.D)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    elif C.BLOCK_D != C.D:
+        return tl.load(pointers, mask=(d < C.D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def visit_tile(
+    state,
+    tile,
+    first,  # operand of the first tile of rows
+    second,  # of the second, read if PAIRED
+    first_scale,
+    second_scale,
+    is_second,  # (M,) in STACKED: which rows are teachers
+    positive,  # (M,) z.t, read if RANKS
+    queue_ptr,
+    K,
+    maxima_ptrs,  # (M, CHUNK_GROUPS, 4), chunk 0 of each row
+    maxima_mask,
+    MASKED: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Load one queue tile and add it to everything; returns the new state."""
+    first_sums, second_sums, chunk_maxima, ranks = state
+    q, q_transposed = queue_operands(load_tile(queue_ptr, tile, K, MASKED, C), C)
+    valid = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
+
+    # Both first products before the first softmax, so that the second overlaps it.
+    cosines = cosines_of(first, q_transposed, C)
+    teacher_cosines = cosines
+    if C.LAYOUT == PAIRED:
+        teacher_cosines = cosines_of(second, q_transposed, C)
+
+    if C.RANKS:
+        above = cosines > positive[:, None]
+        if MASKED:
+            above = above & valid
+        ranks += fold_sum(above.to(tl.int32), C.SUM_GROUPS)
+    if C.MAXIMA:
+        seen = tl.where(valid, teacher_cosines, float("-inf")) if MASKED else teacher_cosines
+        maxima = fold_max(seen, C.CHUNK_GROUPS)
+        if C.TILES_PER_CHUNK > 1:
+            # Every tile stores; the last one of a chunk writes the chunk's maximum.
+            fresh = tile % C.TILES_PER_CHUNK == 0
+            maxima = tl.where(fresh, maxima, tl.maximum(maxima, chunk_maxima))
+            chunk_maxima = maxima
+        chunk = tile // C.TILES_PER_CHUNK * (4 * C.CHUNK_GROUPS)
+        tl.store(maxima_ptrs + chunk, maxima, mask=maxima_mask)
+
+    STACKED_STUDENT: tl.constexpr = C.STUDENT and C.LAYOUT == STACKED
+    first_sums = add_tile(
+        first_sums, cosines, cosines, is_second[:, None], valid, first_scale, q,
+        C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, MASKED, C,
+    )  # fmt: skip
+    if C.SECOND_SOFTMAX:
+        second_sums = add_tile(
+            second_sums, teacher_cosines, cosines, is_second[:, None], valid, second_scale, q,
+            C.SECOND_MEAN, True, C.STUDENT, False, MASKED, C,
+        )  # fmt: skip
+    return first_sums, second_sums, chunk_maxima, ranks
+
+
+@triton.jit
+def positive_cosines(rows, key, samples, is_second, C: tl.constexpr):
+    """z.t of the student rows (M,), by the very products that z.Q takes: a queue row equal to t
+    must not count as better than t. Infinite, so that nothing counts, for a teacher's rows."""
+    zero = tl.zeros([rows[0].shape[0], C.BLOCK_N], tl.float32)
+    cosines = multiply_parts(rows, transposed(key), zero, C.ROW_PARTS, C.ROW_PARTS)
+    own = samples[:, None] == tl.arange(0, C.BLOCK_N)[None, :]
+    return tl.where(is_second, float("inf"), tl.sum(tl.where(own, cosines, 0.0), 1))
+
+
+@triton.jit(
+    do_not_specialize=["N", "K", "tiles_per_split", "chunk_quads"],
+)
+def stream_kernel(
+    first_ptr,  # (N, D) query, or the vectors
+    second_ptr,  # (N, D) key
+    queue_ptr,  # (K, D)
+    unit_ptr,  # (2 N, D) normalised rows, out, with NORMALIZE
+    sums_ptr,  # (splits, SLOTS, rows) out; rows: N of the first, then N of the second
+    means_ptr,  # (splits, rows, D) out
+    maxima_ptr,  # (N, 4 chunk_quads) out
+    ranks_ptr,  # (splits, N) out
+    N,
+    K,
+    first_scale,
+    second_scale,
+    tiles_per_split,
+    chunk_quads,
+    C: tl.constexpr,  # Config
+):
+    M: tl.constexpr = 2 * C.BLOCK_N if C.LAYOUT == STACKED else C.BLOCK_N
+    dtype: tl.constexpr = first_ptr.dtype.element_ty
+    split = tl.program_id(1)
+    r = tl.arange(0, M)
+    samples = r // 16 * 8 + r % 8 if C.LAYOUT == STACKED else r
+    is_second = r // 8 % 2 == 1 if C.LAYOUT == STACKED else r < 0
+    n = tl.program_id(0) * C.BLOCK_N + samples
+    n_mask = n < N
+    d = tl.arange(0, C.BLOCK_D)
+    mask = n_mask[:, None] & (d < C.D)[None, :]
+    offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
+    unit_offset = tl.cast(N, tl.int64) * C.D
+
+    num_rows = N
+    scale = first_scale
+    pointers = first_ptr + offsets
+    unit_pointers = unit_ptr + offsets
+    if C.LAYOUT == STACKED:
+        scale = tl.where(is_second, second_scale, first_scale)[:, None]
+        pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
+        unit_pointers += tl.where(is_second, unit_offset, 0)[:, None]
+    if C.LAYOUT != SINGLE:
+        num_rows = 2 * N
+    first = load_rows(pointers, mask, unit_pointers, dtype, C)
+    second = first
+    if C.LAYOUT == PAIRED or (C.LAYOUT == SINGLE and C.HAS_KEY and C.NORMALIZE):
+        second = load_rows(second_ptr + offsets, mask, unit_pointers + unit_offset, dtype, C)
+
+    positive = tl.zeros([M], tl.float32)
+    if C.RANKS:
+        n_key = tl.program_id(0) * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
+        offsets = n_key.to(tl.int64)[:, None] * C.D + d[None, :]
+        mask = (n_key < N)[:, None] & (d < C.D)[None, :]
+        key = load_rows(second_ptr + offsets, mask, unit_ptr + unit_offset + offsets, dtype, C)
+        positive = positive_cosines(first, key, samples, is_second, C)
+    g = tl.arange(0, C.CHUNK_GROUPS)
+    four = tl.arange(0, 4)
+    chunks = n.to(tl.int64)[:, None, None] * (4 * chunk_quads)
+    maxima_ptrs = maxima_ptr + chunks + g[None, :, None] * 4 + four[None, None, :]
+    maxima_mask = n_mask & is_second if C.LAYOUT == STACKED else n_mask
+
+    state = (
+        no_sums(M, C.BLOCK_D, C.FIRST_MEAN, C.SUM_GROUPS),
+        no_sums(M, C.BLOCK_D, C.SECOND_MEAN, C.SUM_GROUPS),
+        tl.full([M, C.CHUNK_GROUPS, 4], float("-inf"), tl.float32),
+        tl.zeros([M, C.SUM_GROUPS, 4], tl.int32),
+    )
+    start = split * tiles_per_split
+    whole = tl.minimum(start + tiles_per_split, K // C.BLOCK_K)
+    for tile in tl.range(start, whole, num_stages=C.NUM_STAGES):
+        state = visit_tile(
+            state, tile, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
+            maxima_ptrs, maxima_mask[:, None, None], False, C,
+        )  # fmt: skip
+    if whole < start + tiles_per_split and whole * C.BLOCK_K < K:
+        state = visit_tile(
+            state, whole, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
+            maxima_ptrs, maxima_mask[:, None, None], True, C,
+        )  # fmt: skip
+
+    first_sums, second_sums, _, ranks = state
+    rows = n + tl.where(is_second, N, 0)
+    store_sums(
+        first_sums, sums_ptr, means_ptr, split, rows, n_mask, num_rows,
+        C.FIRST_MEAN, C.FIRST_ENTROPY, C.STUDENT and C.LAYOUT == STACKED, C,
+    )  # fmt: skip
+    if C.SECOND_SOFTMAX:
+        store_sums(
+            second_sums, sums_ptr, means_ptr, split, rows + N, n_mask, num_rows,
+            C.SECOND_MEAN, True, C.STUDENT, C,
+        )  # fmt: skip
+    if C.RANKS:
+        mask = n_mask & (is_second == 0)
+        tl.store(ranks_ptr + split.to(tl.int64) * N + n, unfold_sum(ranks), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------ launch
+
+
+class Streamed(NamedTuple):
+    """What the kernel leaves behind; entries that were not asked for are empty."""
+
+    unit_rows: torch.Tensor  # (2 N, D) or (N, D)
+    sums: torch.Tensor  # (splits, SLOTS, rows)
+    means: torch.Tensor  # (splits, rows, D)
+    maxima: torch.Tensor  # (N, num_chunks)
+    ranks: torch.Tensor  # (splits, N) int32
+
+
+def launch(
+    first: torch.Tensor,  # (N, D)
+    second: torch.Tensor | None,  # (N, D)
+    queue: torch.Tensor,  # (K, D)
+    first_scale: float,  # log2(e) / temperature
+    second_scale: float,
+    plan,  # plan.Plan
+) -> Streamed:
+    """Allocate the workspace and launch. Nothing waits for the device."""
+    c = plan.config
+    N, D = first.shape
+    rows = N * plan.num_rows
+    means = c.FIRST_MEAN or c.SECOND_MEAN
+    empty = functools.partial(torch.empty, device=first.device, dtype=torch.float32)
+    out = Streamed(
+        empty((N * (1 + c.HAS_KEY), D) if c.NORMALIZE else (0,), dtype=first.dtype),
+        empty((plan.splits, SLOTS.value, rows)),
+        empty((plan.splits, rows, D) if means else (0,)),
+        empty((N, plan.num_chunks) if c.MAXIMA else (0,)),
+        empty((plan.splits, N) if c.RANKS else (0,), dtype=torch.int32),
+    )
+    stream_kernel[(plan.row_blocks, plan.splits)](
+        first, first if second is None else second, queue, *out, N, queue.shape[0],
+        first_scale, second_scale, plan.tiles_per_split, plan.num_chunks // 4, c,
+        num_warps=plan.num_warps, num_stages=c.NUM_STAGES,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,217 @@
+"""The partial sums of a softmax over the queue: add a tile, store a split, merge the splits.
+
+With weights 2^x_j, x_j the logits in base 2, one row v's partial sums over part of the queue are
+
+    weight_sum   sum_j 2^x_j                 what the entropy, the log-sum-exp and z.mu divide by
+    cut_sum      sum_j w_j                   w_j: 2^x_j in as many bf16 parts as the product takes
+    cosine_sum   sum_j 2^x_j v.Q_j           for the entropy
+    student_sum  sum_j 2^x_j z.Q_j           of a teacher's row, z the student's: z.mu in fp32
+    mean_sum     sum_j w_j Q_j
+
+and those of disjoint parts add up to those of the whole. 2^x needs no running maximum while |x|
+stays inside fp32's exponent range: |x| <= log2(e) / temperature for unit rows, so RUNNING_MAX is
+only asked for at temperatures below 0.023 (|x| > 63). With it all sums are relative to 2^maximum,
+and cosine_sum is sum_j 2^(x_j - maximum) (x_j - maximum).
+
+Weights go to the second product in bf16, never fp16: they reach 1e-18. They are cut, not rounded,
+and the mean is divided by their own sum, so what the cut takes from all of them alike drops out.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import cut, fold_sum, multiply_parts, parts, unfold_sum
+
+# Slots of the buffer of partial sums (splits, SLOTS, rows).
+WEIGHTS = tl.constexpr(0)
+CUT_WEIGHTS = tl.constexpr(1)
+COSINES = tl.constexpr(2)
+STUDENT_COSINES = tl.constexpr(3)
+MAXIMUM = tl.constexpr(4)
+SLOTS = tl.constexpr(5)
+
+# Below every logit, and finite: the difference of two of them must not be NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def no_sums(M: tl.constexpr, BLOCK_D: tl.constexpr, MEAN: tl.constexpr, GROUPS: tl.constexpr):
+    """The sums over no tile, each (M, GROUPS, 4) spread over the threads that will add to it.
+
+    Without MEAN the last one is a placeholder that nothing reads.
+    """
+    zero = tl.zeros([M, GROUPS, 4], tl.float32)
+    mean_sum = tl.zeros([M, BLOCK_D if MEAN else 1], tl.float32)
+    return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum
+
+
+@triton.jit
+def multiply(a, b):
+    return a * b
+
+
+@triton.jit
+def pair_products(student, teacher, is_teacher):
+    """Products of every student's row with its teacher's, in both rows' places.
+
+    In one stacked tile (M, B) rows 0-7 of each 16 are students and rows 8-15 their teachers. The
+    accumulators of the tensor cores give rows r and r + 8 to one thread: nothing moves.
+    """
+    M: tl.constexpr = student.shape[0]
+    B: tl.constexpr = student.shape[1]
+    both = tl.reshape(tl.where(is_teacher, teacher, student), [M // 16, 2, 8, B])
+    product = tl.reduce(both, 1, multiply, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(product, [M // 16, 2, 8, B]), [M, B])
+
+
+@triton.jit
+def add_tile(
+    sums,
+    cosines,  # (M, BLOCK_K) v.Q of one tile
+    student_cosines,  # (M, BLOCK_K) z.Q, read if STUDENT
+    is_teacher,  # (M, 1), read in a stacked tile if STUDENT
+    valid,  # (1, BLOCK_K) the columns that exist; read if MASKED
+    scale,  # x = scale v.Q
+    q,  # the tile in bf16 parts, each (BLOCK_K, BLOCK_D)
+    MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    STUDENT: tl.constexpr,
+    STACKED: tl.constexpr,
+    MASKED: tl.constexpr,
+    C: tl.constexpr,  # stream.Config
+):
+    """The sums with one tile added."""
+    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum = sums
+    logits = cosines * scale
+    factor = cosines
+    if C.RUNNING_MAX:
+        seen = tl.where(valid, logits, LOWEST) if MASKED else logits
+        new_maximum = tl.maximum(maximum, tl.max(seen, 1))
+        drop = maximum - new_maximum
+        carry = tl.exp2(drop)
+        cosine_sum = (cosine_sum + drop[:, None, None] * weight_sum) * carry[:, None, None]
+        student_sum *= carry[:, None, None]
+        weight_sum *= carry[:, None, None]
+        cut_sum *= carry[:, None, None]
+        mean_sum *= carry[:, None]
+        maximum = new_maximum
+        logits -= new_maximum[:, None]
+        factor = logits
+    weights = tl.exp2(logits)
+    if MASKED:
+        weights = tl.where(valid, weights, 0.0)
+    weight_sum += fold_sum(weights, C.SUM_GROUPS)
+    if ENTROPY:
+        cosine_sum += fold_sum(weights * factor, C.SUM_GROUPS)
+    if STUDENT:
+        if STACKED:
+            products = pair_products(cosines, weights, is_teacher)
+        else:
+            products = weights * student_cosines
+        student_sum += fold_sum(products, C.SUM_GROUPS)
+    if MEAN:
+        w = parts(weights, C.WEIGHT_PARTS)
+        if C.WEIGHT_PARTS < 3:
+            used = cut(weights)
+            if C.WEIGHT_PARTS == 2:
+                used += cut(weights - used)
+            cut_sum += fold_sum(used, C.SUM_GROUPS)
+        mean_sum = multiply_parts(w, q, mean_sum, C.WEIGHT_PARTS, C.MEAN_PARTS)
+    return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum
+
+
+@triton.jit
+def store_sums(
+    sums,
+    sums_ptr,  # (splits, SLOTS, num_rows)
+    means_ptr,  # (splits, num_rows, D)
+    split,
+    rows,  # (M,)
+    mask,
+    num_rows,
+    MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    STUDENT: tl.constexpr,
+    C: tl.constexpr,  # stream.Config
+):
+    """Write a row block's sums over one split."""
+    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum = sums
+    base = sums_ptr + split.to(tl.int64) * SLOTS * num_rows + rows
+    tl.store(base + WEIGHTS * num_rows, unfold_sum(weight_sum), mask=mask)
+    if ENTROPY:
+        tl.store(base + COSINES * num_rows, unfold_sum(cosine_sum), mask=mask)
+    if STUDENT:
+        tl.store(base + STUDENT_COSINES * num_rows, unfold_sum(student_sum), mask=mask)
+    if C.RUNNING_MAX:
+        tl.store(base + MAXIMUM * num_rows, maximum, mask=mask)
+    if MEAN:
+        if C.WEIGHT_PARTS < 3:
+            tl.store(base + CUT_WEIGHTS * num_rows, unfold_sum(cut_sum), mask=mask)
+        d = tl.arange(0, C.BLOCK_D)
+        offsets = (split.to(tl.int64) * num_rows + rows)[:, None] * C.D + d[None, :]
+        tl.store(means_ptr + offsets, mean_sum, mask=mask[:, None] & (d < C.D)[None, :])
+
+
+@triton.jit
+def merge_sums(
+    sums_ptr,  # (splits, SLOTS, num_rows)
+    means_ptr,  # (splits, num_rows, D)
+    row,
+    num_rows,
+    splits,
+    scale,
+    BLOCK_S: tl.constexpr,  # splits in flight together
+    MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    STUDENT: tl.constexpr,
+    RUNNING_MAX: tl.constexpr,
+    WEIGHT_PARTS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row's log2 of its weight sum, entropy in bits, expected z.Q, and mean (BLOCK_D,).
+
+    What was not asked for is meaningless. The order of the additions depends on shapes alone.
+    """
+    d = tl.arange(0, BLOCK_D)
+    maximum = tl.full([], 0.0, tl.float32)
+    if RUNNING_MAX:
+        maximum += LOWEST
+        for start in tl.range(0, splits, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            slot = (s.to(tl.int64) * SLOTS + MAXIMUM) * num_rows
+            here = tl.load(sums_ptr + slot + row, mask=s < splits, other=LOWEST)
+            maximum = tl.maximum(maximum, tl.max(here, 0))
+    weight_sum = tl.full([], 0.0, tl.float32)
+    cut_sum = tl.full([], 0.0, tl.float32)
+    cosine_sum = tl.full([], 0.0, tl.float32)
+    student_sum = tl.full([], 0.0, tl.float32)
+    mean_sum = tl.zeros([BLOCK_D], tl.float32)
+    for start in tl.range(0, splits, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        mask = s < splits
+        base = sums_ptr + s.to(tl.int64) * SLOTS * num_rows + row
+        weights = tl.load(base + WEIGHTS * num_rows, mask=mask, other=0.0)
+        drop = tl.zeros([BLOCK_S], tl.float32)
+        if RUNNING_MAX:
+            drop = tl.load(base + MAXIMUM * num_rows, mask=mask, other=LOWEST) - maximum
+        carry = tl.exp2(drop)
+        weight_sum += tl.sum(weights * carry, 0)
+        if ENTROPY:
+            cosines = tl.load(base + COSINES * num_rows, mask=mask, other=0.0)
+            cosine_sum += tl.sum((cosines + drop * weights) * carry, 0)
+        if STUDENT:
+            products = tl.load(base + STUDENT_COSINES * num_rows, mask=mask, other=0.0)
+            student_sum += tl.sum(products * carry, 0)
+        if MEAN:
+            if WEIGHT_PARTS < 3:
+                cuts = tl.load(base + CUT_WEIGHTS * num_rows, mask=mask, other=0.0)
+                cut_sum += tl.sum(cuts * carry, 0)
+            offsets = (s.to(tl.int64) * num_rows + row)[:, None] * D + d[None, :]
+            rows = tl.load(means_ptr + offsets, mask=mask[:, None] & (d < D)[None, :], other=0.0)
+            mean_sum += tl.sum(rows * carry[:, None], 0)
+    log_sum = tl.log2(weight_sum)
+    entropy = log_sum - cosine_sum / weight_sum * (1.0 if RUNNING_MAX else scale)
+    if MEAN:
+        mean_sum = mean_sum / (cut_sum if WEIGHT_PARTS < 3 else weight_sum)
+    return log_sum + maximum, entropy, student_sum / weight_sum, mean_sum
