@@ -1,8 +1,8 @@
 """Counter-based random numbers: pure functions of integers, the same on every machine.
 
-A stream has a 64-bit key made by `mix` from integers (seed, epoch, index, ...). Its i-th word is the
-finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) applied to key + (i + 1) * GOLDEN. Nothing
-has to be drawn in order, so a sample never depends on how many others were made.
+A stream has a 64-bit key made by `mix` from integers (seed, epoch, index, ...). Its i-th word is
+the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) applied to key + (i + 1) * GOLDEN.
+Nothing has to be drawn in order, so a sample never depends on how many others were made.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ def words(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def uniforms(keys: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` numbers of each stream in [0, 1): keys (n,) uint64 -> (n, count) float64."""
+    """The first `count` numbers in [0, 1) of each stream: keys (n,) -> (n, count) float64."""
     return (words(keys, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -36,6 +36,7 @@ def printable(path: str | Path) -> str:
 def _walk(
     folder: str, prefix: tuple[str, ...], above: tuple[tuple[int, int], ...], out: list
 ) -> None:
+    """Append the images under `folder`, as tuples of names after `prefix`; links are followed."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:  # a link back to a folder that contains it
@@ -46,12 +47,13 @@ def _walk(
                 continue
             path = (*prefix, entry.name)
             try:
-                if entry.is_dir():
-                    _walk(entry.path, path, (*above, here), out)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
-                    out.append(path)
-            except OSError:  # a link that goes nowhere or round in circles
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads only to itself
                 continue
+            if is_folder:
+                _walk(entry.path, path, (*above, here), out)
+            elif is_file and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                out.append(path)
 
 
 def _images(folder: Path) -> list[tuple[str, ...]]:
@@ -60,7 +62,8 @@ def _images(folder: Path) -> list[tuple[str, ...]]:
     try:
         _walk(os.fspath(folder), (), (), found)
     except OSError as error:
-        raise DataError(f"{printable(folder)}: {error.strerror or error}") from error
+        place = printable(error.filename or folder)
+        raise DataError(f"{place}: {error.strerror or error}") from error
     return sorted(found)
 
 
@@ -90,9 +93,9 @@ def list_folder(root: Path, split: str) -> Listing:
     """The images of split "train", "test" or "all".
 
     train/ and test/ (or val/) are honoured. Without them "train" is everything, except that with
-    class subfolders every tenth image of each class is held out for "test". The first folder level
-    gives the classes when every image lies in a subfolder and there are at least two of them; classes
-    are numbered in the sorted order of all splits' names together.
+    class subfolders every tenth image of each class is held out for "test". The first folder
+    level gives the classes when every image lies in a subfolder and there are at least two of
+    them; classes are numbered in the sorted order of all splits' names together.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
@@ -130,7 +133,8 @@ def _hold_out(chosen: list, split: str, labelled: bool, root: Path, notes: list[
     """The part of an undivided folder that belongs to `split`."""
     if not labelled:
         raise DataError(
-            f"{printable(root)}: no test/ or val/ subfolder and no class subfolders to hold images out of"
+            f"{printable(root)}: no test/ or val/ subfolder, and no class subfolders "
+            "to hold images out of"
         )
     seen: dict[str, int] = {}
     result = []

@@ -82,7 +82,7 @@ class ImageSet:
         return self
 
     def describe(self) -> str:
-        """One line for a log: how many images, of what size, where they are kept, how normalised."""
+        """One line for a log: how many images, their size, where they are, how normalised."""
         parts = [f"{self.name}: {len(self)} images"]
         if isinstance(self.images, torch.Tensor):
             height, width = self.images.shape[-2:]

@@ -45,7 +45,8 @@ def _refuse_if_many(root: Path, skipped: list[str], total: int) -> None:
     if len(skipped) > UNREADABLE_LIMIT * total:
         first = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         raise DataError(
-            f"{printable(root)}: {len(skipped)} of {total} images cannot be read (1% is allowed): {first}"
+            f"{printable(root)}: {len(skipped)} of {total} images cannot be read "
+            f"(1% is allowed): {first}"
         )
 
 
@@ -127,7 +128,7 @@ def _probe(listing: Listing, requested: int | None) -> tuple[int, int]:
 def _read_all(
     listing: Listing, size: tuple[int, int], workers: int
 ) -> tuple[torch.Tensor, list[int], list[str]]:
-    """All images decoded: uint8 (M, 3, H, W), the positions that were readable, the others' reasons."""
+    """All images, uint8 (M, 3, H, W); the positions that could be read; the others' reasons."""
     images = torch.empty((len(listing.files), 3, *size), dtype=torch.uint8)
     array = images.numpy()
     broken: dict[int, str] = {}
@@ -217,16 +218,17 @@ def load_dataset(
 ) -> ImageSet:
     """The data set that `spec` names.
 
-    spec          "shapes", "shapes:N" with N training images (the test split has always 2,000), or the
-                  path of a folder of images ("./shapes" for a folder of that name)
+    spec          "shapes"; "shapes:N" for N training images (the test split has always 2,000); or
+                  the path of a folder of images ("./shapes" for a folder of that name)
     split         "train", "test" or "all"
-    image_size    pixels a side to store a folder's images in, where they are not all of one size that
-                  is no larger. Default: 224, and images of one size up to 128 pixels are kept
-    memory_limit  bytes of pixels above which images are decoded on demand; default a quarter of memory
-    workers       threads that decode
+    image_size    pixels a side to store a folder's images in, unless they all have one size that
+                  is no larger; default 224, where images of one size up to 128 pixels are kept
+    memory_limit  bytes of pixels above which images are decoded on demand; default a quarter of
+                  the machine's memory
+    workers       threads that decode; default the cores, at most 16
 
-    Raises DataError, one line that names the path, where the data cannot be read; ImportError, naming
-    the extra, without pillow.
+    Raises DataError, one line that names the path, where the data cannot be read; ImportError,
+    naming the extra, without pillow.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")

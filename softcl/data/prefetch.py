@@ -20,9 +20,9 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (indices (N,), uint8 images (N, 3, H, W) on `device`) for each index tensor of `order`.
 
-    A resident set is indexed directly. For a set decoded on demand, one thread keeps `depth` batches
-    ready; their order and content are those of `order`, whatever the number of workers. An error while
-    decoding is raised at the batch concerned.
+    A resident set is indexed directly. For a set decoded on demand, one thread keeps `depth`
+    batches ready; their order and content are those of `order`, whatever the number of workers.
+    An error while decoding is raised at the batch concerned.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")

@@ -1,8 +1,8 @@
 """Separable resampling of batches: every sample has its own matrices, applied with torch.bmm.
 
-A batch is kept in the layout (N, H, 3, W), rows outermost, because a matrix on the rows is then one
-product (S, H) x (H, 3 W) and a matrix on the columns one product (3 S, W) x (W, S) per sample, with no
-copy between them.
+A batch is kept in the layout (N, H, 3, W), rows outermost, because a matrix on the rows is then
+one product (S, H) x (H, 3 W) and a matrix on the columns one product (3 S, W) x (W, S) per
+sample, with no copy between them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def crop_matrix(
     """Matrices (N, size, full) that crop, resize and mirror one axis.
 
     The resize is the bilinear one of Pillow, which widens the triangle filter when it shrinks
-    (torchvision's antialias=True): with scale = length/size, width = max(scale, 1) and output i centred
-    at start + (i + 1/2) scale, the weight of input j is max(0, 1 - |j + 1/2 - centre_i| / width) inside
-    the crop, 0 outside, divided by the row's sum. Mirroring reverses the outputs.
+    (torchvision's antialias=True): with scale = length/size, width = max(scale, 1) and output i
+    centred at start + (i + 1/2) scale, the weight of input j is max(0, 1 - |j + 1/2 - centre_i| /
+    width) inside the crop, 0 outside, divided by the row's sum. Mirroring reverses the outputs.
     """
     device = start.device
     outputs = torch.arange(size, device=device, dtype=torch.float32) + 0.5
@@ -42,12 +42,12 @@ def crop_matrix(
 def blur_matrix(sigma: torch.Tensor, size: int) -> torch.Tensor:
     """Matrices (N, size, size) of Pillow's GaussianBlur(radius=sigma) along one axis, sigma (N,).
 
-    Pillow approximates the Gaussian by three box filters of a fractional radius chosen to give the
-    variance sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box
-    filtering", 2011), and continues the image past its border with the border's pixels. One box of
-    radius r is B[i, j] = min(1, max(0, r + 1 - |i - j|)) / (2 r + 1); what falls outside is added to
-    the first and the last column. The result is B^3. Pillow rounds to uint8 after each box; this does
-    not.
+    Pillow approximates the Gaussian by three box filters of a fractional radius chosen to give
+    the variance sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by
+    extended box filtering", 2011), and continues the image past its border with the border's
+    pixels. One box of radius r is B[i, j] = min(1, max(0, r + 1 - |i - j|)) / (2 r + 1); what
+    falls outside is added to the first and the last column. The result is B^3. Pillow rounds to
+    uint8 after each box; this does not.
     """
     variance = sigma.square() / 3.0
     whole = torch.floor((torch.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)

@@ -1,242 +1,207 @@
 """The generated set `shapes`: one figure on a background, 32x32, labelled by independent factors.
 
-Image `index` of split and seed is a pure function of these three, whatever the size of the set. The
-class is the figure; texture, colour, size and position are drawn independently of it and kept as
-`factors`; rotation, background, contrast and noise are drawn too, without labels. The two splits use
-different streams of random numbers.
+Image `index` of a split and seed is a pure function of these three, whatever the size of the set.
+The class is the figure; texture, colour, size and position are drawn independently of it and kept
+as `factors`; rotation, background, contrast and noise are drawn too, without labels. The splits
+use different streams of random numbers.
 
-Figures are signed distance functions d(x, y) in a frame turned, scaled and moved with the figure;
-coverage of a pixel is clamp(1/2 - d in pixels, 0, 1), which gives antialiased edges. Pixels are made
-with operations that IEEE 754 rounds exactly, so the result does not depend on the machine's vector
-units.
+A figure is a signed distance function in a frame turned, scaled and moved with it; the coverage of
+a pixel is clamp(1/2 - distance in pixels, 0, 1), which gives antialiased edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from softcl.data.counter import mix, uniforms, words
+from softcl.data.figures import FIGURES, PATTERNS, Field
 from softcl.data.image_set import STATISTICS, ImageSet
 
 SIDE = 32
 TRAIN_SIZE = 10_000
 TEST_SIZE = 2_000
-CHUNK = 1024
-STREAMS = {"train": 1, "test": 2}
+SPLITS = ("train", "test")
+CHUNK = 512  # images rendered together, so that their fields stay in cache
 
-Field = np.ndarray  # (n, SIDE, SIDE) float32
-
-
-def _hypot(x: Field, y: Field) -> Field:
-    return np.sqrt(x * x + y * y)
-
-
-def _box(x: Field, y: Field, half_width: float, half_height: float) -> Field:
-    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def _lines(x: Field, y: Field, count: int, radius: float) -> list[Field]:
-    """Signed distances to the `count` sides of a regular polygon of inradius `radius`."""
-    angles = [2 * np.pi * k / count - np.pi / 2 for k in range(count)]
-    return [
-        x * np.float32(np.cos(a)) + y * np.float32(np.sin(a)) - np.float32(radius) for a in angles
-    ]
-
-
-def _disk(x: Field, y: Field) -> Field:
-    return _hypot(x, y) - 0.85
-
-
-def _ring(x: Field, y: Field) -> Field:
-    return np.abs(_hypot(x, y) - 0.68) - 0.22
-
-
-def _square(x: Field, y: Field) -> Field:
-    return _box(x, y, 0.76, 0.76)
-
-
-def _triangle(x: Field, y: Field) -> Field:
-    return np.maximum.reduce(_lines(x, -y - 0.15, 3, 0.55))
-
-
-def _star(x: Field, y: Field) -> Field:
-    # A point of a pentagram violates at most one of the five sides: the second largest distance.
-    first = second = np.full_like(x, -np.inf)
-    for side in _lines(x, -y, 5, 0.4):
-        second = np.maximum(second, np.minimum(first, side))
-        first = np.maximum(first, side)
-    return second
-
-
-def _plus(x: Field, y: Field) -> Field:
-    return np.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95))
-
-
-def _crescent(x: Field, y: Field) -> Field:
-    return np.maximum(_hypot(x, y) - 0.95, 0.72 - _hypot(x - 0.45, y))
-
-
-def _heart(x: Field, y: Field) -> Field:
-    y = y + 0.1
-    square = (np.abs(x) + np.abs(y)) * np.float32(np.sqrt(0.5)) - 0.55
-    lobes = _hypot(np.abs(x) - 0.39, y + 0.39) - 0.55
-    return np.minimum(square, lobes)
-
-
-def _arrow(x: Field, y: Field) -> Field:
-    head = np.maximum.reduce(_lines(x, -y - 0.35, 3, 0.4))
-    return np.minimum(head, _box(x, y - 0.45, 0.24, 0.5))
-
-
-def _hourglass(x: Field, y: Field) -> Field:
-    waist = (np.abs(x) - np.abs(y) - 0.1) * np.float32(np.sqrt(0.5))
-    return np.maximum(waist, np.abs(y) - 0.85)
-
-
-FIGURES: dict[str, Callable[[Field, Field], Field]] = {
-    "disk": _disk,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "plus": _plus,
-    "crescent": _crescent,
-    "heart": _heart,
-    "arrow": _arrow,
-    "hourglass": _hourglass,
-}
 CLASSES = list(FIGURES)
-TEXTURES = ("plain", "stripes", "checks", "dots", "gradient")
+TEXTURES = list(PATTERNS)
 COLORS = 8
 SIZES = 4
 POSITIONS = 9  # cells of a 3x3 grid, row by row
 
-
-def _fraction(u: Field) -> Field:
-    return u - np.floor(u)
-
-
-def _texture(kind: np.ndarray, x: Field, y: Field) -> Field:
-    """Pattern in [0, 1] of each image: how much of the figure's second colour a pixel takes."""
-    result = np.zeros_like(x)
-    for name, pattern in _PATTERNS.items():
-        rows = np.flatnonzero(kind == TEXTURES.index(name))
-        result[rows] = np.clip(pattern(x[rows], y[rows]), 0, 1)
-    return result
+# Lengths in halves of the image's side, angles in radians, colours in [0, 1].
+MIN_RADIUS, MAX_RADIUS = 0.4, 0.68
+COMPANIONS, COMPANION_RADIUS = 3, (0.24, 0.36)
+SPREAD = 0.5  # centres lie in [-SPREAD, SPREAD] both ways
+MAX_ANGLE = np.pi / 6
+CHROMA = (0.08, 0.18)
+CLOUDS = 0.12
+NOISE = 0.06
 
 
-def _wave(u: Field) -> Field:
-    return (np.abs(_fraction(u) - 0.5) - 0.25) * 4  # triangle wave in [-1, 1]
-
-
-_PATTERNS: dict[str, Callable[[Field, Field], Field]] = {
-    "stripes": lambda x, y: 2 * _wave(1.6 * y) + 0.5,
-    "checks": lambda x, y: 4 * _wave(1.1 * x) * _wave(1.1 * y) + 0.5,
-    "dots": lambda x, y: 1.6 - 5 * _hypot(_fraction(1.5 * x) - 0.5, _fraction(1.5 * y) - 0.5),
-    "gradient": lambda x, y: 0.5 + 0.6 * x,
-}
-
-
-def _smooth_noise(lattice: np.ndarray) -> Field:
-    """Bilinear interpolation of a 5x5 lattice (n, 5, 5) over the image."""
+def _smooth(lattice: np.ndarray) -> np.ndarray:
+    """Bilinear interpolation over the image of values on a 5x5 lattice: (n, 3, 5, 5)."""
     position = (np.arange(SIDE, dtype=np.float32) + 0.5) * (4 / SIDE)
     nodes = np.arange(5, dtype=np.float32)
     weights = np.maximum(1 - np.abs(position[:, None] - nodes), 0).astype(np.float32)  # (SIDE, 5)
-    rows = sum(weights[None, :, k, None] * lattice[:, None, k, :] for k in range(5))  # (n, SIDE, 5)
-    return sum(rows[:, :, None, k] * weights[None, None, :, k] for k in range(5))
+    # Sums written out, because a matrix product may round differently from machine to machine.
+    rows = sum(weights[:, k, None] * lattice[:, :, k, None, :] for k in range(5))
+    return sum(rows[..., k, None] * weights[:, k] for k in range(5))
 
 
-def _hue_direction(hue: np.ndarray) -> np.ndarray:
-    """Unit-sized colour offsets (n, 3) of zero mean, hue (n,) in turns."""
-    phase = np.array([0, 1, 2]) / 3
-    return np.cos(2 * np.pi * (hue[:, None] - phase))
+class _Numbers:
+    """Random numbers for the images of `index` (n,), with a stream for every use."""
+
+    def __init__(self, seed: int, split: str, index: np.ndarray):
+        self.seed, self.split, self.index = seed, SPLITS.index(split), index.astype(np.uint64)
+
+    def keys(self, use: str) -> np.ndarray:
+        return mix(self.seed, self.split, zlib.crc32(use.encode()), self.index)
+
+    def uniform(self, use: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        """(n,) float64 in [low, high)."""
+        return low + (high - low) * uniforms(self.keys(use), 1)[:, 0]
+
+    def choice(self, use: str, number: int) -> np.ndarray:
+        """(n,) int64 in [0, number)."""
+        return np.floor(self.uniform(use) * number).astype(np.int64)
+
+    def lattice(self) -> np.ndarray:
+        """(n, 3, 5, 5) float32 in [-1, 1)."""
+        numbers = uniforms(self.keys("lattice"), 75).astype(np.float32)
+        return 2 * numbers.reshape(-1, 3, 5, 5) - 1
+
+    def grain(self) -> np.ndarray:
+        """(n, 3, SIDE, SIDE) float32 in [-1, 1], from a byte each."""
+        octets = words(self.keys("grain"), 3 * SIDE * SIDE // 8).astype("<u8").view(np.uint8)
+        return octets.reshape(-1, 3, SIDE, SIDE).astype(np.float32) * np.float32(2 / 255) - 1
 
 
-def render(seed: int, stream: int, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images of `index` (n,): uint8 (n, 3, SIDE, SIDE), and the int64 factors (n,) by name."""
-    keys = mix(seed, stream, index.astype(np.uint64))
-    u = uniforms(keys, 32)
-    n = len(index)
-    factor = {
+def _each(values: np.ndarray) -> np.ndarray:
+    """(n,) -> (n, 1, 1) float32, to combine with fields."""
+    return values.astype(np.float32).reshape(-1, 1, 1)
+
+
+@dataclass
+class _Figure:
+    """One figure in each of n images: kinds are integers, lengths halves of the image's side."""
+
+    shape: np.ndarray
+    texture: np.ndarray
+    radius: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    hue: np.ndarray  # turns
+
+
+def _fields(figure: _Figure, draw: _Numbers, name: str) -> tuple[Field, Field]:
+    """Coverage and pattern of each pixel (n, SIDE, SIDE); the image spans [-1, 1], y downwards."""
+    radius = _each(figure.radius)
+    angle = draw.uniform(name + "rotation", -MAX_ANGLE, MAX_ANGLE)
+    cos, sin = _each(np.cos(angle)), _each(np.sin(angle))
+    axis = (np.arange(SIDE, dtype=np.float32) + 0.5) * (2 / SIDE) - 1
+    right, down = axis - _each(figure.x), axis[:, None] - _each(figure.y)
+    right, down = right / radius, down / radius
+    x, y = right * cos + down * sin, down * cos - right * sin
+    distance = np.empty_like(x)
+    for label, shape in enumerate(CLASSES):
+        rows = np.flatnonzero(figure.shape == label)
+        distance[rows] = FIGURES[shape](x[rows], y[rows])
+    x += _each(draw.uniform(name + "pattern x"))
+    y += _each(draw.uniform(name + "pattern y"))
+    pattern = np.empty_like(x)
+    for label, texture in enumerate(TEXTURES):
+        rows = np.flatnonzero(figure.texture == label)
+        pattern[rows] = PATTERNS[texture](x[rows], y[rows])
+    coverage = np.clip(0.5 - distance * (radius * (SIDE / 2)), 0, 1)
+    return coverage, np.clip(pattern, 0, 1, out=pattern)
+
+
+def _color(lightness: np.ndarray, hue: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    """RGB (n, 3, 1, 1): `lightness` plus a wave of amplitude `chroma` at `hue`, in turns."""
+    wave = np.cos(2 * np.pi * (hue[:, None] - np.arange(3) / 3))
+    return (lightness[:, None] + chroma[:, None] * wave).astype(np.float32)[:, :, None, None]
+
+
+def _add(image: np.ndarray, ground: np.ndarray, figure: _Figure, draw: _Numbers, name: str) -> None:
+    """Paint a figure over images (n, 3, SIDE, SIDE), in place; ground (n,) is their lightness."""
+    coverage, pattern = _fields(figure, draw, name)
+    # Lightness is drawn apart from hue, so that a figure stays visible in grey; the pattern's
+    # second colour lies farther from the ground than the first.
+    sign = np.where(draw.uniform(name + "darker") < 0.5, -1.0, 1.0)
+    light = ground + sign * draw.uniform(name + "contrast", 0.25, 0.4)
+    second = light + sign * draw.uniform(name + "pattern contrast", 0.15, 0.25)
+    chroma = draw.uniform(name + "chroma", *CHROMA)
+    first, other = _color(light, figure.hue, chroma), _color(second, figure.hue, chroma)
+    image += coverage[:, None] * (first + pattern[:, None] * (other - first) - image)
+
+
+def _companion(shape: np.ndarray, draw: _Numbers, name: str) -> _Figure:
+    return _Figure(
+        shape=shape,
+        texture=draw.choice(name + "texture", len(TEXTURES)),
+        radius=draw.uniform(name + "radius", *COMPANION_RADIUS),
+        x=draw.uniform(name + "x", -0.85, 0.85),
+        y=draw.uniform(name + "y", -0.85, 0.85),
+        hue=draw.uniform(name + "hue"),
+    )
+
+
+def _main(factors: dict[str, np.ndarray], draw: _Numbers) -> _Figure:
+    """The figure that the factors describe, varied within the class of each."""
+    cell_y, cell_x = np.divmod(factors["position"], 3)
+    step = (MAX_RADIUS - MIN_RADIUS) / SIZES
+    return _Figure(
+        shape=factors["shape"],
+        texture=factors["texture"],
+        radius=MIN_RADIUS + step * (factors["size"] + draw.uniform("radius")),
+        x=SPREAD * ((cell_x + draw.uniform("x")) / 1.5 - 1),
+        y=SPREAD * ((cell_y + draw.uniform("y")) / 1.5 - 1),
+        hue=(factors["color"] + draw.uniform("hue", 0.2, 0.8)) / COLORS,
+    )
+
+
+def _paint(factors: dict[str, np.ndarray], draw: _Numbers) -> np.ndarray:
+    """Images (n, 3, SIDE, SIDE) uint8."""
+    ground = draw.uniform("ground", 0.4, 0.6)
+    image = _smooth(draw.lattice()) * CLOUDS
+    image += _each(ground)[:, None]
+    for k in range(COMPANIONS):
+        name = f"companion {k} "
+        _add(image, ground, _companion(factors["shape"], draw, name), draw, name)
+    _add(image, ground, _main(factors, draw), draw, "")
+    image += draw.grain() * _each(draw.uniform("noise", 0, NOISE))[:, None]
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def render(seed: int, split: str, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Images of `index` (n,), uint8 (n, 3, SIDE, SIDE), and their factors, int64 (n,), by name."""
+    draw = _Numbers(seed, split, index)
+    factors = {
         "shape": index.astype(np.int64) % len(CLASSES),
-        "texture": np.floor(u[:, 0] * len(TEXTURES)).astype(np.int64),
-        "color": np.floor(u[:, 1] * COLORS).astype(np.int64),
-        "size": np.floor(u[:, 2] * SIZES).astype(np.int64),
-        "position": np.floor(u[:, 3] * POSITIONS).astype(np.int64),
+        "texture": draw.choice("texture", len(TEXTURES)),
+        "color": draw.choice("color", COLORS),
+        "size": draw.choice("size", SIZES),
+        "position": draw.choice("position", POSITIONS),
     }
-
-    def single(values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float32).reshape(n, 1, 1)
-
-    # The figure's frame: position in the cell of a 3x3 grid, radius, rotation.
-    radius = single(0.42 + 0.09 * (factor["size"] + u[:, 4]))
-    cell_y, cell_x = np.divmod(factor["position"], 3)
-    center_x = single(((cell_x + u[:, 5]) / 3 - 0.5) * 0.8)
-    center_y = single(((cell_y + u[:, 6]) / 3 - 0.5) * 0.8)
-    angle = (u[:, 7] - 0.5) * 2 * MAX_ANGLE
-    cos, sin = single(np.cos(angle)), single(np.sin(angle))
-    axis = ((np.arange(SIDE, dtype=np.float32) + 0.5) / (SIDE / 2) - 1).astype(np.float32)
-    dx, dy = (axis[None, None, :] - center_x) / radius, (axis[None, :, None] - center_y) / radius
-    x, y = dx * cos + dy * sin, dy * cos - dx * sin
-
-    distance = np.empty((n, SIDE, SIDE), dtype=np.float32)
-    for label, name in enumerate(CLASSES):
-        rows = np.flatnonzero(factor["shape"] == label)
-        distance[rows] = FIGURES[name](x[rows], y[rows])
-    coverage = np.clip(0.5 - distance * (radius * (SIDE / 2)), 0, 1)[:, None]
-    pattern = _texture(factor["texture"], x + single(u[:, 8]), y + single(u[:, 9]))[:, None]
-
-    # Colours: lightness apart from hue, so that a figure stays visible in grey. The second colour
-    # moves away from the background.
-    sign = np.where(u[:, 10] < 0.5, -1.0, 1.0)
-    contrast = 0.28 + 0.2 * u[:, 11]
-    ground = 0.5 - sign * (0.08 + 0.2 * u[:, 12])
-    figure = ground + sign * contrast
-    second = figure + sign * (0.2 + 0.1 * u[:, 13])
-    figure_hue = _hue_direction((factor["color"] + 0.2 + 0.6 * u[:, 14]) / COLORS)
-    ground_hue = _hue_direction(u[:, 15])
-    chroma = 0.12 + 0.1 * u[:, 16:18]
-
-    def colour(lightness: np.ndarray, hue: np.ndarray, amount: np.ndarray) -> np.ndarray:
-        return (lightness[:, None] + amount[:, None] * hue).astype(np.float32)[:, :, None, None]
-
-    first = colour(figure, figure_hue, chroma[:, 0])
-    other = colour(second, figure_hue, chroma[:, 0])
-    back = colour(ground, ground_hue, chroma[:, 1])
-    lattice = uniforms(mix(seed, stream, 16 + STREAM_LATTICE, index.astype(np.uint64)), 25)
-    cloud = _smooth_noise(lattice.astype(np.float32).reshape(n, 5, 5) - 0.5)[:, None]
-    back = back + cloud * single(0.35 * u[:, 18])[:, None]
-    image = back + coverage * (first + pattern * (other - first) - back)
-    image += (_grain(seed, stream, index) - 0.5) * single(0.16 * u[:, 19])[:, None]
-    pixels = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
-    return pixels, factor
-
-
-STREAM_LATTICE, STREAM_GRAIN = 1, 2
-MAX_ANGLE = np.pi / 6
-
-
-def _grain(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
-    """Noise in [0, 1] per pixel and channel: (n, 3, SIDE, SIDE), eight bytes from every 64-bit word."""
-    keys = mix(seed, stream, 16 + STREAM_GRAIN, index.astype(np.uint64))
-    octets = words(keys, 3 * SIDE * SIDE // 8).astype("<u8").view(np.uint8)
-    return octets.reshape(-1, 3, SIDE, SIDE).astype(np.float32) * np.float32(1 / 255)
+    return _paint(factors, draw), factors
 
 
 def make_shapes(number: int, split: str = "train", *, seed: int = 0) -> ImageSet:
-    """The first `number` images of a split ("train" or "test"), resident, with labels and factors."""
+    """The first `number` images of split "train" or "test", resident, with labels and factors."""
     if number < 1:
         raise ValueError(f"number must be at least 1, got {number}")
-    if split not in STREAMS:
-        raise ValueError(f"split must be one of {', '.join(STREAMS)}, got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     images = np.empty((number, 3, SIDE, SIDE), dtype=np.uint8)
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, number, CHUNK):
         index = np.arange(start, min(start + CHUNK, number))
-        images[index], part = render(seed, STREAMS[split], index)
+        images[index], part = render(seed, split, index)
         parts.append(part)
     factors = {
         name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]

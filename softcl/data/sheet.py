@@ -21,8 +21,8 @@ def contact_sheet(
 ) -> None:
     """Write images (N, 3, H, W) as a PNG grid, row by row, two pixels apart.
 
-    Either uint8, or floating in [0, 1], or views normalised with `mean` and `std`, which are undone.
-    `columns` defaults to a square grid; `enlarge` repeats every pixel.
+    Either uint8, or floating in [0, 1], or views normalised with `mean` and `std`, which are
+    undone. `columns` defaults to a square grid; `enlarge` repeats every pixel.
     """
     try:
         from PIL import Image

@@ -1,0 +1,133 @@
+"""What a view does to each sample: ranges and probabilities, and parameters drawn from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+CROP_TRIES = 10
+CROP_COLUMNS = 2 * CROP_TRIES + 3
+COLOR_COLUMNS = 9
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Brightness, contrast and saturation factors are uniform in [1 - x, 1 + x]."""
+
+    scale: tuple[float, float] = (0.2, 1.0)  # crop area / image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # crop width / height, uniform in its logarithm
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # turns, uniform in [-hue, hue]
+    grayscale: float = 0.2
+    blur: float = 0.5
+    sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+
+
+RECIPE = Recipe()
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The crop of each sample: float32 (N,) whole pixels, and mirror (N,) bool."""
+
+    top: torch.Tensor
+    left: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    mirror: torch.Tensor
+
+    def to(self, device: torch.device) -> Crop:
+        """The same on another device, in one copy."""
+        if self.top.device == device:
+            return self
+        parts = (self.top, self.left, self.height, self.width, self.mirror.float())
+        *box, mirror = torch.stack(parts).to(device, non_blocking=True)
+        return Crop(*box, mirror > 0)
+
+
+@dataclass(frozen=True)
+class Colors:
+    """The colour operations of each sample; those of the jitter as in `color.Jitter`."""
+
+    jittered: torch.Tensor  # (N,) bool
+    kinds: torch.Tensor  # (N, 3) int64
+    factors: torch.Tensor  # (N, 3)
+    hue: torch.Tensor  # (N,)
+    hue_slot: torch.Tensor  # (N,) int64
+    grayed: torch.Tensor  # (N,) bool
+    blurred: torch.Tensor  # (N,) bool
+    sigma: torch.Tensor  # (N,) pixels
+
+
+def draw_crop(uniform: torch.Tensor, height: int, width: int, recipe: Recipe = RECIPE) -> Crop:
+    """Crops from numbers (N, CROP_COLUMNS) in [0, 1), as torchvision's RandomResizedCrop has them.
+
+    Ten tries of area and aspect ratio, with sides rounded to whole pixels; the first that fits is
+    taken; if none does, the largest centred crop whose ratio is allowed.
+    """
+    low, high = recipe.scale
+    area = (low + (high - low) * uniform[:, :CROP_TRIES]) * (height * width)
+    low, high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
+    ratio = torch.exp(low + (high - low) * uniform[:, CROP_TRIES : 2 * CROP_TRIES])
+    w = torch.round(torch.sqrt(area * ratio))
+    h = torch.round(torch.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+    any_fits = fits.any(dim=1)
+
+    central_w, central_h = float(width), float(height)
+    if width / height < recipe.ratio[0]:
+        central_h = float(round(width / recipe.ratio[0]))
+    elif width / height > recipe.ratio[1]:
+        central_w = float(round(height * recipe.ratio[1]))
+    w = torch.where(any_fits, w.gather(1, first).squeeze(1), central_w)
+    h = torch.where(any_fits, h.gather(1, first).squeeze(1), central_h)
+    vertical, horizontal, mirror = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS].unbind(1)
+    # minimum: u (n + 1) rounds up to n + 1 for the largest u below 1.
+    top = torch.minimum(torch.floor(vertical * (height - h + 1)), height - h)
+    left = torch.minimum(torch.floor(horizontal * (width - w + 1)), width - w)
+    top = torch.where(any_fits, top, (height - central_h) // 2)
+    left = torch.where(any_fits, left, (width - central_w) // 2)
+    return Crop(top, left, h, w, mirror < recipe.flip)
+
+
+def central_crop(number: int, height: int, width: int, device: torch.device) -> Crop:
+    """The largest centred square, not mirrored, `number` times."""
+    side = min(height, width)
+
+    def full(value: int) -> torch.Tensor:
+        return torch.full((number,), float(value), device=device)
+
+    top, left = full((height - side) // 2), full((width - side) // 2)
+    return Crop(top, left, full(side), full(side), torch.zeros_like(top, dtype=torch.bool))
+
+
+def draw_colors(uniform: torch.Tensor, recipe: Recipe = RECIPE) -> Colors:
+    """Colour operations from numbers (N, COLOR_COLUMNS) in [0, 1)."""
+    jittered, order, *spreads, hue, grayed, blurred, sigma = uniform.unbind(1)
+    # One of 24 orders of four operations: the first of the three blends, whether the other two
+    # follow it in cyclic order, and the place of the hue among them. Arithmetic instead of a table,
+    # because copying a table to a GPU would synchronise.
+    order = torch.floor(order * 24).clamp_(max=23).to(torch.int64)
+    first = order % 3
+    second = (first + 1 + order // 3 % 2) % 3
+    kinds = torch.stack((first, second, 3 - first - second), dim=1)
+    ranges = (recipe.brightness, recipe.contrast, recipe.saturation)
+    factors = [1 - x + 2 * x * u for x, u in zip(ranges, spreads, strict=True)]
+    low, high = recipe.sigma
+    return Colors(
+        jittered=jittered < recipe.jitter,
+        kinds=kinds,
+        factors=torch.stack(factors, dim=1).gather(1, kinds),
+        hue=(2 * hue - 1) * recipe.hue,
+        hue_slot=order // 6,
+        grayed=grayed < recipe.grayscale,
+        blurred=blurred < recipe.blur,
+        sigma=low + (high - low) * sigma,
+    )

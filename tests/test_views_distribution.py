@@ -1,0 +1,165 @@
+"""Views are distributed as those of torchvision's transforms: two-sample tests at fixed seeds.
+
+Each comparison uses the Kolmogorov-Smirnov distance between two samples. The critical value is that
+of significance 1e-4; the seeds are fixed, so a test passes always or never.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from softcl.data import make_shapes, strong_view, weak_view
+from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, RECIPE, draw_colors, draw_crop
+
+transforms = pytest.importorskip("torchvision.transforms")
+
+DRAWS = 4000
+SCALE, RATIO = list(RECIPE.scale), list(RECIPE.ratio)
+
+
+def assert_same_distribution(first: np.ndarray, second: np.ndarray, significance: float = 1e-4):
+    first, second = np.sort(np.asarray(first)), np.sort(np.asarray(second))
+    points = np.concatenate([first, second])
+    distance = np.abs(
+        np.searchsorted(first, points, side="right") / len(first)
+        - np.searchsorted(second, points, side="right") / len(second)
+    ).max()
+    critical = math.sqrt(
+        -0.5 * math.log(significance / 2) * (len(first) + len(second)) / (len(first) * len(second))
+    )
+    assert distance < critical
+
+
+def test_the_test_sees_a_shift_of_a_tenth():
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=DRAWS), generator.normal(size=DRAWS)
+    assert_same_distribution(first, second)
+    with pytest.raises(AssertionError):
+        assert_same_distribution(first, second + 0.1)
+
+
+def uniform(number: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.rand((number, columns), generator=torch.Generator().manual_seed(seed))
+
+
+# The last two are too elongated for most or all tries to fit.
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 64), (40, 90), (210, 30)])
+def test_crops(height, width):
+    crop = draw_crop(uniform(DRAWS, CROP_COLUMNS, 1), height, width)
+    torch.manual_seed(2)
+    image = torch.empty(1, height, width)
+    drawn = [transforms.RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(DRAWS)]
+    top, left, tall, wide = np.array(drawn, dtype=np.float64).T
+    ours = [t.double().numpy() for t in (crop.top, crop.left, crop.height, crop.width)]
+    assert (ours[0] >= 0).all() and (ours[0] + ours[2] <= height).all()
+    assert (ours[1] >= 0).all() and (ours[1] + ours[3] <= width).all()
+    assert_same_distribution(ours[2] * ours[3], tall * wide)
+    assert_same_distribution(ours[3] / ours[2], wide / tall)
+    assert_same_distribution(ours[0], top)
+    assert_same_distribution(ours[1], left)
+    assert_same_distribution(ours[0] + ours[2], top + tall)
+    assert_same_distribution(ours[1] + ours[3], left + wide)
+
+
+def test_crops_at_the_ends_of_the_random_numbers():
+    for value in (0.0, 1.0 - 2.0**-24):
+        crop = draw_crop(torch.full((1, CROP_COLUMNS), value), 33, 47)
+        assert crop.top >= 0 and crop.top + crop.height <= 33
+        assert crop.left >= 0 and crop.left + crop.width <= 47
+        draw_colors(torch.full((1, COLOR_COLUMNS), value))
+
+
+def test_jitter_factors():
+    colors = draw_colors(uniform(DRAWS, COLOR_COLUMNS, 3))
+    factors = torch.empty(DRAWS, 3).scatter_(1, colors.kinds, colors.factors)
+    torch.manual_seed(4)
+    drawn = [
+        transforms.ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1])[1:]
+        for _ in range(DRAWS)
+    ]
+    expected = np.array(drawn, dtype=np.float64).T
+    for k in range(3):
+        assert_same_distribution(factors[:, k].numpy(), expected[k])
+    assert_same_distribution(colors.hue.numpy(), expected[3])
+    assert_same_distribution(
+        colors.sigma.numpy(), np.random.default_rng(5).uniform(0.1, 2.0, DRAWS)
+    )
+
+
+def test_all_orders_of_the_jitter_are_equally_likely():
+    colors = draw_colors(uniform(24_000, COLOR_COLUMNS, 6))
+    assert (colors.kinds.sort(dim=1).values == torch.arange(3)).all()
+    code = colors.kinds[:, 0] * 12 + colors.kinds[:, 1] * 4 + colors.hue_slot
+    counts = torch.unique(code, return_counts=True)[1].double()
+    assert len(counts) == 24
+    # 23 degrees of freedom: chi-square exceeds 58.6 with probability 6e-5.
+    assert ((counts - 1000) ** 2 / 1000).sum() < 58.6
+
+
+def test_probabilities_and_independence_of_the_choices():
+    number = 20_000
+    numbers = uniform(number, CROP_COLUMNS + COLOR_COLUMNS, 7)
+    crop = draw_crop(numbers[:, :CROP_COLUMNS], 32, 32)
+    colors = draw_colors(numbers[:, CROP_COLUMNS:])
+    chosen = torch.stack((crop.mirror, colors.jittered, colors.grayed, colors.blurred)).double()
+    expected = torch.tensor([0.5, 0.8, 0.2, 0.5], dtype=torch.float64)
+    deviation = (chosen.mean(1) - expected) / (expected * (1 - expected) / number).sqrt()
+    assert deviation.abs().max() < 4
+    rows = (crop.top, crop.left, crop.height, colors.factors[:, 0], colors.hue, colors.sigma)
+    everything = torch.cat([chosen, torch.stack(rows).double()])
+    correlation = torch.corrcoef(everything)
+    correlation[4:7, 4:7] = 0  # the parts of one crop depend on each other
+    correlation.fill_diagonal_(0)
+    assert correlation.abs().max() < 4 / math.sqrt(number)
+
+
+class PillowBlur:
+    """The blur of the original recipe."""
+
+    def __call__(self, image):
+        from PIL import ImageFilter
+
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def statistics(views: torch.Tensor) -> dict[str, np.ndarray]:
+    """Numbers of each view (N, 3, S, S): colours, contrast, sharpness, tilt."""
+    half = views.shape[3] // 2
+    values = {
+        "red": views[:, 0].mean((1, 2)),
+        "green": views[:, 1].mean((1, 2)),
+        "blue": views[:, 2].mean((1, 2)),
+        "contrast": views.flatten(1).std(1),
+        "chroma": views.std(1).mean((1, 2)),
+        "sharpness": (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3)),
+        "tilt": views[..., :half].mean((1, 2, 3)) - views[..., half:].mean((1, 2, 3)),
+    }
+    return {name: value.numpy() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_output_statistics(name):
+    number = 1500
+    images = make_shapes(2 * number).images
+    steps = [transforms.RandomResizedCrop(32, scale=SCALE), transforms.RandomHorizontalFlip()]
+    if name == "strong":
+        steps += [
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([PillowBlur()], p=0.5),
+        ]
+    pipeline = transforms.Compose([transforms.ToPILImage(), *steps, transforms.ToTensor()])
+    torch.manual_seed(8)
+    random.seed(8)
+    expected = torch.stack([pipeline(image) for image in images[:number]])
+    view = {"weak": weak_view, "strong": strong_view}[name]
+    generator = torch.Generator().manual_seed(9)
+    ours = view(images[number:], 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), generator)
+    theirs = statistics(expected)
+    for key, value in statistics(ours).items():
+        assert_same_distribution(value, theirs[key])
