@@ -70,7 +70,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of the ratio width:height, resized (bilinear, antialiased)."""
+    """The largest centred part of ratio width:height, resized with Pillow's bilinear filter.
+
+    The filter sees the pixels beside that part, as when a resized image is cropped.
+    """
     if image.size == (width, height):
         return image
     scale = min(image.width / width, image.height / height)

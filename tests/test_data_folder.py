@@ -1,0 +1,299 @@
+"""Folders of images: layout, classes, splits, order, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from softcl.data import DataError, load_dataset
+from softcl.data.folder import list_folder
+from softcl.data.load import known_statistics
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def write(path: Path, value: int = 0, size: tuple[int, int] = (6, 6)) -> Path:
+    """A plain PNG of grey `value`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def write_classes(root: Path, counts: dict[str, int], start: int = 0) -> None:
+    for name, count in counts.items():
+        for i in range(count):
+            write(root / name / f"{i:03d}.png", start + i)
+
+
+def one_line(error: pytest.ExceptionInfo, path: Path) -> str:
+    message = str(error.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_train_and_test_with_classes(tmp_path):
+    write_classes(tmp_path / "train", {"dog": 3, "cat": 2})
+    write_classes(tmp_path / "test", {"cat": 1, "dog": 1}, start=100)
+    train, test = load_dataset(str(tmp_path), "train"), load_dataset(str(tmp_path), "test")
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert train.labels.tolist() == [0, 0, 1, 1, 1] and test.labels.tolist() == [0, 1]
+    assert train.images[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 2]
+    assert test.images[:, 0, 0, 0].tolist() == [100, 100]
+    everything = load_dataset(str(tmp_path), "all")
+    assert torch.equal(everything.images, torch.cat([train.images, test.images]))
+    assert torch.equal(everything.labels, torch.cat([train.labels, test.labels]))
+    assert train.resident and train.images.dtype == torch.uint8 and len(train) == 5
+    assert "5 images, 6x6" in train.describe() and "2 classes" in train.describe()
+
+
+def test_classes_are_numbered_over_both_splits(tmp_path):
+    write_classes(tmp_path / "train", {"a": 1, "c": 1})
+    write_classes(tmp_path / "test", {"b": 1, "c": 1})
+    train, test = load_dataset(str(tmp_path), "train"), load_dataset(str(tmp_path), "test")
+    assert train.classes == test.classes == ["a", "b", "c"]
+    assert train.labels.tolist() == [0, 2] and test.labels.tolist() == [1, 2]
+
+
+def test_val_stands_in_for_test(tmp_path):
+    write_classes(tmp_path / "train", {"a": 2, "b": 2})
+    write_classes(tmp_path / "val", {"a": 1, "b": 1}, start=50)
+    assert load_dataset(str(tmp_path), "test").images[:, 0, 0, 0].tolist() == [50, 50]
+    write(tmp_path / "test" / "unlabelled.png", 9)  # as in ImageNet: val/ has the labels
+    assert load_dataset(str(tmp_path), "test").images[:, 0, 0, 0].tolist() == [50, 50]
+    write_classes(tmp_path / "test", {"a": 1, "b": 1}, start=70)
+    (tmp_path / "test" / "unlabelled.png").unlink()
+    assert load_dataset(str(tmp_path), "test").images[:, 0, 0, 0].tolist() == [70, 70]
+
+
+def test_without_splits_every_tenth_image_of_a_class_is_held_out(tmp_path):
+    write_classes(tmp_path, {"a": 25, "b": 9, "c": 10})
+    train, test = list_folder(tmp_path, "train"), list_folder(tmp_path, "test")
+    everything = list_folder(tmp_path, "all")
+    assert test.files == ["a/009.png", "a/019.png", "c/009.png"]
+    assert sorted(train.files + test.files) == everything.files
+    assert not set(train.files) & set(test.files)
+    assert test.labels == [0, 0, 2] and everything.notes == []
+    assert "held out" in train.notes[0]
+
+
+def test_without_classes(tmp_path):
+    for i in (2, 0, 1):
+        write(tmp_path / f"{i}.png", i)
+    data = load_dataset(str(tmp_path))
+    assert data.labels is None and data.classes == [] and "no labels" in data.describe()
+    assert data.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path), "test")
+    assert "no test/ or val/ subfolder" in one_line(error, tmp_path)
+
+
+def test_one_subfolder_is_not_a_class(tmp_path):
+    write_classes(tmp_path, {"images": 4})
+    assert load_dataset(str(tmp_path)).labels is None
+
+
+def test_images_beside_class_folders_take_the_labels_away(tmp_path):
+    write_classes(tmp_path, {"a": 2, "b": 2})
+    write(tmp_path / "stray.png")
+    data = load_dataset(str(tmp_path))
+    assert data.labels is None and len(data) == 5
+    assert data.notes == ["some images lie outside the class subfolders: no labels"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_classes(tmp_path, {"plane": 2, "train": 2, "truck": 2})
+    assert list_folder(tmp_path, "all").classes == ["plane", "train", "truck"]
+    deep = tmp_path / "deep"
+    write_classes(deep / "train", {"plane": 2, "train": 2})
+    write_classes(deep / "test", {"plane": 2, "train": 2})
+    assert list_folder(deep, "train").classes == ["plane", "train"]
+    assert list_folder(deep, "train").files[-1] == "train/train/001.png"
+
+
+def test_only_train_given(tmp_path):
+    write_classes(tmp_path / "train", {"a": 2, "b": 2})
+    assert len(load_dataset(str(tmp_path), "train")) == 4
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path), "test")
+    assert "no images in test/ or val/" in one_line(error, tmp_path)
+
+
+def test_nested_images_belong_to_the_first_level(tmp_path):
+    write(tmp_path / "a" / "x" / "1.png")
+    write(tmp_path / "a" / "0.png")
+    write(tmp_path / "b" / "y" / "z" / "2.jpg")
+    listing = list_folder(tmp_path, "all")
+    assert listing.files == ["a/0.png", "a/x/1.png", "b/y/z/2.jpg"]
+    assert listing.labels == [0, 0, 1]
+
+
+def test_other_files_are_ignored(tmp_path):
+    write_classes(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "a" / "labels.csv").write_text("x")
+    (tmp_path / "README").write_text("x")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / ".hidden" / "0.png")
+    write(tmp_path / "a" / "._0.png")
+    write(tmp_path / "__MACOSX" / "0.png")
+    (tmp_path / "a" / "folder.png").mkdir()
+    write(tmp_path / "b" / "UPPER.PNG")
+    assert list_folder(tmp_path, "all").files == ["a/000.png", "b/000.png", "b/UPPER.PNG"]
+
+
+def test_links(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write_classes(elsewhere, {"many": 2})
+    root = tmp_path / "root"
+    write_classes(root, {"a": 1, "b": 1})
+    (root / "c").symlink_to(elsewhere / "many")
+    (root / "a" / "loop").symlink_to(root)
+    (root / "b" / "self").symlink_to(root / "b" / "self")
+    (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
+    assert list_folder(root, "all").files == ["a/000.png", "b/000.png", "c/000.png", "c/001.png"]
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path):
+    names = ["b.png", "a.png", "10.png", "9.png", "Z.png", "é.png", "a b.png"]
+    for name in names:
+        write(tmp_path / name)
+    assert list_folder(tmp_path, "all").files == sorted(names)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path / "nowhere"))
+    assert "no such folder" in one_line(error, tmp_path / "nowhere")
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    path = write(tmp_path / "picture.png")
+    with pytest.raises(DataError) as error:
+        load_dataset(str(path))
+    assert "not a folder" in one_line(error, path)
+
+
+@pytest.mark.parametrize("split", ["train", "test", "all"])
+def test_empty_folder(tmp_path, split):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path), split)
+    assert "no images" in one_line(error, tmp_path)
+
+
+def test_empty_test_folder(tmp_path):
+    write_classes(tmp_path / "train", {"a": 1, "b": 1})
+    (tmp_path / "test").mkdir()
+    assert len(load_dataset(str(tmp_path), "all")) == 2
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path), "test")
+    assert "no images in test/ or val/" in one_line(error, tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user with limits")
+def test_folder_without_permission(tmp_path):
+    write_classes(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "a").chmod(0)
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path))
+    (tmp_path / "a").chmod(0o755)
+    assert "Permission denied" in one_line(error, tmp_path / "a")
+
+
+def test_a_path_with_a_line_break_stays_one_line(tmp_path):
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path / "two\nlines"))
+    assert "two?lines" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(tmp_path):
+    write_classes(tmp_path, {"a": 100, "b": 100})
+    (tmp_path / "a" / "007.png").write_bytes(b"")
+    whole = (tmp_path / "b" / "003.png").read_bytes()
+    (tmp_path / "b" / "003.png").write_bytes(whole[: len(whole) // 2])
+    data = load_dataset(str(tmp_path), "all")
+    assert len(data) == len(data.labels) == len(data.images) == 198
+    assert [line.split(":")[0] for line in data.skipped] == ["a/007.png", "b/003.png"]
+    assert all(": " in line for line in data.skipped) and "2 unreadable" in data.describe()
+    values = data.images[:, 0, 0, 0].tolist()
+    assert values == [i for i in range(100) if i != 7] + [i for i in range(100) if i != 3]
+    assert data.labels.tolist() == [0] * 99 + [1] * 99
+
+
+def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
+    write_classes(tmp_path, {"a": 100, "b": 100})
+    for name in ("a/001.png", "a/002.png", "b/001.png"):
+        (tmp_path / name).write_bytes(b"not an image")
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path), "all")
+    message = one_line(error, tmp_path)
+    assert "3 of 200" in message
+    assert all(name in message for name in ("a/001.png", "a/002.png", "b/001.png"))
+
+
+def test_nothing_readable(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"junk")
+    with pytest.raises(DataError) as error:
+        load_dataset(str(tmp_path))
+    assert "3 of 3" in one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "requested", "stored"),
+    [
+        ([(6, 6)] * 3, None, (6, 6)),
+        ([(8, 5)] * 3, None, (5, 8)),  # Pillow says (width, height), tensors (height, width)
+        ([(8, 5)] * 3, 8, (5, 8)),
+        ([(8, 5)] * 3, 7, (7, 7)),
+        ([(8, 5), (6, 6)], None, (224, 224)),
+        ([(8, 5), (6, 6)], 4, (4, 4)),
+        ([(129, 129)] * 2, None, (224, 224)),
+        ([(129, 129)] * 2, 130, (129, 129)),
+    ],
+)
+def test_stored_size(tmp_path, sizes, requested, stored):
+    for i, size in enumerate(sizes):
+        write(tmp_path / f"{i}.png", 40 + i, size)
+    data = load_dataset(str(tmp_path), image_size=requested)
+    assert data.images.shape[2:] == stored
+    for i, image in enumerate(data.images):
+        assert (image == 40 + i).all()
+
+
+def test_a_different_image_is_cropped_in_its_center(tmp_path):
+    thirds = np.zeros((8, 24, 3), dtype=np.uint8)
+    for channel in range(3):
+        thirds[:, 8 * channel : 8 * channel + 8, channel] = 255
+    Image.fromarray(thirds).save(tmp_path / "wide.png")
+    write(tmp_path / "square.png", 0, (4, 4))
+    red, green, blue = load_dataset(str(tmp_path), image_size=4).images[1]
+    assert (green[:, 1:3] == 255).all() and (green >= 200).all()
+    assert (red[:, 1:] == 0).all() and (blue[:, :3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("cifar10", "cifar10"),
+        ("CIFAR-100", "cifar100"),
+        ("cifar100-png", "cifar100"),
+        ("stl10_binary", "stl10"),
+        ("tiny-imagenet-200", "tiny"),
+        ("imagenet", "imagenet"),
+        ("photos", "imagenet"),
+        ("cifar10/train", "cifar10"),
+    ],
+)
+def test_normalisation_by_name(name, row):
+    assert known_statistics(Path("somewhere") / name) == row
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="split must be .* got 'valid'"):
+        load_dataset(str(tmp_path), "valid")
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        load_dataset(str(tmp_path), image_size=0)
