@@ -139,8 +139,8 @@ class TrainConfig:
     checkpoint_every: int | None = _flag(_RUN, at_least=0, may_change=True,
         help="steps between checkpoints (default: an epoch); 0: only at the end")
 
-    knn_every: int = _flag(_EVAL, 1, at_least=0, may_change=True,
-        help="epochs between k-NN evaluations; 0: only at the end")
+    knn_every: int | None = _flag(_EVAL, at_least=0, may_change=True,
+        help="epochs between k-NN evaluations (default: five a run); 0: only at the end")
     knn_k: int | None = _flag(_EVAL, at_least=1, at_most=4096, may_change=True,
         help="neighbours that vote (default: 200, or fewer on a small set)")
     log_every: int = _flag(_EVAL, 10, at_least=1, may_change=True,

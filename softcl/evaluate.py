@@ -22,6 +22,7 @@ TEMPERATURE = 0.1
 NUM_NEIGHBORS = 200
 BANK_LIMIT = 100_000  # larger sets are thinned evenly: the bank's features stay in memory
 QUERY_LIMIT = 10_000
+PIXEL_QUERY_LIMIT = 2_000  # pixels have many more dimensions than features
 _PIECE = 1024  # queries per call
 _PIXELS = 32  # side to which images are reduced before their pixels are compared
 
@@ -48,6 +49,8 @@ def extract(
     for part in indices.split(_PIECE // 2):
         batch = images.batch(part).to(device)
         views = center_view(batch, size, images.mean, images.std)
+        # Convolutions of a network in eval mode are 1.6 times as fast in this order on a CPU.
+        views = views.contiguous(memory_format=torch.channels_last)
         pieces.append(F.normalize(features(views).float(), dim=1))
     return torch.cat(pieces)
 
@@ -137,9 +140,12 @@ class KNN:
         queries = extract(self.queries, self.query_indices, function, size, self.device)
         return queries, extract(self.bank, self.bank_indices, function, size, self.device)
 
-    def accuracy(self, queries: Tensor, bank: Tensor) -> float:
-        """Share of the queries whose class the vote finds, in [0, 1]."""
-        labels = self.queries.labels[self.query_indices].to(self.device)
+    def accuracy(self, queries: Tensor, bank: Tensor, places: Tensor | None = None) -> float:
+        """Share of the queries (of those at `places`) whose class the vote finds, in [0, 1]."""
+        indices = self.query_indices
+        if places is not None:
+            queries, indices = queries[places], indices[places]
+        labels = self.queries.labels[indices].to(self.device)
         bank_labels = self.bank.labels[self.bank_indices].to(self.device)
         predictions = knn_predict(
             queries, bank, bank_labels, len(self.bank.classes), num_neighbors=self.num_neighbors
@@ -151,6 +157,10 @@ class KNN:
         with eval_mode(encoder):
             return self.features(encoder.features)
 
-    def pixel_features(self) -> tuple[Tensor, Tensor]:
-        """Unit rows of the normalised pixels, of images at most 32 pixels a side."""
-        return self.features(lambda images: images.flatten(1), min(self.size, _PIXELS))
+    def pixel_accuracy(self) -> float:
+        """The accuracy where the features are the normalised pixels.
+
+        Of images reduced to 32 pixels a side, and of at most PIXEL_QUERY_LIMIT queries.
+        """
+        rows = self.features(lambda images: images.flatten(1), min(self.size, _PIXELS))
+        return self.accuracy(*rows, thinned(len(self.query_indices), PIXEL_QUERY_LIMIT))

@@ -59,6 +59,7 @@ class Run:
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
         self.evaluated_step = self.saved_step = -1
+        self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._first_step = state.step
 
@@ -148,12 +149,14 @@ class Run:
         result = {"num_neighbors": self.knn.num_neighbors, "untrained_neighbors": found.tolist()}
         if self.knn.labelled:
             result["untrained"] = self.knn.accuracy(queries, bank)
-            result["pixels"] = self.knn.accuracy(*self.knn.pixel_features())
+            result["pixels"] = self.knn.pixel_accuracy()
         return result
 
     def _evaluate_if_due(self) -> None:
         epoch, within = divmod(self.state.step, self.feed.steps_per_epoch)
         every = self.config.knn_every
+        if every is None:
+            every = max(1, self.config.epochs // 5)
         if self.state.step == 0 or within or self.state.step == self.evaluated_step:
             return
         if self.state.step == self.total_steps or (every and epoch % every == 0):
@@ -164,7 +167,10 @@ class Run:
         if not self.knn.labelled:
             return
         paused = time.perf_counter()
-        self.accuracy = self.knn.accuracy(*self.knn.encoder_features(self.state.student))
+        features = self.knn.encoder_features(self.state.student)
+        self.accuracy = self.knn.accuracy(*features)
+        if self.state.step == self.total_steps:
+            self._final_features = features
         self.evaluated_step = self.state.step
         epoch = self.state.step / self.feed.steps_per_epoch
         self.folder.log(
@@ -207,7 +213,9 @@ class Run:
 
     def _draw_picture(self) -> str:
         places = choose_queries(self.knn)
-        queries, bank = self.knn.encoder_features(self.state.student)
+        if self._final_features is None:
+            self._final_features = self.knn.encoder_features(self.state.student)
+        queries, bank = self._final_features
         trained = nearest(queries[places.to(self.device)], bank)
         untrained = torch.tensor(self.baselines["untrained_neighbors"])
         path = self.folder.path / PICTURE

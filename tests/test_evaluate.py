@@ -88,9 +88,9 @@ def test_queries_go_in_pieces(monkeypatch):
 def test_accuracy_of_separable_and_of_shuffled_classes():
     bank, queries = image_set(60, 3, 0), image_set(30, 3, 1)
     knn = KNN(bank, queries, 8, CPU, num_neighbors=10)
-    assert knn.accuracy(*knn.pixel_features()) == 1.0
+    assert knn.pixel_accuracy() == 1.0
     bank.labels = (bank.labels + 1) % 3
-    assert knn.accuracy(*knn.pixel_features()) == 0.0
+    assert knn.pixel_accuracy() == 0.0
 
 
 def test_without_a_test_set_a_tenth_is_held_out():
@@ -148,7 +148,7 @@ def test_picture_shows_queries_and_their_neighbors(tmp_path: Path, labelled: boo
     places = choose_queries(knn)
     if labelled:
         assert queries.labels[knn.query_indices[places]].tolist() == [0, 1, 2, 3]
-    rows, bank_rows = knn.pixel_features()
+    rows, bank_rows = knn.features(lambda pixels: pixels.flatten(1))
     found = nearest(rows[places], bank_rows)
     if labelled:
         assert (bank.labels[knn.bank_indices[found]] == torch.arange(4).view(-1, 1)).all()
