@@ -1,6 +1,7 @@
 #include "neighbors.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 namespace softcl::cpu {
@@ -29,6 +30,22 @@ void push(const NeighborLists& lists, std::int64_t row, float value, std::int64_
   std::nth_element(items, items + (lists.k - 1), items + count, is_better);
   count = lists.k;
   lists.threshold[row] = items[lists.k - 1].value;
+}
+
+void push_best(const NeighborLists& lists, std::int64_t row, const Column& column) {
+  float values[kMaxColumnRows];
+  std::int64_t above = 0;
+  for (std::int64_t i = 0; i < column.rows; ++i) {
+    values[above] = column.values[i * column.stride];
+    above += values[above] > lists.threshold[row];
+  }
+  std::nth_element(values, values + (lists.k - 1), values + above, std::greater<float>());
+  const float bound = values[lists.k - 1];  // reached by k values: what is below it is not needed
+  for (std::int64_t i = 0; i < column.rows; ++i) {
+    const float value = column.values[i * column.stride];
+    // The threshold rises meanwhile. What equals it need not enter: its index is higher.
+    if (value >= bound && value > lists.threshold[row]) push(lists, row, value, column.first + i);
+  }
 }
 
 std::int64_t sort_best(Neighbor* items, std::int64_t count, std::int64_t k) {

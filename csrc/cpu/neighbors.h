@@ -33,6 +33,19 @@ void reset(const NeighborLists& lists, std::int64_t rows);
 /// Enters a candidate into the list of `row`; its value must be above the list's threshold.
 void push(const NeighborLists& lists, std::int64_t row, float value, std::int64_t index);
 
+/// One column of a tile of similarities: value i is values[i * stride], of queue row first + i.
+struct Column {
+  const float* values;
+  std::int64_t stride;
+  std::int64_t rows;  // at most kMaxColumnRows
+  std::int64_t first;
+};
+
+inline constexpr std::int64_t kMaxColumnRows = 128;
+
+/// Enters the k best values of a column, of which more than k are above the threshold of `row`.
+void push_best(const NeighborLists& lists, std::int64_t row, const Column& column);
+
 /// The best min(k, count) of `count` candidates go to the front, best first; returns their number.
 std::int64_t sort_best(Neighbor* items, std::int64_t count, std::int64_t k);
 

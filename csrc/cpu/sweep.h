@@ -45,8 +45,9 @@ struct SweepTask {
   Reduction reductions[kMaxReductions];
 
   // Workspace of the running thread.
-  std::int64_t tile_rows = 0;           // queue rows in a tile, a multiple of kTileGranularity
-  float* tile = nullptr;                // (tile_rows, tile_stride(D))
+  std::int64_t tile_rows =
+      0;                  // queue rows in a tile, <= kMaxColumnRows, a multiple of kTileGranularity
+  float* tile = nullptr;  // (tile_rows, tile_stride(D))
   float* weights = nullptr;             // (tile_rows, lanes)
   float* partial_mean[kMaxReductions];  // (strips, D, lanes)
 
@@ -58,7 +59,7 @@ inline constexpr std::int64_t kTileGranularity = 12;
 
 /// Elements from one row of a tile to the next. An odd number of cache lines: rows at a stride that
 /// is a large power of two would all fall into a few sets of the L1 cache.
-inline std::int64_t tile_stride(std::int64_t dim) {
+static inline std::int64_t tile_stride(std::int64_t dim) {
   return ((dim + 15) / 16 | 1) * 16;
 }
 

@@ -36,72 +36,77 @@ constexpr int kLanes = kWidth * kVectors;
 static_assert(kTileGranularity % kRows == 0, "a tile must hold whole groups of rows");
 
 constexpr float kHeadroom = 40.0f;
-constexpr std::int64_t kFlushTiles = 64;
+constexpr std::int64_t kFlushTiles = 16;
 // Dimensions that S sums in registers before it moves on: a strip's part stays in L1.
 constexpr std::int64_t kDimBlock = 256;
+// Products summed one after the other; sums of chains are then added. Rounding grows with the
+// length.
+constexpr std::int64_t kDimChain = 64;  // of S
+constexpr std::int64_t kRowChain = 48;  // of O
 
-// s (R, lanes) {=, +=} tile rows (R, dims) . strip (dims, lanes)
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
+// The micro-kernel of both products: out (R, lanes) {=, +=} sum_i b(r, i) x(i, :), i in [0, n), n
+// >= 1, where b(r, i) = b[r * row_step + i * step]. R * kVectors accumulators, all in registers.
 template <int R>
-void multiply_rows(const float* __restrict tile, std::int64_t stride, const float* __restrict strip,
-                   std::int64_t dims, bool resume, float* __restrict s) {
+__attribute__((always_inline)) inline void multiply(const float* b, std::int64_t row_step,
+                                                    std::int64_t step, const float* x,
+                                                    std::int64_t n, bool add, float* out) {
   Vector sum[R][kVectors];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = resume ? load(s + r * kLanes + v * kWidth) : Vector{};
-    }
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector{};
   }
-  for (std::int64_t d = 0; d < dims; ++d) {
-    Vector x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(strip + d * kLanes + v * kWidth);
+  const float* const end = x + n * kLanes;
+  do {
+    Vector column[kVectors];
+    for (int v = 0; v < kVectors; ++v) column[v] = load(x + v * kWidth);
     for (int r = 0; r < R; ++r) {
-      const Vector q = broadcast(tile[r * stride + d]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += q * x[v];
+      const Vector element = broadcast(b[r * row_step]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += element * column[v];
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(s + r * kLanes + v * kWidth, sum[r][v]);
-  }
-}
-
-// o (R, lanes) += tile columns (rows, R)^T . e (rows, lanes)
-template <int R>
-void accumulate_dims(const float* __restrict tile, std::int64_t stride, const float* __restrict e,
-                     std::int64_t rows, float* __restrict o) {
-  Vector sum[R][kVectors] = {};
-  for (std::int64_t j = 0; j < rows; ++j) {
-    Vector x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(e + j * kLanes + v * kWidth);
-    for (int r = 0; r < R; ++r) {
-      const Vector q = broadcast(tile[j * stride + r]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += q * x[v];
-    }
-  }
+    x += kLanes;
+    b += step;
+  } while (x != end);
+  // Keeps the compiler from holding `out` in registers, which there are none left of, between
+  // calls.
+  asm volatile("" ::: "memory");
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      float* p = o + r * kLanes + v * kWidth;
-      store(p, load(p) + sum[r][v]);
+      float* p = out + r * kLanes + v * kWidth;
+      store(p, add ? load(p) + sum[r][v] : sum[r][v]);
     }
   }
 }
 
-// s (tile_rows, lanes) = tile . strip; a row of s sums its D products in ascending order.
+// s (tile_rows, lanes) = tile . strip: kRows queue rows at a time, over chains of dimensions.
 void similarities(const float* tile, std::int64_t tile_rows, const float* strip, std::int64_t dim,
                   float* s) {
   const std::int64_t stride = tile_stride(dim);
-  for (std::int64_t d = 0; d < dim; d += kDimBlock) {
-    const std::int64_t dims = dim - d < kDimBlock ? dim - d : kDimBlock;
+  for (std::int64_t block = 0; block < dim; block += kDimBlock) {
+    const std::int64_t block_end = smaller(block + kDimBlock, dim);
     for (std::int64_t j = 0; j < tile_rows; j += kRows) {
-      multiply_rows<kRows>(tile + j * stride + d, stride, strip + d * kLanes, dims, d > 0,
-                           s + j * kLanes);
+      for (std::int64_t d = block; d < block_end; d += kDimChain) {
+        multiply<kRows>(tile + j * stride + d, stride, 1, strip + d * kLanes,
+                        smaller(kDimChain, block_end - d), d > 0, s + j * kLanes);
+      }
     }
   }
 }
 
+// o (R, lanes) += tile columns (rows, R)^T . e (rows, lanes), R = size
 template <int R>
 void accumulate_group(int size, const float* tile, std::int64_t stride, const float* e,
                       std::int64_t rows, float* o) {
-  if (size == R) return accumulate_dims<R>(tile, stride, e, rows, o);
-  if constexpr (R > 1) accumulate_group<R - 1>(size, tile, stride, e, rows, o);
+  if (size == R) {
+    for (std::int64_t j = 0; j < rows; j += kRowChain) {
+      multiply<R>(tile + j * stride, 1, stride, e + j * kLanes, smaller(kRowChain, rows - j), true,
+                  o);
+    }
+  } else if constexpr (R > 1) {
+    accumulate_group<R - 1>(size, tile, stride, e, rows, o);
+  }
 }
 
 // o (D, lanes) += tile (rows, D)^T . e (rows, lanes), the dimensions in groups of nearly equal
@@ -149,52 +154,68 @@ void raise_offset(const Reduction& r, float* partial_mean, std::int64_t strip, s
   }
 }
 
-// Enters the s above their lane's threshold into the lists; queue row of s[0] is `first`.
+// count += number of s above their lane's limit.
+void count_above(const float* limits, const float* s, std::int64_t rows, std::int64_t* count) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector limit = load(limits + v * kWidth);
+    IntVector greater = {};
+    for (std::int64_t j = 0; j < rows; ++j) {
+      greater -= (IntVector)(load(s + j * kLanes + v * kWidth) > limit);
+    }
+    for (int i = 0; i < kWidth; ++i) count[v * kWidth + i] += greater[i];
+  }
+}
+
+// Rare: enters the s above their lane's threshold into the lists; queue row of s[0] is `first`.
 void collect(const NeighborLists& lists, std::int64_t strip, const float* s, std::int64_t rows,
              std::int64_t first) {
-  const float* threshold = lists.threshold + strip * kLanes;
+  float threshold[kLanes];
+  for (int v = 0; v < kVectors; ++v) {
+    store(threshold + v * kWidth, load(lists.threshold + strip * kLanes + v * kWidth));
+  }
+  std::int64_t above[kLanes] = {};
+  count_above(threshold, s, rows, above);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (above[lane] <= lists.k) continue;
+    push_best(lists, strip * kLanes + lane, {s + lane, kLanes, rows, first});
+    threshold[lane] = __builtin_inff();  // this lane is done
+  }
   for (std::int64_t j = 0; j < rows; ++j) {
     for (int v = 0; v < kVectors; ++v) {
       const float* x = s + j * kLanes + v * kWidth;
       if (!any_greater(load(x), load(threshold + v * kWidth))) continue;
       for (int i = 0; i < kWidth; ++i) {
-        if (x[i] > threshold[v * kWidth + i]) {
-          push(lists, strip * kLanes + v * kWidth + i, x[i], first + j);
-        }
+        if (!(x[i] > threshold[v * kWidth + i])) continue;
+        const std::int64_t row = strip * kLanes + v * kWidth + i;
+        push(lists, row, x[i], first + j);
+        threshold[v * kWidth + i] = lists.threshold[row];
       }
     }
   }
 }
 
-// rank += number of s above the positive's.
-void count_above(const float* positive, const float* s, std::int64_t rows, std::int64_t* rank) {
-  for (int v = 0; v < kVectors; ++v) {
-    const Vector limit = load(positive + v * kWidth);
-    IntVector count = {};
-    for (std::int64_t j = 0; j < rows; ++j) {
-      count -= (IntVector)(load(s + j * kLanes + v * kWidth) > limit);
-    }
-    for (int i = 0; i < kWidth; ++i) rank[v * kWidth + i] += count[i];
-  }
-}
-
 // s -> e = 2^(scale s - offset) in place; sum += sum e, weighted += sum e u.
 void exponentiate(const Reduction& r, std::int64_t strip, float* s, std::int64_t rows) {
-  const std::int64_t row = strip * kLanes;
+  Vector offset[kVectors], sum[kVectors], weighted[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    const Vector offset = load(r.offset + row + v * kWidth);
-    Vector sum[2] = {}, weighted[2] = {};
-    for (std::int64_t j = 0; j < rows; ++j) {
+    offset[v] = load(r.offset + strip * kLanes + v * kWidth);
+    sum[v] = weighted[v] = Vector{};
+  }
+  const float scale = r.scale;
+  for (std::int64_t j = 0; j < rows; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
       float* p = s + j * kLanes + v * kWidth;
-      const Vector u = load(p) * r.scale - offset;
+      const Vector u = load(p) * scale - offset[v];
       const Vector e = exp2(u);
-      sum[j & 1] += e;
-      weighted[j & 1] += e * u;
+      sum[v] += e;
+      weighted[v] += e * u;
       store(p, e);
     }
+  }
+  for (int v = 0; v < kVectors; ++v) {
     for (int i = 0; i < kWidth; ++i) {
-      r.sum[row + v * kWidth + i] += double(sum[0][i]) + double(sum[1][i]);
-      r.weighted[row + v * kWidth + i] += double(weighted[0][i]) + double(weighted[1][i]);
+      r.sum[strip * kLanes + v * kWidth + i] += double(sum[v][i]);
+      r.weighted[strip * kLanes + v * kWidth + i] += double(weighted[v][i]);
     }
   }
 }
@@ -287,6 +308,18 @@ void reset(const SweepTask& task) {
   }
 }
 
+// Asks for part `part` of `parts` of the rows after a tile: its reads overlap this tile's
+// arithmetic.
+void prefetch_next(const SweepTask& task, std::int64_t next, std::int64_t part,
+                   std::int64_t parts) {
+  const std::int64_t row_bytes = task.dim * size_of(task.queue_type);
+  const std::int64_t bytes = smaller(task.tile_rows, task.end - next) * row_bytes;
+  const char* rows = static_cast<const char*>(task.queue) + next * row_bytes;
+  for (std::int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) {
+    __builtin_prefetch(rows + i, 0, 2);
+  }
+}
+
 void sweep(SweepTask& task) {
   const std::int64_t D = task.dim;
   reset(task);
@@ -298,6 +331,7 @@ void sweep(SweepTask& task) {
     task.finite &= pack_tile(task, first, rows);
     const std::int64_t padded = (rows + kRows - 1) / kRows * kRows;
     for (std::int64_t strip = 0; strip < task.strips; ++strip) {
+      if (rows < left) prefetch_next(task, first + rows, strip, task.strips);
       for (int i = 0; i < task.num_reductions; ++i) {
         const Reduction& r = task.reductions[i];
         similarities(task.tile, padded, r.rows + strip * D * kLanes, D, task.weights);

@@ -1,0 +1,151 @@
+"""The compiled CPU statistics: exact neighbours in every order, and the sums beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from softcl.testing import (
+    ENTROPY_TOLERANCE,
+    LSE_TOLERANCE,
+    assert_neighbors_close,
+    gradient_error,
+    make_problem,
+    relative_error,
+)
+
+pytest.importorskip("softcl._C", reason="softcl._C is not built")
+from softcl.ops import cpu, reference  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+# Coarse coordinates: products and sums are exact in float32, so ties are ties to the last bit.
+EXACT_STEP = 2.0**-6
+
+
+def exact_rows(rows: int, dim: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, (rows, dim), generator=generator) * EXACT_STEP
+
+
+def expected_neighbors(vectors, queue, k):
+    """Values descending, equal ones by lowest row."""
+    cosines = vectors.double() @ queue.double().T
+    values, indices = cosines.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("k", [1, 2, 5, 64, 65, 200, 1023, 2000])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal", "repeated"])
+def test_neighbors_and_ties(order, k, threads):
+    """Exactly the lowest rows among equal ones, whatever order they come in; k = K included."""
+    vectors, queue = exact_rows(19, 12, 0), exact_rows(2000, 12, 1)
+    cosines = vectors[0] @ queue.T
+    queue = {
+        "random": queue,
+        "ascending": queue[cosines.argsort()],
+        "descending": queue[cosines.argsort(descending=True)],
+        "equal": queue[:1].repeat(2000, 1),
+        "repeated": queue[:50].repeat(40, 1),
+    }[order].contiguous()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        *_, logits, indices = cpu.queue_statistics(vectors, queue, 0.25, k)
+    finally:
+        torch.set_num_threads(before)
+    values, rows = expected_neighbors(vectors, queue, k)
+    assert torch.equal(indices, rows)
+    assert torch.equal(logits, (values / 0.25).float())
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (31, 97, 65), (100, 3001, 300)], ids=str)
+def test_against_reference(shape, temperature):
+    N, K, D = shape
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float16)):
+        for kind in ("random", "clustered"):
+            p = make_problem(N, K, D, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1])
+            k = min(K, 20)
+            lse, mean, entropy, logits, indices = cpu.queue_statistics(
+                p.query, p.queue, temperature, k
+            )
+            want = reference.queue_statistics(p.query.double(), p.queue.double(), temperature, k)
+            scale = max(1.0, 0.05 / temperature)  # as in test_cpu_soft_contrastive.py
+            assert relative_error(lse, want[0]) <= LSE_TOLERANCE
+            assert gradient_error(mean, want[1]) <= 2 * scale * LSE_TOLERANCE
+            assert relative_error(entropy, want[2]) <= scale * ENTROPY_TOLERANCE
+            assert_neighbors_close(logits, indices, p.query, p.queue, temperature)
+
+
+def test_without_sums():
+    """The search alone: same neighbours, and no sums."""
+    p = make_problem(40, 3000, 70)
+    full = cpu.queue_statistics(p.query, p.queue, 0.07, 200)
+    lse, mean, entropy, logits, indices = cpu.queue_statistics(
+        p.query, p.queue, 0.07, 200, sums=False
+    )
+    assert torch.equal(logits, full[3])
+    assert torch.equal(indices, full[4])
+    assert lse.shape == mean.shape == entropy.shape == (0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_rows(value):
+    p = make_problem(20, 300, 9)
+    clean = cpu.queue_statistics(p.query, p.queue, 0.1, 4)
+    vectors = p.query.clone()
+    vectors[5, 8] = value
+    got = cpu.queue_statistics(vectors, p.queue, 0.1, 4)
+    others = torch.arange(20) != 5
+    for x, y in zip(got, clean, strict=True):
+        assert torch.equal(x[others], y[others])
+        if x.is_floating_point():
+            assert bool(x[5].isnan().all())
+    queue = p.queue.clone()
+    queue[0, 0] = value
+    got = cpu.queue_statistics(p.query, queue, 0.1, 4)
+    assert all(bool(x.isnan().all()) for x in got[:4])
+    assert bool(((got[4] >= 0) & (got[4] < 300)).all())
+
+
+def test_bad_arguments_name_themselves():
+    module, _ = cpu._load()
+    p = make_problem(2, 3, 4)
+    good = {
+        "vectors": p.query.data_ptr(),
+        "queue": p.queue.data_ptr(),
+        "vector_type": 0,
+        "queue_type": 0,
+        "num_vectors": 2,
+        "queue_size": 3,
+        "dim": 4,
+        "num_neighbors": 0,
+        "temperature": 0.1,
+        "num_threads": 1,
+        "lse": 0,
+        "mean": 0,
+        "entropy": 0,
+        "neighbor_logits": 0,
+        "neighbor_indices": 0,
+    }
+    module.cpu_queue_statistics(**good)
+    for name, value in {
+        "vectors": 0,
+        "vector_type": 3,
+        "num_vectors": 0,
+        "queue_size": -1,
+        "dim": 0,
+        "num_neighbors": 4,
+        "temperature": 0.0,
+        "num_threads": 0,
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            module.cpu_queue_statistics(**{**good, name: value})
+    with pytest.raises(ValueError, match="neighbor_logits"):
+        module.cpu_queue_statistics(**{**good, "num_neighbors": 1})
+    with pytest.raises(ValueError, match="temperature"):
+        module.cpu_queue_statistics(**{**good, "temperature": math.nan})
