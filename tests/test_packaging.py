@@ -38,7 +38,7 @@ def run(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.Complet
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=240,  # below the limit of a test; a busy machine is slow
     )
 
 
