@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,52 @@ from softcl.nn import (
     make_teacher,
 )
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
+from softcl.settings import check_method_flags, fill
 from softcl.step import TrainState, View, derived_seed
 
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message is one line."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of, at step 0.
+
+    Attributes:
+        config: every open setting filled.
+        defaults: the name of the defaults that filled it.
+        images: training set.
+        evaluation: a line about the images of the k-NN evaluation.
+        state: networks, queue, optimiser.
+        backend: of the operator, for every step.
+        knn: evaluation.
+    """
+
+    config: TrainConfig
+    defaults: str
+    images: ImageSet
+    evaluation: str
+    state: TrainState
+    backend: BackendChoice
+    knn: KNN
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Make the parts; what is quick to refuse is refused before the images are read.
+
+    Raises:
+        ConfigError, DataError, RunError: as the functions below.
+    """
+    check_method_flags(config)
+    check_arch(config.arch)
+    device = resolve_device(config.device)
+    images, queries, evaluation = load_images(config)
+    config, method, defaults = fill(config, images, image_side(images, config))
+    state = build_state(config, method, device)
+    backend = choose_run_backend(config, state)
+    knn = build_knn(config, images, queries, device)
+    return Parts(config, defaults, images, evaluation, state, backend, knn)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -36,7 +36,7 @@ def replace_file(path: Path, data: bytes) -> None:
     untouched.
 
     Raises:
-        OSError: as the file system gave it.
+        OSError: as the file system gave it, naming `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -45,9 +45,11 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):  # a failed write does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 

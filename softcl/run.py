@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from typing import Any
@@ -9,51 +10,40 @@ from typing import Any
 import torch
 
 import softcl
-from softcl.build import build_views, fingerprint
+from softcl.build import Parts, build_views, fingerprint
 from softcl.checkpoint import write_checkpoint
-from softcl.config import TrainConfig, identity_hash
+from softcl.config import identity_hash
 from softcl.data import ImageSet
-from softcl.evaluate import KNN
 from softcl.feed import BatchFeed
 from softcl.interrupt import StopRequest
 from softcl.meter import Diverged, Meter
-from softcl.ops import BackendChoice
 from softcl.picture import choose_queries, draw_neighbors, nearest
 from softcl.progress import Progress, Status, clock
 from softcl.resume import FORMAT
 from softcl.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
-from softcl.step import TrainState, learning_rate, train_step
+from softcl.step import learning_rate, train_step
 
 
 class Run:
     """One run, from its first step or from a checkpoint (`load`) to its end.
 
     Args:
-        config: every open setting filled.
+        parts: what it is made of, at step 0.
         folder: where it writes.
-        images: training set.
-        state: networks, queue, optimiser at step 0.
-        knn: evaluation.
-        backend: of the operator, for every step.
         progress: where it shows itself.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        images: ImageSet,
-        state: TrainState,
-        knn: KNN,
-        backend: BackendChoice,
-        progress: Progress,
-    ) -> None:
-        self.config, self.folder, self.state, self.knn = config, folder, state, knn
-        self.backend, self.progress, self.device = backend, progress, knn.device
+    def __init__(self, parts: Parts, folder: RunFolder, progress: Progress) -> None:
+        self.parts, self.folder, self.progress = parts, folder, progress
+        self.state, self.knn, self.backend = parts.state, parts.knn, parts.backend
+        self.device, images = parts.knn.device, parts.images
+        self.config = config = dataclasses.replace(
+            parts.config, out=str(folder.path), overwrite=False, resume=None
+        )
         self.fingerprint = fingerprint(images)
         self.images = _resident_on(images, self.device)
         self.feed = BatchFeed(self.images, config.batch_size, config.seed, self.device)
-        self.views = build_views(state.method, images, config.image_size)
+        self.views = build_views(self.state.method, images, config.image_size)
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
         self.baselines: dict[str, Any] = {}
@@ -61,7 +51,7 @@ class Run:
         self.evaluated_step = self.saved_step = -1
         self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
-        self._first_step = state.step
+        self._first_step = self.state.step
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -97,7 +87,9 @@ class Run:
             measures = train_step(
                 state, images, *self.views, seed=config.seed, backend=self.backend.name
             )
-        except ValueError as error:  # the operator's word on rows that are not finite
+        except ValueError as error:
+            if "finite" not in str(error):  # the operator's word for such rows
+                raise
             raise Diverged(f"step {state.step + 1} failed: {error}") from error
         self.meter.add(state.step, lr, measures)
 
@@ -111,7 +103,7 @@ class Run:
             Status(
                 step=self.state.step,
                 steps=self.total_steps,
-                epoch=min(self.state.step // self.feed.steps_per_epoch + 1, self.config.epochs),
+                epoch=(self.state.step - 1) // self.feed.steps_per_epoch + 1,
                 epochs=self.config.epochs,
                 loss=self.meter.loss,
                 lr=self.state.optimizer.param_groups[0]["lr"],
@@ -323,7 +315,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def describe(run: Run, defaults: str, queries: str) -> None:
+def describe(run: Run) -> None:
     """Say what will run: the data, the settings and where each default comes from, the backend."""
     config, say = run.config, run.progress.say
     module = run.state.student
@@ -334,7 +326,7 @@ def describe(run: Run, defaults: str, queries: str) -> None:
         say(f"           {note}")
     for line in run.images.skipped[:3]:
         say(f"           skipped {line}")
-    say(f"evaluation {queries}")
+    say(f"evaluation {run.parts.evaluation}")
     say(
         f"model      {config.arch} at {config.image_size} px ({module.backbone.stem_rule}), "
         f"{module.backbone.num_features} features, projector {config.projector_hidden} -> "
@@ -344,7 +336,7 @@ def describe(run: Run, defaults: str, queries: str) -> None:
         f"method     {config.method} with {config.labels} labels, "
         f"{config.num_neighbors} neighbour(s), queue of {config.queue_size}, "
         f"temperatures {config.temperature:g} and {config.teacher_temperature:g}, "
-        f"momentum {config.momentum:g} (defaults of {defaults!r})"
+        f"momentum {config.momentum:g} (defaults of {run.parts.defaults!r})"
     )
     say(
         f"training   {config.epochs} epochs of {run.feed.steps_per_epoch} steps, "

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from softcl.checkpoint import replace_file
+from softcl.events import EventFile
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "last.pt", "result.json"
 BASELINES, PICTURE, SKIPPED = "baselines.json", "neighbors.png", "skipped.txt"
@@ -37,7 +38,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metrics: int | None = None
-        self._events: Any = None
+        self._events: EventFile | None = None
         self._resumed_at: int | None = None
 
     @classmethod
@@ -127,7 +128,7 @@ class RunFolder:
         """The content of one of the folder's JSON files; None if it is absent or unreadable."""
         return read_json(self.path / name)
 
-    def log(self, row: Mapping[str, Any], *, scalars: bool = True) -> None:
+    def log(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl, and its numbers to the TensorBoard events.
 
         A line has ``step`` (steps done), ``epoch`` and either the training numbers (loss, lr,
@@ -147,19 +148,15 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or error
             raise RunFolderError(f"{self.path / METRICS}: cannot write: {reason}") from error
-        if scalars:
-            self._log_events(plain)
+        self._log_events(plain)
 
     def _log_events(self, row: Mapping[str, Any]) -> None:
         if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # TensorBoard hides what an interrupted run wrote from purge_step on.
             purge = None if self._resumed_at is None else self._resumed_at + 1
-            self._events = SummaryWriter(str(self.path), purge_step=purge, flush_secs=10)
-        for key, value in row.items():
-            if key not in ("step", "epoch", "seconds") and value is not None:
-                self._events.add_scalar(key, value, row["step"])
+            self._events = EventFile(self.path, purge)
+        hidden = ("step", "epoch", "seconds")
+        scalars = {k: v for k, v in row.items() if k not in hidden and v is not None}
+        self._events.add(row["step"], scalars)
 
     def _drop_metrics_after(self, step: int) -> None:
         path = self.path / METRICS

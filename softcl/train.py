@@ -6,15 +6,13 @@ networks, backend (build.py) -> steps (step.py) -> k-NN (evaluate.py) -> run fol
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from softcl import build
 from softcl.allocator import keep_freed_pages
-from softcl.build import RunError
+from softcl.build import RunError, assemble, fingerprint
 from softcl.checkpoint import CheckpointError
 from softcl.config import ConfigError, TrainConfig
 from softcl.data import DataError
@@ -25,7 +23,6 @@ from softcl.progress import make_progress
 from softcl.resume import StoredRun, read_run
 from softcl.run import Run, describe
 from softcl.run_folder import RunFolder, RunFolderError
-from softcl.settings import check_method_flags, fill, method_class
 
 EXTRAS = ("timm", "torchvision", "PIL", "rich", "tensorboard")  # of softcl[train]
 RUNS = Path("runs")
@@ -63,25 +60,17 @@ def require_extras() -> None:
 
 def start(config: TrainConfig) -> int:
     """A new run."""
-    method_class(config.method)
-    check_method_flags(config)
-    build.check_arch(config.arch)
-    device = build.resolve_device(config.device)
     if config.out is not None:
         RunFolder.check_free(Path(config.out).expanduser(), overwrite=config.overwrite)
-    images, queries, line = build.load_images(config)
-    config, method, defaults = fill(config, images, build.image_side(images, config))
-    state = build.build_state(config, method, device)
-    backend = build.choose_run_backend(config, state)
-    knn = build.build_knn(config, images, queries, device)
-    if config.out is None:
-        stem = f"{config.method}-{images.name.split(' ')[0].strip('./').replace('/', '-')}"
-        folder = RunFolder.create_next(RUNS, stem)
-        config = dataclasses.replace(config, out=str(folder.path))
-    else:
+    parts = assemble(config)
+    # Only now, when everything else is known to work, is a run that is to be overwritten removed.
+    if config.out is not None:
         folder = RunFolder.create(Path(config.out).expanduser(), overwrite=config.overwrite)
-    run = Run(config, folder, images, state, knn, backend, make_progress())
-    describe(run, defaults, line)
+    else:
+        data = Path(config.data.partition(":")[0]).expanduser().resolve().name
+        folder = RunFolder.create_next(RUNS, f"{config.method}-{data}")
+    run = Run(parts, folder, make_progress())
+    describe(run)
     run.write_config()
     run.measure_baselines()
     return carry_out(run)
@@ -89,26 +78,18 @@ def start(config: TrainConfig) -> int:
 
 def resume(stored: StoredRun) -> int:
     """A run continued from a checkpoint."""
-    config = stored.config
     if stored.finished:
         print(f"{stored.folder}: finished, nothing to resume")
         return 0
-    build.check_arch(config.arch)
-    device = build.resolve_device(config.device)
-    images, queries, line = build.load_images(config)
-    if build.fingerprint(images) != stored.content["fingerprint"]:
-        raise DataError(f"{config.data}: not the images that {stored.folder} was trained on")
-    config, method, defaults = fill(config, images, build.image_side(images, config))
-    state = build.build_state(config, method, device)
-    backend = build.choose_run_backend(config, state)
-    knn = build.build_knn(config, images, queries, device)
-    folder = RunFolder.reopen(stored.folder, stored.content["step"])
-    config = dataclasses.replace(config, out=str(folder.path), resume=None)
-    run = Run(config, folder, images, state, knn, backend, make_progress())
-    describe(run, defaults, line)
+    parts = assemble(stored.config)
+    if fingerprint(parts.images) != stored.content["fingerprint"]:
+        reason = f"not the images that {stored.folder} was trained on"
+        raise DataError(f"{stored.config.data}: {reason}")
+    run = Run(parts, RunFolder.reopen(stored.folder, stored.content["step"]), make_progress())
+    describe(run)
     run.measure_baselines()
     run.load(stored.content)
-    run.progress.say(f"resumed    at step {state.step} of {run.total_steps}")
+    run.progress.say(f"resumed    at step {run.state.step} of {run.total_steps}")
     return carry_out(run)
 
 
@@ -125,6 +106,9 @@ def carry_out(run: Run) -> int:
         return stop.exit_code or 0
     except Diverged as error:
         raise RunError(f"{error}; {run.last_checkpoint()}") from error
+    except OSError as error:
+        path = error.filename or run.folder.path
+        raise RunError(f"{path}: {error.strerror or error}; {run.last_checkpoint()}") from error
     finally:
         run.close()
 

@@ -19,6 +19,8 @@ import torch
 from softcl import checkpoint
 from softcl.checkpoint import CheckpointError, read_checkpoint, replace_file, write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
+
 
 def make_state(step: int, rows: int = 64) -> dict:
     generator = torch.Generator().manual_seed(step)
@@ -112,6 +114,15 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch, call
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_a_failed_write_names_the_file(tmp_path: Path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*config\.json'"):
+        replace_file(tmp_path / "config.json", b"{}")
+
+
 def test_write_cut_short_by_the_system_keeps_the_old_checkpoint(tmp_path: Path):
     """A real short write: the system stops the process's files at 20 kB, as a full disk would."""
     path = tmp_path / "last.pt"
@@ -146,7 +157,7 @@ def test_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path):
     path = tmp_path / "last.pt"
     command = [sys.executable, "-c", _WRITER, str(path)]
     chooser = random.Random(1)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         time.sleep(0.05 + 0.1 * chooser.random())
         process.send_signal(signal.SIGKILL)

@@ -130,7 +130,12 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
 def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main([*flags, "--out", "run"]) == 0
+    assert main([*flags, "--out", "run", "--max-steps", "3"]) == 0
+    stored = (tmp_path / "run/last.pt").read_bytes()
+    assert main(["--resume", "run", "--max-steps", "5"]) == 0
+    # As if killed before the second checkpoint: the steps 4 and 5 come again.
+    (tmp_path / "run/last.pt").write_bytes(stored)
+    assert main(["--resume", "run"]) == 0
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     assert {"loss", "lr", "knn_top1", "confidence"} <= set(events.Tags()["scalars"])
@@ -175,10 +180,9 @@ def test_a_signal_saves_after_the_step(
         return original(state, *rest, **options)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(run, "train_step", step_with_signal)
-    assert main([*flags, "--out", "parts"]) == code
-    monkeypatch.undo()
-    os.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_step", step_with_signal)
+        assert main([*flags, "--out", "parts"]) == code
     assert signal.getsignal(number) is before
     captured = capfd.readouterr()
     assert "finishing the step and saving" in captured.err
@@ -212,9 +216,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         original(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail_later)
-    assert main([*flags, "--out", "run", "--checkpoint-every", "3"]) == 1
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", fail_later)
+        assert main([*flags, "--out", "run", "--checkpoint-every", "3"]) == 1
     error = capsys.readouterr().err
     assert error == (
         "softcl.train: run/last.pt: cannot write: No space left on device; "

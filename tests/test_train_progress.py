@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ import torch
 from softcl.allocator import keep_freed_pages
 from softcl.meter import FIRST_STEPS, Diverged, Meter
 from softcl.progress import BarProgress, PlainProgress, Status, clock, make_progress
+
+ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
 
 STATUS = Status(
     step=120,
@@ -151,7 +154,11 @@ with StopRequest() as stop:
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_second_signal_exits_at_once(number: int, code: int):
     with subprocess.Popen(
-        [sys.executable, "-c", _WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _WAITING],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
