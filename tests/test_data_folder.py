@@ -122,6 +122,13 @@ def test_only_train_given(tmp_path):
     assert "no images in test/ or val/" in one_line(error, tmp_path)
 
 
+def test_folders_beside_the_splits_are_named(tmp_path):
+    for name in ("train", "test", "unlabeled"):
+        write_classes(tmp_path / name, {"a": 1, "b": 1})
+    listing = list_folder(tmp_path, "all")
+    assert len(listing.files) == 4 and listing.notes == ["ignored beside train/: unlabeled/"]
+
+
 def test_nested_images_belong_to_the_first_level(tmp_path):
     write(tmp_path / "a" / "x" / "1.png")
     write(tmp_path / "a" / "0.png")
@@ -285,6 +292,7 @@ def test_a_different_image_is_cropped_in_its_center(tmp_path):
         ("tiny-imagenet-200", "tiny"),
         ("imagenet", "imagenet"),
         ("photos", "imagenet"),
+        ("destiny", "imagenet"),
         ("cifar10/train", "cifar10"),
     ],
 )

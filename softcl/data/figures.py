@@ -45,13 +45,13 @@ def _square(x: Field, y: Field) -> Field:
 
 
 def _triangle(x: Field, y: Field) -> Field:
-    return np.maximum.reduce(_lines(x, -y - 0.15, 3, 0.55))
+    return np.maximum.reduce(_lines(x, 0.2 - y, 3, 0.55))
 
 
 def _star(x: Field, y: Field) -> Field:
     # A point of a pentagram violates at most one of the five sides: the second largest distance.
     first = second = np.full_like(x, -np.inf)
-    for side in _lines(x, -y, 5, 0.4):
+    for side in _lines(x, -y, 5, 0.35):
         second = np.maximum(second, np.minimum(first, side))
         first = np.maximum(first, side)
     return second

@@ -67,11 +67,11 @@ def _images(folder: Path) -> list[tuple[str, ...]]:
     return sorted(found)
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
     """{"train": ..., "test": ...} where the folder is divided so, else {}.
 
-    train/ beside test/ or val/ divides it, or those names alone: a set of classes may well have one
-    called "train".
+    train/ beside test/ or val/ divides it, or those names alone: a set of classes may well have
+    one called "train".
     """
     try:
         names = {e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")}
@@ -81,6 +81,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
     divided = bool(names) and names <= {TRAIN, *TESTS}
     if not (divided or (TRAIN in names and tests)):
         return {}
+    others = sorted(names - {TRAIN, *TESTS} - {"__MACOSX"})
+    if others:
+        notes.append(f"ignored beside {TRAIN}/: " + ", ".join(printable(n) + "/" for n in others))
     folders = {TRAIN: root / TRAIN} if TRAIN in names else {}
     if tests:
         # ImageNet's test/ has no labels and its val/ has.
@@ -103,13 +106,13 @@ def list_folder(root: Path, split: str) -> Listing:
         raise DataError(f"{printable(root)}: no such folder")
     if not root.is_dir():
         raise DataError(f"{printable(root)}: not a folder")
-    folders = _split_folders(root)
+    notes: list[str] = []
+    folders = _split_folders(root, notes)
     parts = {name: _images(folder) for name, folder in folders.items()} or {"": _images(root)}
     if not any(parts.values()):
         kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
         raise DataError(f"{printable(root)}: no images in this folder (looked for {kinds})")
 
-    notes: list[str] = []
     classes = sorted({p[0] for paths in parts.values() for p in paths if len(p) > 1})
     wanted = [name for name in parts if split in (name, "all") or name == ""]
     chosen = [(name, path) for name in wanted for path in parts[name]]

@@ -24,7 +24,7 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
     # torchvision's constants for ImageNet-1k; also the choice for a set without a row here.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Measured on the first 20,000 training images of `shapes`, seed 0.
-    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "shapes": ((0.501, 0.501, 0.501), (0.201, 0.201, 0.201)),
 }
 
 
@@ -32,6 +32,7 @@ class DecodedOnDemand(Protocol):
     """What `ImageSet.images` is when the set is not resident in memory."""
 
     skipped: list[str]
+    size: tuple[int, int]  # height, width
 
     def __len__(self) -> int: ...
     def batch(self, indices: torch.Tensor) -> torch.Tensor: ...  # uint8 (N, 3, H, W)
@@ -69,6 +70,13 @@ class ImageSet:
     def resident(self) -> bool:
         return isinstance(self.images, torch.Tensor)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the stored images."""
+        if isinstance(self.images, torch.Tensor):
+            return tuple(self.images.shape[-2:])
+        return self.images.size
+
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The images of `indices` (N,), on any device: uint8 (N, 3, H, W)."""
         if isinstance(self.images, torch.Tensor):
@@ -83,10 +91,9 @@ class ImageSet:
 
     def describe(self) -> str:
         """One line for a log: how many images, their size, where they are, how normalised."""
-        parts = [f"{self.name}: {len(self)} images"]
+        height, width = self.size
+        parts = [f"{self.name}: {len(self)} images", f"{width}x{height}"]
         if isinstance(self.images, torch.Tensor):
-            height, width = self.images.shape[-2:]
-            parts.append(f"{width}x{height}")
             parts.append(f"{self.images.numel() / 1e6:.0f} MB in memory")
         else:
             parts.append("decoded on demand")

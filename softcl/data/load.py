@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from softcl.data import decode
-from softcl.data.folder import Listing, list_folder, printable
+from softcl.data.folder import TESTS, TRAIN, Listing, list_folder, printable
 from softcl.data.image_set import STATISTICS, DataError, ImageSet
 from softcl.data.shapes import TEST_SIZE, TRAIN_SIZE, make_shapes
 
@@ -152,12 +152,12 @@ def _read_all(
 def known_statistics(root: Path) -> str:
     """The row of STATISTICS that a folder's name points to; "imagenet" if none does."""
     path = root.absolute()
-    names = [path.name] if path.name not in ("train", "test", "val") else [path.parent.name]
-    plain = re.sub(r"[^a-z0-9]", "", names[0].lower())
-    for row in ("cifar100", "cifar10", "stl10", "tiny"):
+    name = path.parent.name if path.name in (TRAIN, *TESTS) else path.name
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    for row in ("cifar100", "cifar10", "stl10"):
         if row in plain:
             return row
-    return "imagenet"
+    return "tiny" if plain.startswith("tiny") else "imagenet"
 
 
 def _load_folder(
@@ -191,12 +191,12 @@ def _load_folder(
 
 
 def _load_shapes(spec: str, split: str) -> ImageSet:
-    _, _, count = spec.partition(":")
-    if count and not (count.isdecimal() and int(count) > 0):
+    _, colon, count = spec.partition(":")
+    if colon and not (count.isdecimal() and int(count) > 0):
         raise DataError(
             f"{spec}: write shapes or shapes:N with a positive number of training images"
         )
-    train = int(count) if count else TRAIN_SIZE
+    train = int(count) if colon else TRAIN_SIZE
     if split == "all":
         parts = [make_shapes(train, "train"), make_shapes(TEST_SIZE, "test")]
         both = parts[0]

@@ -1,12 +1,17 @@
-"""The generated set `shapes`: one figure on a background, 32x32, labelled by independent factors.
+"""The generated set `shapes`: groups of figures, 32x32 pixels, labelled by independent factors.
 
-Image `index` of a split and seed is a pure function of these three, whatever the size of the set.
-The class is the figure; texture, colour, size and position are drawn independently of it and kept
-as `factors`; rotation, background, contrast and noise are drawn too, without labels. The splits
-use different streams of random numbers.
+Every image shows figures of one shape, its class. The one in front is described by the factors
+texture, colour, size and position, drawn independently of the class and of each other; the others,
+its companions, have their own. Rotation, contrast, ground and noise are drawn too, without labels.
 
-A figure is a signed distance function in a frame turned, scaled and moved with it; the coverage of
-a pixel is clamp(1/2 - distance in pixels, 0, 1), which gives antialiased edges.
+Companions make the shape the one thing that any two crops of an image share, so that contrastive
+learning has to find it, while pixels one by one say little about it. Colours are faint for the same
+reason: crops that could be matched by colour alone would teach nothing about shape.
+
+Image `index` of a split and seed is a pure function of these three, whatever the size of the set,
+and the splits use different streams of random numbers. A figure is a signed distance function in a
+frame turned, scaled and moved with it; a pixel's coverage is clamp(1/2 - distance in pixels, 0, 1),
+which gives antialiased edges.
 """
 
 from __future__ import annotations
@@ -34,12 +39,12 @@ SIZES = 4
 POSITIONS = 9  # cells of a 3x3 grid, row by row
 
 # Lengths in halves of the image's side, angles in radians, colours in [0, 1].
-MIN_RADIUS, MAX_RADIUS = 0.4, 0.68
-COMPANIONS, COMPANION_RADIUS = 3, (0.24, 0.36)
+MIN_RADIUS, MAX_RADIUS = 0.4, 0.62
+COMPANIONS, COMPANION_RADIUS = 4, (0.26, 0.38)
 SPREAD = 0.5  # centres lie in [-SPREAD, SPREAD] both ways
 MAX_ANGLE = np.pi / 6
-CHROMA = (0.08, 0.18)
-CLOUDS = 0.12
+CHROMA = (0.03, 0.08)
+CLOUDS = 0.05
 NOISE = 0.06
 
 
