@@ -102,7 +102,9 @@ def make_plan(
         layout = stream.SINGLE if work.kind == "single" else stream.PAIRED
     stacked = layout == stream.STACKED
     rows = tile.block_n * (2 if stacked else 1)
-    sum_groups = max(1, tile.num_warps * 16 // rows)
+    # Rows of an accumulator that one warp holds; a second warp takes other columns of them.
+    rows_per_warp = 32 if target == "sm_100" else 16
+    sum_groups = max(1, tile.num_warps * rows_per_warp // rows)
     chunk_groups, tiles_per_chunk = chunking(work.K, work.num_neighbors, tile.block_k, sum_groups)
 
     num_tiles = -(-work.K // tile.block_k)
@@ -116,6 +118,7 @@ def make_plan(
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
     config = stream.Config(
         D=work.D,
+        RAGGED=work.K % tile.block_k != 0,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_D=max(16, 1 << (work.D - 1).bit_length()),
@@ -136,6 +139,9 @@ def make_plan(
         MEAN_PARTS=queue_parts if row_parts == 3 else min(queue_parts, 2),
         WEIGHT_PARTS=weight_parts(work),
         NATIVE_FP16=native_fp16,
+        # Tensor memory adds one product to a sum in place; a second one would take it through the
+        # registers and back. Registers have no room for two sums.
+        REST_APART=target == "sm_100" and weight_parts(work) == 2 and queue_parts == 1,
         SUM_GROUPS=sum_groups,
         CHUNK_GROUPS=chunk_groups,
         TILES_PER_CHUNK=tiles_per_chunk,

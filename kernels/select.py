@@ -23,7 +23,7 @@ import triton.language as tl
 from .numerics import widen
 
 # What a NaN, or minus infinity, counts as: below every cosine, above what is not a column at all.
-WORST = tl.constexpr(-3.0e38)
+WORST = tl.constexpr(-1e20)
 LAST = tl.constexpr(-(2**63))  # sorts behind everything
 
 

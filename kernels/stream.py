@@ -16,8 +16,7 @@ part of the queue. A program keeps its rows and its (rows, D) sums for its whole
                both products, eight rows of each in turn (sums.pair_products): for large D
 
 Traffic: K D elements of queue per row block, from L2; rows and sums once; with maxima four bytes
-per row and chunk. Nothing of size N x K is written. The tiles before a ragged end need no masks:
-the last one is visited apart.
+per row and chunk. Nothing of size N x K is written.
 
 Chunks. The columns of an accumulator that one thread holds (numerics.fold) make four chunks of each
 of the CHUNK_GROUPS column groups of a tile, over TILES_PER_CHUNK consecutive tiles.
@@ -46,11 +45,16 @@ SINGLE = tl.constexpr(0)
 PAIRED = tl.constexpr(1)
 STACKED = tl.constexpr(2)
 
+# The cosine of a column past the end of the queue: no weight, no rank, the least of its chunk. It
+# is finite, so that a weight of zero times it is zero.
+ABSENT = tl.constexpr(-1e30)
+
 
 class Config(NamedTuple):
     """What one compilation of the kernel is specialised to. Integers and booleans only."""
 
     D: int
+    RAGGED: bool  # the last tile reaches past the end of the queue
     BLOCK_N: int  # samples per program
     BLOCK_K: int  # queue rows per tile
     BLOCK_D: int  # D rounded up to a power of two
@@ -71,6 +75,7 @@ class Config(NamedTuple):
     MEAN_PARTS: int  # of the queue, in the second product
     WEIGHT_PARTS: int
     NATIVE_FP16: bool  # fp16 rows meet an fp16 queue as they are, in one part
+    REST_APART: bool  # the second part of the weights has sums of its own
     SUM_GROUPS: int  # column groups that different warps hold
     CHUNK_GROUPS: int
     TILES_PER_CHUNK: int
@@ -119,13 +124,13 @@ def cosines_of(rows, q_transposed, C: tl.constexpr):
 
 
 @triton.jit
-def load_tile(queue_ptr, tile, K, MASKED: tl.constexpr, C: tl.constexpr):
+def load_tile(queue_ptr, tile, K, C: tl.constexpr):
     """Queue rows (BLOCK_K, BLOCK_D) of one tile, zeros outside the queue."""
     k = tl.arange(0, C.BLOCK_K)
     d = tl.arange(0, C.BLOCK_D)
     queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D)
     pointers = queue_ptr + (k[:, None] * C.D + d[None, :])
-    if MASKED:
+    if C.RAGGED:
         mask = (tile * C.BLOCK_K + k < K)[:, None] & (d < C.D)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
     elif C.BLOCK_D != C.D:
@@ -148,28 +153,27 @@ def visit_tile(
     K,
     maxima_ptrs,  # (M, CHUNK_GROUPS, 4), chunk 0 of each row
     maxima_mask,
-    MASKED: tl.constexpr,
     C: tl.constexpr,
 ):
     """Load one queue tile and add it to everything; returns the new state."""
     first_sums, second_sums, chunk_maxima, ranks = state
-    q, q_transposed = queue_operands(load_tile(queue_ptr, tile, K, MASKED, C), C)
-    valid = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
+    q, q_transposed = queue_operands(load_tile(queue_ptr, tile, K, C), C)
 
     # Both first products before the first softmax, so that the second overlaps it.
     cosines = cosines_of(first, q_transposed, C)
     teacher_cosines = cosines
     if C.LAYOUT == PAIRED:
         teacher_cosines = cosines_of(second, q_transposed, C)
+    if C.RAGGED:
+        if (tile + 1) * C.BLOCK_K > K:
+            exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
+            cosines = tl.where(exists, cosines, ABSENT)
+            teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
 
     if C.RANKS:
-        above = cosines > positive[:, None]
-        if MASKED:
-            above = above & valid
-        ranks += fold_sum(above.to(tl.int32), C.SUM_GROUPS)
+        ranks += fold_sum((cosines > positive[:, None]).to(tl.int32), C.SUM_GROUPS)
     if C.MAXIMA:
-        seen = tl.where(valid, teacher_cosines, float("-inf")) if MASKED else teacher_cosines
-        maxima = fold_max(seen, C.CHUNK_GROUPS)
+        maxima = fold_max(teacher_cosines, C.CHUNK_GROUPS)
         if C.TILES_PER_CHUNK > 1:
             # Every tile stores; the last one of a chunk writes the chunk's maximum.
             fresh = tile % C.TILES_PER_CHUNK == 0
@@ -180,13 +184,13 @@ def visit_tile(
 
     STACKED_STUDENT: tl.constexpr = C.STUDENT and C.LAYOUT == STACKED
     first_sums = add_tile(
-        first_sums, cosines, cosines, is_second[:, None], valid, first_scale, q,
-        C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, MASKED, C,
+        first_sums, cosines, cosines, is_second[:, None], first_scale, q,
+        C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, C,
     )  # fmt: skip
     if C.SECOND_SOFTMAX:
         second_sums = add_tile(
-            second_sums, teacher_cosines, cosines, is_second[:, None], valid, second_scale, q,
-            C.SECOND_MEAN, True, C.STUDENT, False, MASKED, C,
+            second_sums, teacher_cosines, cosines, is_second[:, None], second_scale, q,
+            C.SECOND_MEAN, True, C.STUDENT, False, C,
         )  # fmt: skip
     return first_sums, second_sums, chunk_maxima, ranks
 
@@ -263,22 +267,17 @@ def stream_kernel(
     maxima_mask = n_mask & is_second if C.LAYOUT == STACKED else n_mask
 
     state = (
-        no_sums(M, C.BLOCK_D, C.FIRST_MEAN, C.SUM_GROUPS),
-        no_sums(M, C.BLOCK_D, C.SECOND_MEAN, C.SUM_GROUPS),
+        no_sums(M, C.FIRST_MEAN, C),
+        no_sums(M, C.SECOND_MEAN, C),
         tl.full([M, C.CHUNK_GROUPS, 4], float("-inf"), tl.float32),
         tl.zeros([M, C.SUM_GROUPS, 4], tl.int32),
     )
     start = split * tiles_per_split
-    whole = tl.minimum(start + tiles_per_split, K // C.BLOCK_K)
-    for tile in tl.range(start, whole, num_stages=C.NUM_STAGES):
+    end = tl.minimum(start + tiles_per_split, tl.cdiv(K, C.BLOCK_K))
+    for tile in tl.range(start, end, num_stages=C.NUM_STAGES):
         state = visit_tile(
             state, tile, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
-            maxima_ptrs, maxima_mask[:, None, None], False, C,
-        )  # fmt: skip
-    if whole < start + tiles_per_split and whole * C.BLOCK_K < K:
-        state = visit_tile(
-            state, whole, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
-            maxima_ptrs, maxima_mask[:, None, None], True, C,
+            maxima_ptrs, maxima_mask[:, None, None], C,
         )  # fmt: skip
 
     first_sums, second_sums, _, ranks = state

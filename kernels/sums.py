@@ -20,7 +20,7 @@ and the mean is divided by their own sum, so what the cut takes from all of them
 import triton
 import triton.language as tl
 
-from .numerics import cut, fold_sum, multiply_parts, parts, unfold_sum
+from .numerics import cut, dot, fold_sum, multiply_parts, parts, unfold_sum
 
 # Slots of the buffer of partial sums (splits, SLOTS, rows).
 WEIGHTS = tl.constexpr(0)
@@ -35,14 +35,15 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def no_sums(M: tl.constexpr, BLOCK_D: tl.constexpr, MEAN: tl.constexpr, GROUPS: tl.constexpr):
-    """The sums over no tile, each (M, GROUPS, 4) spread over the threads that will add to it.
+def no_sums(M: tl.constexpr, MEAN: tl.constexpr, C: tl.constexpr):
+    """The sums over no tile, each (M, SUM_GROUPS, 4) spread over the threads that will add to it.
 
-    Without MEAN the last one is a placeholder that nothing reads.
+    mean_sum and rest_sum are placeholders that nothing reads where they are not needed.
     """
-    zero = tl.zeros([M, GROUPS, 4], tl.float32)
-    mean_sum = tl.zeros([M, BLOCK_D if MEAN else 1], tl.float32)
-    return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum
+    zero = tl.zeros([M, C.SUM_GROUPS, 4], tl.float32)
+    mean_sum = tl.zeros([M, C.BLOCK_D if MEAN else 1], tl.float32)
+    rest_sum = tl.zeros([M, C.BLOCK_D if MEAN and C.REST_APART else 1], tl.float32)
+    return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum, rest_sum
 
 
 @triton.jit
@@ -70,23 +71,20 @@ def add_tile(
     cosines,  # (M, BLOCK_K) v.Q of one tile
     student_cosines,  # (M, BLOCK_K) z.Q, read if STUDENT
     is_teacher,  # (M, 1), read in a stacked tile if STUDENT
-    valid,  # (1, BLOCK_K) the columns that exist; read if MASKED
     scale,  # x = scale v.Q
     q,  # the tile in bf16 parts, each (BLOCK_K, BLOCK_D)
     MEAN: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
     STACKED: tl.constexpr,
-    MASKED: tl.constexpr,
     C: tl.constexpr,  # stream.Config
 ):
     """The sums with one tile added."""
-    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum = sums
+    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum = sums
     logits = cosines * scale
     factor = cosines
     if C.RUNNING_MAX:
-        seen = tl.where(valid, logits, LOWEST) if MASKED else logits
-        new_maximum = tl.maximum(maximum, tl.max(seen, 1))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         drop = maximum - new_maximum
         carry = tl.exp2(drop)
         cosine_sum = (cosine_sum + drop[:, None, None] * weight_sum) * carry[:, None, None]
@@ -94,12 +92,11 @@ def add_tile(
         weight_sum *= carry[:, None, None]
         cut_sum *= carry[:, None, None]
         mean_sum *= carry[:, None]
+        rest_sum *= carry[:, None]
         maximum = new_maximum
         logits -= new_maximum[:, None]
         factor = logits
     weights = tl.exp2(logits)
-    if MASKED:
-        weights = tl.where(valid, weights, 0.0)
     weight_sum += fold_sum(weights, C.SUM_GROUPS)
     if ENTROPY:
         cosine_sum += fold_sum(weights * factor, C.SUM_GROUPS)
@@ -116,8 +113,12 @@ def add_tile(
             if C.WEIGHT_PARTS == 2:
                 used += cut(weights - used)
             cut_sum += fold_sum(used, C.SUM_GROUPS)
-        mean_sum = multiply_parts(w, q, mean_sum, C.WEIGHT_PARTS, C.MEAN_PARTS)
-    return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum
+        if C.REST_APART:
+            mean_sum = multiply_parts(w, q, mean_sum, 1, C.MEAN_PARTS)
+            rest_sum = dot(w[1], q[0], rest_sum)
+        else:
+            mean_sum = multiply_parts(w, q, mean_sum, C.WEIGHT_PARTS, C.MEAN_PARTS)
+    return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def store_sums(
     C: tl.constexpr,  # stream.Config
 ):
     """Write a row block's sums over one split."""
-    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum = sums
+    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum = sums
     base = sums_ptr + split.to(tl.int64) * SLOTS * num_rows + rows
     tl.store(base + WEIGHTS * num_rows, unfold_sum(weight_sum), mask=mask)
     if ENTROPY:
@@ -149,6 +150,8 @@ def store_sums(
             tl.store(base + CUT_WEIGHTS * num_rows, unfold_sum(cut_sum), mask=mask)
         d = tl.arange(0, C.BLOCK_D)
         offsets = (split.to(tl.int64) * num_rows + rows)[:, None] * C.D + d[None, :]
+        if C.REST_APART:
+            mean_sum += rest_sum
         tl.store(means_ptr + offsets, mean_sum, mask=mask[:, None] & (d < C.D)[None, :])
 
 
