@@ -1,7 +1,8 @@
 """``python -m softcl.train``: train a backbone without labels, and show how good it has become.
 
-The order of things: flags (softcl/flags.py) -> configuration (config.py, settings.py) -> images,
-networks, backend (build.py) -> steps (step.py) -> k-NN (evaluate.py) -> run folder (run_folder.py).
+The order of things, in softcl/training/: flags.py -> configuration (config.py, settings.py) ->
+images, networks, backend (build.py) -> steps (run.py, step.py) -> run folder (run_folder.py); and
+softcl/evaluate.py for the k-NN score.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from softcl.allocator import keep_freed_pages
-from softcl.build import RunError, assemble, fingerprint
-from softcl.checkpoint import CheckpointError
-from softcl.config import ConfigError, TrainConfig
 from softcl.data import DataError
-from softcl.flags import parse_flags, report
-from softcl.interrupt import StopRequest
-from softcl.meter import Diverged
-from softcl.progress import make_progress
-from softcl.resume import StoredRun, read_run
-from softcl.run import Run, describe
-from softcl.run_folder import RunFolder, RunFolderError
+from softcl.training.allocator import keep_freed_pages
+from softcl.training.build import RunError, assemble, fingerprint
+from softcl.training.checkpoint import CheckpointError
+from softcl.training.config import ConfigError, TrainConfig
+from softcl.training.flags import parse_flags, report
+from softcl.training.interrupt import StopRequest
+from softcl.training.meter import Diverged
+from softcl.training.progress import make_progress
+from softcl.training.resume import StoredRun, read_run
+from softcl.training.run import Run, describe
+from softcl.training.run_folder import RunFolder, RunFolderError
 
 EXTRAS = ("timm", "torchvision", "PIL", "rich", "tensorboard")  # of softcl[train]
 RUNS = Path("runs")

@@ -16,8 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcl import checkpoint
-from softcl.checkpoint import CheckpointError, read_checkpoint, replace_file, write_checkpoint
+from softcl.training import checkpoint
+from softcl.training.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    replace_file,
+    write_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
 
@@ -144,7 +149,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 import torch
-from softcl.checkpoint import write_checkpoint
+from softcl.training.checkpoint import write_checkpoint
 path, step = Path(sys.argv[1]), 0
 while True:
     step += 1

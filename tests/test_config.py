@@ -8,7 +8,9 @@ import json
 import pytest
 import torch
 
-from softcl.config import (
+from softcl.data import ImageSet
+from softcl.train import main
+from softcl.training.config import (
     ConfigError,
     TrainConfig,
     did_you_mean,
@@ -17,10 +19,8 @@ from softcl.config import (
     identity_hash,
     value_type,
 )
-from softcl.data import ImageSet
-from softcl.flags import build_parser, parse_flags
-from softcl.settings import defaults_for, fill
-from softcl.train import main
+from softcl.training.flags import build_parser, parse_flags
+from softcl.training.settings import defaults_for, fill
 
 
 def image_set(count: int = 512, size: int = 32, statistics: str = "shapes") -> ImageSet:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from softcl import evaluate
 from softcl.data import ImageSet
 from softcl.evaluate import KNN, eval_mode, extract, knn_predict, thinned, vote
-from softcl.picture import choose_queries, draw_neighbors, nearest
+from softcl.training.picture import choose_queries, draw_neighbors, nearest
 
 CPU = torch.device("cpu")
 

@@ -63,8 +63,8 @@ def test_any_call(backend, call):
     loss.sum().backward()
     oracle = loss_oracle(type(p)(p.query, p.key, p.queue[:filled]), rule, **options)
     # These are extremes, so the bounds follow the float32 rounding u of one cosine: it moves a
-    # teacher logit, hence a label, by u / teacher_temperature, and the loss, a difference of numbers
-    # of size 1 / temperature, by that much of their size.
+    # teacher logit, hence a label, by u / teacher_temperature, and the loss, a difference of
+    # numbers of size 1 / temperature, by that much of their size.
     size = max(1.0, 1.0 / call["temperature"])
     scale = max(1.0, 0.1 / min(call["temperature"], call["teacher_temperature"]))
     assert relative_error(loss / size, oracle[0] / size) <= scale * LSE_TOLERANCE

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from softcl import checkpoint, run, train
-from softcl.checkpoint import read_checkpoint
+from softcl import train
 from softcl.ops import BackendChoice
-from softcl.run_folder import read_metrics
 from softcl.train import main
+from softcl.training import checkpoint, run
+from softcl.training.checkpoint import read_checkpoint
+from softcl.training.run_folder import read_metrics
 
 TIMED = ("images_per_s", "data_wait", "seconds")
 
@@ -147,7 +148,7 @@ def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):
 def test_resume_is_bit_exact_in_the_middle_of_an_epoch(
     flags: list[str], tmp_path: Path, monkeypatch, early_rows: int
 ):
-    monkeypatch.setattr("softcl.meter.FIRST_STEPS", early_rows)
+    monkeypatch.setattr("softcl.training.meter.FIRST_STEPS", early_rows)
     flags = [*flags, "--log-every", "4"]
     assert main([*flags, "--out", "whole"]) == 0
     assert main([*flags, "--out", "parts", "--max-steps", "3"]) == 0
@@ -324,7 +325,7 @@ def test_bad_paths_are_named_in_one_line(line: str, message: str, tmp_path, monk
 def test_fused_stops_with_the_reasons(flags: list[str], tmp_path: Path, monkeypatch, capsys):
     reasons = {"triton": "no CUDA device", "cpu": "softcl._C is not built"}
     monkeypatch.setattr(
-        "softcl.build.choose_backend", lambda *_, **__: BackendChoice("reference", reasons)
+        "softcl.training.build.choose_backend", lambda *_, **__: BackendChoice("reference", reasons)
     )
     assert main([*flags, "--out", "run", "--fused"]) == 1
     error = capsys.readouterr().err

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcl.allocator import keep_freed_pages
-from softcl.meter import FIRST_STEPS, Diverged, Meter
-from softcl.progress import BarProgress, PlainProgress, Status, clock, make_progress
+from softcl.training.allocator import keep_freed_pages
+from softcl.training.meter import FIRST_STEPS, Diverged, Meter
+from softcl.training.progress import BarProgress, PlainProgress, Status, clock, make_progress
 
 ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
 
@@ -141,7 +141,7 @@ def test_meter_leaves_other_work_out_of_the_speed():
 
 _WAITING = """
 import sys, time
-from softcl.interrupt import StopRequest
+from softcl.training.interrupt import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while stop.exit_code is None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcl import step as step_module
 from softcl.methods import ASCL
 from softcl.nn import MemoryQueue, make_teacher
-from softcl.step import (
+from softcl.training import step as step_module
+from softcl.training.step import (
     MEASURES,
     StepRandom,
     TrainState,

@@ -6,9 +6,9 @@ import dataclasses
 import importlib
 from typing import Any
 
-from softcl.config import ConfigError, TrainConfig, did_you_mean, field_names
 from softcl.data import ImageSet
 from softcl.methods import METHODS, Defaults
+from softcl.training.config import ConfigError, TrainConfig, did_you_mean, field_names
 
 # Settings of a method's defaults that are fields of the configuration under the same name.
 _TRAINING = ("arch", "epochs", "batch_size", "lr", "sgd_momentum", "weight_decay", "warmup_epochs")

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softcl.checkpoint import replace_file
-from softcl.events import EventFile
+from softcl.training.checkpoint import replace_file
+from softcl.training.events import EventFile
 
 CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "last.pt", "result.json"
 BASELINES, PICTURE, SKIPPED = "baselines.json", "neighbors.png", "skipped.txt"

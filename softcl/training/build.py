@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.config import ConfigError, TrainConfig, did_you_mean
 from softcl.data import VIEWS, DataError, ImageSet, load_dataset
 from softcl.evaluate import KNN, NUM_NEIGHBORS
 from softcl.nn import (
@@ -23,8 +22,9 @@ from softcl.nn import (
     make_teacher,
 )
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
-from softcl.settings import check_method_flags, fill
-from softcl.step import TrainState, View, derived_seed
+from softcl.training.config import ConfigError, TrainConfig, did_you_mean
+from softcl.training.settings import check_method_flags, fill
+from softcl.training.step import TrainState, View, derived_seed
 
 
 class RunError(RuntimeError):

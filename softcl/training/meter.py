@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcl.step import MEASURES
+from softcl.training.step import MEASURES
 
 FIRST_STEPS = 50  # each has a line of its own
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcl.checkpoint import CheckpointError, read_checkpoint
-from softcl.config import (
+from softcl.training.checkpoint import CheckpointError, read_checkpoint
+from softcl.training.config import (
     IDENTITY,
     ConfigError,
     TrainConfig,
@@ -16,7 +16,7 @@ from softcl.config import (
     flag_name,
     identity_hash,
 )
-from softcl.run_folder import CHECKPOINT, CONFIG, RESULT, RunFolderError, read_json
+from softcl.training.run_folder import CHECKPOINT, CONFIG, RESULT, RunFolderError, read_json
 
 FORMAT = 1  # of a checkpoint's content
 _PARTS = ("step", "student", "teacher", "queue", "optimizer", "config", "config_hash", "meter")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from softcl.config import ConfigError, TrainConfig, did_you_mean, flag_name, value_type
+from softcl.training.config import ConfigError, TrainConfig, did_you_mean, flag_name, value_type
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 import softcl
-from softcl.build import Parts, build_views, fingerprint
-from softcl.checkpoint import write_checkpoint
-from softcl.config import identity_hash
 from softcl.data import ImageSet
-from softcl.feed import BatchFeed
-from softcl.interrupt import StopRequest
-from softcl.meter import Diverged, Meter
-from softcl.picture import choose_queries, draw_neighbors, nearest
-from softcl.progress import Progress, Status, clock
-from softcl.resume import FORMAT
-from softcl.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
-from softcl.step import learning_rate, train_step
+from softcl.training.build import Parts, build_views, fingerprint
+from softcl.training.checkpoint import write_checkpoint
+from softcl.training.config import identity_hash
+from softcl.training.feed import BatchFeed
+from softcl.training.interrupt import StopRequest
+from softcl.training.meter import Diverged, Meter
+from softcl.training.picture import choose_queries, draw_neighbors, nearest
+from softcl.training.progress import Progress, Status, clock
+from softcl.training.resume import FORMAT
+from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
+from softcl.training.step import learning_rate, train_step
 
 
 class Run:
