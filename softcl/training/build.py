@@ -122,7 +122,11 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, str]:
         DataError: the training images, or the images of --eval-data, cannot be read.
     """
     options = {"image_size": config.image_size, "workers": config.workers}
-    train = load_dataset(config.data, "train", **options)
+    try:
+        train = load_dataset(config.data, "train", **options)
+    except DataError as error:
+        hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
+        raise DataError(f"{error}{hint}") from error
     options["image_size"] = image_side(train, config)
     if config.eval_data is not None:
         queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
