@@ -158,7 +158,7 @@ DEFAULTS: dict[str, Defaults] = {
         method=ASCL(projector_hidden=512),
         arch="resnet_tiny",
         image_size=32,
-        epochs=10,
+        epochs=8,
         batch_size=256,
         lr=0.06,
         sgd_momentum=0.9,
