@@ -83,8 +83,8 @@ def test_loss_and_gradient(backend, rule, shape, dtypes):
                 backend=backend,
             )
             loss.sum().backward()
-            # Clustered rows have cosines near 1 and few large labels: one rounding of a cosine, 6e-8,
-            # moves a label by 6e-8 / 0.05 of itself, and nothing averages it out.
+            # Clustered rows have cosines near 1 and few large labels: one rounding of a cosine,
+            # 6e-8, moves a label by 6e-8 / 0.05 of itself, and nothing averages it out.
             scale = 1.0 if kind == "random" else 2.0
             if dtypes[0] == torch.float32:
                 assert_loss_close(loss, query.grad, oracle, dtypes[0], scale=scale)
