@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "arena.h"
 #include "isa.h"
@@ -15,8 +14,7 @@ namespace {
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
 
-// Strips and sums of a block, which the sweep visits once per tile, may take half a typical L2
-// cache.
+// Strips and sums of a block, which the sweep visits once per tile: half a typical L2 cache.
 constexpr std::int64_t kBlockBytes = 256 << 10;
 // Lists of neighbours may take so much per block.
 constexpr std::int64_t kListBytes = 16 << 20;
@@ -45,11 +43,26 @@ struct Plan {
   }
 };
 
+// How often to split the queue: a few pieces of work for every thread, and few threads idle while
+// the last pieces run.
+std::int64_t best_splits(std::int64_t blocks, std::int64_t threads) {
+  if (threads == 1 || blocks >= threads * kPiecesPerThread) return 1;
+  const std::int64_t least = divide_up(threads * kPiecesPerThread, blocks);
+  std::int64_t best = least;
+  double best_use = 0.0;
+  for (std::int64_t splits = least; splits <= 2 * least; ++splits) {
+    const std::int64_t pieces = blocks * splits;
+    const double use = double(pieces) / double(divide_up(pieces, threads) * threads);
+    if (use > best_use) best = splits, best_use = use;
+  }
+  return best;
+}
+
 Plan make_plan(const PassRequest& request, int lanes) {
   Plan plan;
   plan.lanes = lanes;
   plan.num_threads = std::max(1, request.num_threads);
-  const std::int64_t D = request.dim, K = request.queue_size;
+  const std::int64_t D = request.dim, K = request.queue_size, threads = plan.num_threads;
   plan.tile_rows = D <= 256 ? 96 : D <= 1024 ? 48 : 24;
 
   std::int64_t strip_bytes = 0, list_bytes = 1;
@@ -61,19 +74,15 @@ Plan make_plan(const PassRequest& request, int lanes) {
   plan.strips = divide_up(request.num_rows, lanes);
   const std::int64_t largest =
       std::max<std::int64_t>(1, std::min(kBlockBytes / strip_bytes, kListBytes / list_bytes));
-  // Blocks of nearly equal size.
+  // Blocks of nearly equal size, an equal number for every thread if there are enough.
   plan.blocks = divide_up(plan.strips, largest);
-  plan.strips_per_block = divide_up(plan.strips, plan.blocks);
+  if (plan.blocks > threads) plan.blocks = divide_up(plan.blocks, threads) * threads;
+  plan.strips_per_block = divide_up(plan.strips, std::min(plan.blocks, plan.strips));
   plan.blocks = divide_up(plan.strips, plan.strips_per_block);
 
-  const std::int64_t wanted = plan.num_threads * kPiecesPerThread;
-  std::int64_t splits = 1;
-  if (plan.num_threads > 1 && plan.blocks < wanted) {
-    // The number of pieces is a multiple of the number of threads.
-    splits = wanted / std::gcd(wanted, plan.blocks);
-    splits = std::max<std::int64_t>(1, std::min(splits, K / kMinSplitRows));
-  }
-  plan.split_rows = divide_up(divide_up(K, splits), plan.tile_rows) * plan.tile_rows;
+  const std::int64_t splits = std::min(best_splits(plan.blocks, threads), K / kMinSplitRows);
+  plan.split_rows =
+      divide_up(divide_up(K, std::max<std::int64_t>(1, splits)), plan.tile_rows) * plan.tile_rows;
   plan.splits = divide_up(K, plan.split_rows);
   return plan;
 }
@@ -88,14 +97,14 @@ struct Piece {
 struct Workspace {
   float* tile;
   float* weights;
-  float* partial_mean[kMaxReductions];
-  double* mean[kMaxReductions];
-  Neighbor* candidates[kMaxReductions];
+  float* partial_mean[kMaxReductions] = {};
+  double* mean[kMaxReductions] = {};
+  Neighbor* candidates[kMaxReductions] = {};
 };
 
 class Pass {
  public:
-  Pass(const PassRequest& request, const FinishRow& finish)
+  Pass(const PassRequest& request, const FinishStrip& finish)
       : request_(request),
         finish_(finish),
         kernels_(sweep_kernels()),
@@ -110,7 +119,9 @@ class Pass {
     if (!plan_.is_split()) {
       parallel_for(threads, plan_.blocks, [&](std::int64_t block, int thread) {
         sweep(block, 0, pieces_[thread], workspaces_[thread]);
-        finish_strips(block, &pieces_[thread], 0, plan_.block_strips(block), thread);
+        for (std::int64_t strip = 0; strip < plan_.block_strips(block); ++strip) {
+          finish_strip(block, &pieces_[thread], strip, thread);
+        }
       });
       return;
     }
@@ -119,8 +130,7 @@ class Pass {
     });
     parallel_for(threads, plan_.strips, [&](std::int64_t strip, int thread) {
       const std::int64_t block = strip / plan_.strips_per_block;
-      const std::int64_t local = strip % plan_.strips_per_block;
-      finish_strips(block, &pieces_[block * plan_.splits], local, local + 1, thread);
+      finish_strip(block, &pieces_[block * plan_.splits], strip % plan_.strips_per_block, thread);
     });
   }
 
@@ -159,10 +169,11 @@ class Pass {
         const ReductionRequest& wanted = request_.reductions[i];
         if (wanted.has_mean) {
           w.partial_mean[i] = arena.take<float>(rows * D);
-          w.mean[i] = arena.take<double>(D);
+          w.mean[i] = arena.take<double>(plan_.lanes * D);
         }
-        if (wanted.num_neighbors > 0) {
-          w.candidates[i] = arena.take<Neighbor>(plan_.splits * list_capacity(wanted));
+        if (wanted.num_neighbors > 0 && plan_.is_split()) {
+          w.candidates[i] =
+              arena.take<Neighbor>(plan_.lanes * plan_.splits * list_capacity(wanted));
         }
       }
     }
@@ -200,77 +211,96 @@ class Pass {
     piece.finite = task.finite;
   }
 
-  // Strips [begin, end) of a block whose pieces, one per split, lie at `pieces`.
-  void finish_strips(std::int64_t block, const Piece* pieces, std::int64_t begin, std::int64_t end,
-                     int thread) {
-    Workspace& workspace = workspaces_[thread];
-    const std::int64_t first_row = block * plan_.strips_per_block * plan_.lanes;
+  // Strip `local` of a block whose pieces, one per split, lie at `pieces`.
+  void finish_strip(std::int64_t block, Piece* pieces, std::int64_t local, int thread) {
     bool finite = true;
     for (std::int64_t split = 0; split < plan_.splits; ++split) finite &= pieces[split].finite;
-    const std::int64_t last = std::min(end * plan_.lanes, request_.num_rows - first_row);
-    for (std::int64_t local = begin * plan_.lanes; local < last; ++local) {
-      RowResult results[kMaxReductions];
-      for (int i = 0; i < request_.num_reductions; ++i) {
-        merge_sums(pieces, i, local, workspace, results[i]);
-        merge_neighbors(pieces, i, local, workspace, results[i]);
-      }
-      finish_(first_row + local, results, finite, thread);
+    StripResult results[kMaxReductions];
+    for (int i = 0; i < request_.num_reductions; ++i) {
+      merge_sums(pieces, i, local, workspaces_[thread].mean[i], results[i]);
+      merge_neighbors(pieces, i, local, workspaces_[thread].candidates[i], results[i]);
     }
+    finish_(block * plan_.strips_per_block + local, results, finite, thread);
   }
 
-  void merge_sums(const Piece* pieces, int i, std::int64_t local, Workspace& workspace,
-                  RowResult& result) const {
+  void merge_sums(const Piece* pieces, int i, std::int64_t local, double* mean,
+                  StripResult& result) const {
     const ReductionRequest& wanted = request_.reductions[i];
+    const int lanes = plan_.lanes;
+    const std::int64_t row = local * lanes, splits = plan_.splits;
     if (wanted.positive != nullptr) {
-      for (std::int64_t split = 0; split < plan_.splits; ++split) {
-        result.rank += pieces[split].reductions[i].rank[local];
+      for (int lane = 0; lane < lanes; ++lane) {
+        result.rank[lane] = 0;
+        for (std::int64_t split = 0; split < splits; ++split) {
+          result.rank[lane] += pieces[split].reductions[i].rank[row + lane];
+        }
       }
     }
     if (!wanted.has_softmax) return;
-    double offset = -std::numeric_limits<double>::infinity();
-    for (std::int64_t split = 0; split < plan_.splits; ++split) {
-      offset = std::max(offset, double(pieces[split].reductions[i].offset[local]));
+    double offset[kMaxLanes], sum[kMaxLanes], weighted[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      offset[lane] = -std::numeric_limits<double>::infinity();
+      for (std::int64_t split = 0; split < splits; ++split) {
+        offset[lane] =
+            std::max(offset[lane], double(pieces[split].reductions[i].offset[row + lane]));
+      }
+      sum[lane] = weighted[lane] = 0.0;
+      for (std::int64_t split = 0; split < splits; ++split) {
+        const Reduction& r = pieces[split].reductions[i];
+        const double difference = offset[lane] - double(r.offset[row + lane]);
+        const double factor = std::exp2(-difference);
+        sum[lane] += factor * r.sum[row + lane];
+        weighted[lane] += factor * (r.weighted[row + lane] - difference * r.sum[row + lane]);
+      }
+      const double log_sum = std::log(sum[lane]);
+      result.lse[lane] = kLn2 * offset[lane] + log_sum;
+      // The offset cancels; both terms are small where lse - E[x] would cancel.
+      result.entropy[lane] = log_sum - kLn2 * weighted[lane] / sum[lane];
     }
-    const std::int64_t D = request_.dim;
-    const std::int64_t start = local / plan_.lanes * D * plan_.lanes + local % plan_.lanes;
-    double sum = 0.0, weighted = 0.0;
-    if (wanted.has_mean) std::fill_n(workspace.mean[i], D, 0.0);
-    for (std::int64_t split = 0; split < plan_.splits; ++split) {
+    if (!wanted.has_mean) return;
+    result.mean = mean;
+    for (std::int64_t split = 0; split < splits; ++split) {
       const Reduction& r = pieces[split].reductions[i];
-      const double difference = offset - double(r.offset[local]);
-      const double factor = std::exp2(-difference);
-      sum += factor * r.sum[local];
-      weighted += factor * (r.weighted[local] - difference * r.sum[local]);
-      if (!wanted.has_mean) continue;
-      for (std::int64_t d = 0; d < D; ++d) {
-        workspace.mean[i][d] += factor * r.mean[start + d * plan_.lanes];
+      double factor[kMaxLanes];
+      for (int lane = 0; lane < lanes; ++lane) {
+        factor[lane] = std::exp2(double(r.offset[row + lane]) - offset[lane]) / sum[lane];
+      }
+      const double* part = r.mean + row * request_.dim;
+      for (std::int64_t d = 0; d < request_.dim; ++d) {
+        for (int lane = 0; lane < lanes; ++lane) {
+          const double share = factor[lane] * part[d * lanes + lane];
+          mean[d * lanes + lane] = split == 0 ? share : mean[d * lanes + lane] + share;
+        }
       }
     }
-    result.lse = kLn2 * offset + std::log(sum);
-    // The offset cancels; both terms are small where lse - E[x] would cancel.
-    result.entropy = std::log(sum) - kLn2 * weighted / sum;
-    if (!wanted.has_mean) return;
-    result.mean = workspace.mean[i];
-    for (std::int64_t d = 0; d < D; ++d) result.mean[d] /= sum;
   }
 
-  void merge_neighbors(const Piece* pieces, int i, std::int64_t local, Workspace& workspace,
-                       RowResult& result) const {
+  void merge_neighbors(Piece* pieces, int i, std::int64_t local, Neighbor* candidates,
+                       StripResult& result) const {
     const std::int64_t k = request_.reductions[i].num_neighbors;
     if (k == 0) return;
-    result.neighbors = workspace.candidates[i];
-    std::int64_t count = 0;
-    for (std::int64_t split = 0; split < plan_.splits; ++split) {
-      const NeighborLists& lists = pieces[split].reductions[i].neighbors;
-      std::copy_n(lists.items + local * lists.capacity, lists.count[local],
-                  result.neighbors + count);
-      count += lists.count[local];
+    const std::int64_t row = local * plan_.lanes;
+    const NeighborLists& own = pieces[0].reductions[i].neighbors;
+    result.neighbor_stride = plan_.splits * own.capacity;
+    // One split: the lists are sorted where they are.
+    result.neighbors = plan_.is_split() ? candidates : own.items + row * own.capacity;
+    for (int lane = 0; lane < plan_.lanes; ++lane) {
+      Neighbor* items = result.neighbors + lane * result.neighbor_stride;
+      std::int64_t count = 0;
+      for (std::int64_t split = 0; split < plan_.splits; ++split) {
+        const NeighborLists& lists = pieces[split].reductions[i].neighbors;
+        const std::int64_t found = lists.count[row + lane];
+        if (plan_.is_split()) {
+          std::copy_n(lists.items + (row + lane) * lists.capacity, found, items + count);
+        }
+        count += found;
+      }
+      result.num_neighbors[lane] = sort_best(items, count, k);
     }
-    result.num_neighbors = sort_best(result.neighbors, count, k);
   }
 
   const PassRequest& request_;
-  const FinishRow& finish_;
+  const FinishStrip& finish_;
   const SweepKernels& kernels_;
   const Plan plan_;
   std::vector<Piece> pieces_;
@@ -279,7 +309,7 @@ class Pass {
 
 }  // namespace
 
-void run_pass(const PassRequest& request, const FinishRow& finish) {
+void run_pass(const PassRequest& request, const FinishStrip& finish) {
   Pass(request, finish).run();
 }
 

@@ -38,21 +38,22 @@ struct PassRequest {
   ReductionRequest reductions[kMaxReductions];
 };
 
-/// The merged result of one reduction for one row.
-struct RowResult {
-  double lse = 0.0;
-  double entropy = 0.0;
-  std::int64_t rank = 0;
-  double* mean = nullptr;          // (D,) if has_mean
-  Neighbor* neighbors = nullptr;   // best first
-  std::int64_t num_neighbors = 0;  // found; fewer than wanted only if rows are not finite
+/// The merged result of one reduction for the rows of one strip.
+struct StripResult {
+  double lse[kMaxLanes];
+  double entropy[kMaxLanes];
+  std::int64_t rank[kMaxLanes];
+  double* mean = nullptr;         // (D, lanes) if has_mean
+  Neighbor* neighbors = nullptr;  // (lanes, neighbor_stride), best first
+  std::int64_t neighbor_stride = 0;
+  std::int64_t num_neighbors[kMaxLanes];  // found; fewer than wanted only if rows are not finite
 };
 
-/// Called once per row with a result per reduction, on thread [0, num_threads); `finite`: every
-/// queue row is. Must not throw.
-using FinishRow =
-    std::function<void(std::int64_t row, RowResult* results, bool finite, int thread)>;
+/// Called once per strip with a result per reduction, on thread [0, num_threads); `finite`: every
+/// queue row is. May overwrite the results. Must not throw.
+using FinishStrip =
+    std::function<void(std::int64_t strip, StripResult* results, bool finite, int thread)>;
 
-void run_pass(const PassRequest& request, const FinishRow& finish);
+void run_pass(const PassRequest& request, const FinishStrip& finish);
 
 }  // namespace softcl::cpu

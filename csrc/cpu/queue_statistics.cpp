@@ -34,22 +34,24 @@ void check(const QueueStatisticsParams& p) {
   }
 }
 
-void write_row(const QueueStatisticsParams& p, std::int64_t row, const RowResult& result,
-               bool finite) {
+void write_row(const QueueStatisticsParams& p, std::int64_t row, int lane, int lanes,
+               const StripResult& result, bool finite) {
   const std::int64_t D = p.dim, k = p.num_neighbors;
-  if (p.lse != nullptr) p.lse[row] = finite ? float(result.lse) : kNaN;
-  if (p.entropy != nullptr) p.entropy[row] = finite ? float(result.entropy) : kNaN;
+  if (p.lse != nullptr) p.lse[row] = finite ? float(result.lse[lane]) : kNaN;
+  if (p.entropy != nullptr) p.entropy[row] = finite ? float(result.entropy[lane]) : kNaN;
   if (p.mean != nullptr) {
     for (std::int64_t d = 0; d < D; ++d) {
-      p.mean[row * D + d] = finite ? float(result.mean[d]) : kNaN;
+      p.mean[row * D + d] = finite ? float(result.mean[d * lanes + lane]) : kNaN;
     }
   }
-  const bool has_all = finite && result.num_neighbors == k;
+  if (k == 0) return;
+  const Neighbor* neighbors = result.neighbors + lane * result.neighbor_stride;
+  const bool has_all = finite && result.num_neighbors[lane] == k;
   for (std::int64_t i = 0; i < k; ++i) {
     // Of rows that are not finite the first k are named: valid rows, to gather without a check.
     p.neighbor_logits[row * k + i] =
-        has_all ? float(double(result.neighbors[i].value) / p.temperature) : kNaN;
-    p.neighbor_indices[row * k + i] = has_all ? result.neighbors[i].index : i;
+        has_all ? float(double(neighbors[i].value) / p.temperature) : kNaN;
+    p.neighbor_indices[row * k + i] = has_all ? neighbors[i].index : i;
   }
 }
 
@@ -60,17 +62,20 @@ void queue_statistics(const QueueStatisticsParams& p) {
   const int lanes = sweep_kernels().lanes;
   const std::int64_t strips = (p.num_vectors + lanes - 1) / lanes;
   Rows rows;
+  float* scratch = nullptr;  // (threads, D)
   const auto lay_out = [&](Arena& arena) {
     rows.strips = arena.take<float>(strips * lanes * p.dim);
     rows.norm = arena.take<double>(strips * lanes);
     rows.finite = arena.take<bool>(strips * lanes);
+    scratch = arena.take<float>(p.num_threads * p.dim);
   };
   Arena measure;
   lay_out(measure);
   Arena arena(measure.used());
   lay_out(arena);
-  parallel_for(p.num_threads, strips, [&](std::int64_t strip, int) {
-    read_strip(p.vectors, p.vector_type, p.num_vectors, p.dim, false, strip * lanes, lanes, rows);
+  parallel_for(p.num_threads, strips, [&](std::int64_t strip, int thread) {
+    read_strip(p.vectors, p.vector_type, p.num_vectors, p.dim, false, strip * lanes, lanes,
+               scratch + thread * p.dim, rows);
   });
 
   PassRequest request;
@@ -86,8 +91,12 @@ void queue_statistics(const QueueStatisticsParams& p) {
   request.reductions[0].has_mean = p.mean != nullptr;
   request.reductions[0].has_softmax = p.lse != nullptr || p.entropy != nullptr || p.mean != nullptr;
   request.reductions[0].num_neighbors = p.num_neighbors;
-  run_pass(request, [&](std::int64_t row, RowResult* results, bool queue_is_finite, int) {
-    write_row(p, row, results[0], queue_is_finite && rows.finite[row]);
+  run_pass(request, [&](std::int64_t strip, StripResult* results, bool finite, int) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      const std::int64_t row = strip * lanes + lane;
+      if (row >= p.num_vectors) break;
+      write_row(p, row, lane, lanes, results[0], finite && rows.finite[row]);
+    }
   });
 }
 

@@ -7,8 +7,38 @@
 
 namespace softcl::cpu {
 
+namespace {
+
+void read_row(const void* matrix, ElementType type, std::int64_t row, std::int64_t dim,
+              float* out) {
+  if (type == ElementType::kFloat32) {
+    std::copy_n(static_cast<const float*>(matrix) + row * dim, dim, out);
+    return;
+  }
+  const auto* halves = static_cast<const std::uint16_t*>(matrix) + row * dim;
+  if (type == ElementType::kBFloat16) {
+    for (std::int64_t d = 0; d < dim; ++d) out[d] = from_bfloat16(halves[d]);
+  } else {
+    for (std::int64_t d = 0; d < dim; ++d) out[d] = from_float16(halves[d]);
+  }
+}
+
+// Sum of squares, in double, where no finite fp32 row overflows. Four chains: one would wait for
+// every addition.
+double sum_of_squares(const float* row, std::int64_t dim) {
+  double sums[4] = {};
+  std::int64_t d = 0;
+  for (; d + 4 <= dim; d += 4) {
+    for (int i = 0; i < 4; ++i) sums[i] += double(row[d + i]) * double(row[d + i]);
+  }
+  for (; d < dim; ++d) sums[0] += double(row[d]) * double(row[d]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+}  // namespace
+
 void read_strip(const void* matrix, ElementType type, std::int64_t num_rows, std::int64_t dim,
-                bool normalize, std::int64_t first, int lanes, const Rows& rows) {
+                bool normalize, std::int64_t first, int lanes, float* scratch, const Rows& rows) {
   float* strip = rows.strips + first * dim;  // (D, lanes)
   for (int lane = 0; lane < lanes; ++lane) {
     const std::int64_t row = first + lane;
@@ -18,20 +48,20 @@ void read_strip(const void* matrix, ElementType type, std::int64_t num_rows, std
       for (std::int64_t d = 0; d < dim; ++d) strip[d * lanes + lane] = 0.0f;
       continue;
     }
-    double squares = 0.0;  // in double no finite fp32 row overflows
-    for (std::int64_t d = 0; d < dim; ++d) {
-      const float x = load_element(matrix, type, row * dim + d);
-      squares += double(x) * double(x);
-      strip[d * lanes + lane] = x;
-    }
+    read_row(matrix, type, row, dim, scratch);
+    const double squares = sum_of_squares(scratch, dim);
     rows.finite[row] = std::isfinite(squares);
-    if (!normalize) continue;
-    const double norm = std::max(std::sqrt(squares), kNormFloor);
-    rows.norm[row] = norm;
-    for (std::int64_t d = 0; d < dim; ++d) {
-      float& x = strip[d * lanes + lane];
-      x = rounded_to(type, static_cast<float>(double(x) / norm));
+    if (normalize) {
+      rows.norm[row] = std::max(std::sqrt(squares), kNormFloor);
+      const double inverse = 1.0 / rows.norm[row];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        scratch[d] = static_cast<float>(double(scratch[d]) * inverse);
+      }
+      if (type != ElementType::kFloat32) {
+        for (std::int64_t d = 0; d < dim; ++d) scratch[d] = rounded_to(type, scratch[d]);
+      }
     }
+    for (std::int64_t d = 0; d < dim; ++d) strip[d * lanes + lane] = scratch[d];
   }
 }
 

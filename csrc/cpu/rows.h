@@ -18,8 +18,9 @@ struct Rows {
 };
 
 /// Reads rows [first, first + lanes) of a matrix (N, D) into one strip, fewer at its end.
+/// `scratch` holds D floats.
 /// normalize: divides by max(norm, kNormFloor) and rounds to fp32, then to `type`.
 void read_strip(const void* matrix, ElementType type, std::int64_t num_rows, std::int64_t dim,
-                bool normalize, std::int64_t first, int lanes, const Rows& rows);
+                bool normalize, std::int64_t first, int lanes, float* scratch, const Rows& rows);
 
 }  // namespace softcl::cpu

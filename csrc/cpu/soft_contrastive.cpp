@@ -4,7 +4,8 @@
 //     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)     (g without the positive)
 //     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / max(|u|, 1e-12)
 //
-// The sums of the pass are fp32 products; everything below is O(N (D + n D)) and in double.
+// The sums of the pass are fp32 products; what is below is O(N D (1 + n)), in double, and runs over
+// the lanes of a strip side by side.
 
 #include <algorithm>
 #include <cmath>
@@ -57,18 +58,15 @@ class SoftContrastive {
     lay_out(arena);
     parallel_for(p_.num_threads, strips_, [&](std::int64_t strip, int thread) {
       const int lanes = kernels_.lanes;
+      float* scratch = row_scratch_ + thread * p_.dim;
       read_strip(p_.query, p_.vector_type, p_.num_queries, p_.dim, p_.normalize, strip * lanes,
-                 lanes, z_);
+                 lanes, scratch, z_);
       read_strip(p_.key, p_.vector_type, p_.num_queries, p_.dim, p_.normalize, strip * lanes, lanes,
-                 t_);
+                 scratch, t_);
       if (p_.positive_rank != nullptr) similarity_of_positives(strip, thread);
     });
-    run_pass(request(), [&](std::int64_t row, RowResult* results, bool finite, int thread) {
-      if (finite && z_.finite[row] && t_.finite[row]) {
-        finish_row(row, results, label_means_ + thread * p_.dim);
-      } else {
-        write_nan(row);
-      }
+    run_pass(request(), [&](std::int64_t strip, StripResult* results, bool finite, int thread) {
+      finish_strip(strip, results, finite, label_means_ + thread * kernels_.lanes * p_.dim);
     });
   }
 
@@ -80,7 +78,8 @@ class SoftContrastive {
       half->norm = arena.take<double>(rows);
       half->finite = arena.take<bool>(rows);
     }
-    label_means_ = arena.take<double>(p_.num_threads * p_.dim);
+    row_scratch_ = arena.take<float>(p_.num_threads * p_.dim);
+    label_means_ = arena.take<double>(p_.num_threads * kernels_.lanes * p_.dim);
     if (p_.positive_rank == nullptr) return;
     positive_ = arena.take<float>(rows);
     tile_rows_ = (kernels_.lanes + kTileGranularity - 1) / kTileGranularity * kTileGranularity;
@@ -135,111 +134,149 @@ class SoftContrastive {
     }
   }
 
-  const float* row_of(const Rows& rows, std::int64_t row) const {
-    const std::int64_t lanes = kernels_.lanes;
-    return rows.strips + row / lanes * lanes * p_.dim + row % lanes;  // next element: + lanes
-  }
-
-  void finish_row(std::int64_t row, RowResult* results, double* label_mean) const {
-    const std::int64_t n = p_.rule.num_neighbors;
-    if (n > 0 && results[1].num_neighbors != n) return write_nan(row);
-    const std::int64_t D = p_.dim, lanes = kernels_.lanes;
-    const float* z = row_of(z_, row);
-    const float* t = row_of(t_, row);
-    const RowResult& student = results[0];
-    const RowResult& teacher = results[1];
-    const bool has_confidence = has_teacher_softmax();
-    const double confidence =
-        has_confidence ? label_confidence(teacher.entropy, log_queue_size_) : 0.0;
-
-    mean_of_labels(t, teacher, confidence, label_mean);
-
-    double positive = 0.0, labelled = 0.0;  // z . t, z . m
+  // m (D, lanes): scratch for the label means.
+  void finish_strip(std::int64_t strip, StripResult* results, bool queue_is_finite,
+                    double* m) const {
+    const int lanes = kernels_.lanes;
+    const std::int64_t first = strip * lanes, D = p_.dim;
+    const float* z = z_.strips + first * D;
+    const float* t = t_.strips + first * D;
+    const StripResult& student = results[0];
+    double confidence[kMaxLanes], positive[kMaxLanes], labelled[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      confidence[lane] =
+          has_teacher_softmax() ? label_confidence(results[1].entropy[lane], log_queue_size_) : 0.0;
+      positive[lane] = labelled[lane] = 0.0;
+    }
+    mean_of_labels(t, results[1], confidence, m);
     for (std::int64_t d = 0; d < D; ++d) {
-      positive += double(z[d * lanes]) * double(t[d * lanes]);
-      labelled += double(z[d * lanes]) * label_mean[d];
+      for (int lane = 0; lane < lanes; ++lane) {
+        const std::int64_t x = d * lanes + lane;
+        positive[lane] += double(z[x]) * double(t[x]);  // z . t
+        labelled[lane] += double(z[x]) * m[x];          // z . m
+      }
     }
-    const double positive_logit = positive / p_.temperature;
-    double total = student.lse;
-    if (p_.positive) {
-      total = std::max(student.lse, positive_logit) +
-              std::log1p(std::exp(-std::abs(student.lse - positive_logit)));
+    double loss[kMaxLanes], queue_share[kMaxLanes], positive_share[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      const double lse = student.lse[lane], logit = positive[lane] / p_.temperature;
+      const double total =
+          p_.positive ? std::max(lse, logit) + std::log1p(std::exp(-std::abs(lse - logit))) : lse;
+      loss[lane] = total - labelled[lane] / p_.temperature;
+      queue_share[lane] = p_.positive ? std::exp(lse - total) : 1.0;
+      positive_share[lane] = p_.positive ? std::exp(logit - total) : 0.0;
     }
-    p_.loss[row] = float(total - labelled / p_.temperature);
     if (p_.dquery != nullptr) {
-      const double queue_share = p_.positive ? std::exp(student.lse - total) : 1.0;
-      const double positive_share = p_.positive ? std::exp(positive_logit - total) : 0.0;
-      for (std::int64_t d = 0; d < D; ++d) {
-        const double expected =
-            queue_share * student.mean[d] + positive_share * double(t[d * lanes]);
-        student.mean[d] = (expected - label_mean[d]) / p_.temperature;
-      }
-      write_gradient(row, z, student.mean);
+      gradient(z, t, m, queue_share, positive_share, z_.norm + first, student.mean);
     }
-    if (p_.confidence != nullptr && has_confidence) p_.confidence[row] = float(confidence);
-    if (p_.entropy != nullptr && has_confidence) p_.entropy[row] = float(teacher.entropy);
-    if (p_.positive_rank != nullptr) p_.positive_rank[row] = student.rank;
-    if (p_.neighbor_indices != nullptr) {
-      for (std::int64_t i = 0; i < n; ++i) {
-        p_.neighbor_indices[row * n + i] = teacher.neighbors[i].index;
-      }
+    for (int lane = 0; lane < lanes && first + lane < p_.num_queries; ++lane) {
+      const std::int64_t row = first + lane;
+      const bool finite =
+          queue_is_finite && z_.finite[row] && t_.finite[row] &&
+          (p_.rule.num_neighbors == 0 || results[1].num_neighbors[lane] == p_.rule.num_neighbors);
+      write_row(row, lane, results, finite, loss[lane], confidence[lane]);
     }
   }
 
-  // m (D,) of labels.h from the key t (stride lanes) and the teacher's results.
-  void mean_of_labels(const float* t, const RowResult& teacher, double confidence,
+  // m (D, lanes) of labels.h from the keys t (D, lanes) and the teacher's results.
+  void mean_of_labels(const float* t, const StripResult& teacher, const double* confidence,
                       double* m) const {
-    const std::int64_t D = p_.dim, lanes = kernels_.lanes;
+    const int lanes = kernels_.lanes;
+    const std::int64_t D = p_.dim;
+    const bool has_mean = reads_mean(p_.rule);
     const double positive_weight = label_positive<double>(p_.rule);
-    const double mean_weight = reads_mean(p_.rule) ? label_mean_weight(p_.rule, confidence) : 0.0;
-    double total = positive_weight + mean_weight;
-    for (std::int64_t d = 0; d < D; ++d) {
-      m[d] = positive_weight * double(t[d * lanes]);
-      if (mean_weight != 0.0) m[d] += mean_weight * teacher.mean[d];
+    double mean_weight[kMaxLanes], total[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      mean_weight[lane] = has_mean ? label_mean_weight(p_.rule, confidence[lane]) : 0.0;
+      total[lane] = positive_weight + mean_weight[lane];
     }
-    const char* queue = static_cast<const char*>(p_.queue);
-    for (std::int64_t i = 0; i < p_.rule.num_neighbors; ++i) {
-      const Neighbor& neighbor = teacher.neighbors[i];
-      // Only rules with a softmax read the probability.
-      const double probability =
-          reads_softmax(p_.rule)
-              ? std::exp(double(neighbor.value) / p_.teacher_temperature - teacher.lse)
-              : 0.0;
-      const double weight = label_neighbor(p_.rule, confidence, probability);
-      if (weight == 0.0) continue;
-      total += weight;
-      const void* row = queue + neighbor.index * D * size_of(p_.queue_type);
-      for (std::int64_t d = 0; d < D; ++d) {
-        m[d] += weight * double(load_element(row, p_.queue_type, d));
+    for (std::int64_t d = 0; d < D; ++d) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const std::int64_t x = d * lanes + lane;
+        m[x] = positive_weight * double(t[x]);
+        if (has_mean) m[x] += mean_weight[lane] * teacher.mean[x];
       }
     }
-    for (std::int64_t d = 0; d < D; ++d) m[d] /= total;
-  }
-
-  // dquery from dz (D,), through the normalisation if there is one.
-  void write_gradient(std::int64_t row, const float* z, const double* dz) const {
-    const std::int64_t D = p_.dim, lanes = kernels_.lanes;
-    float* dquery = p_.dquery + row * D;
-    if (!p_.normalize) {
-      for (std::int64_t d = 0; d < D; ++d) dquery[d] = float(dz[d]);
-      return;
-    }
-    double along = 0.0;  // z . dz
-    for (std::int64_t d = 0; d < D; ++d) along += double(z[d * lanes]) * dz[d];
+    if (p_.rule.num_neighbors > 0) add_neighbors(teacher, confidence, m, total);
+    for (int lane = 0; lane < lanes; ++lane) total[lane] = 1.0 / total[lane];
     for (std::int64_t d = 0; d < D; ++d) {
-      dquery[d] = float((dz[d] - double(z[d * lanes]) * along) / z_.norm[row]);
+      for (int lane = 0; lane < lanes; ++lane) m[d * lanes + lane] *= total[lane];
     }
   }
 
-  void write_nan(std::int64_t row) const {
-    const std::int64_t n = p_.rule.num_neighbors;
-    p_.loss[row] = kNaN;
-    if (p_.dquery != nullptr) std::fill_n(p_.dquery + row * p_.dim, p_.dim, kNaN);
-    if (p_.confidence != nullptr) p_.confidence[row] = kNaN;
-    if (p_.entropy != nullptr) p_.entropy[row] = kNaN;
-    if (p_.positive_rank != nullptr) p_.positive_rank[row] = 0;
-    if (p_.neighbor_indices != nullptr) {
-      for (std::int64_t i = 0; i < n; ++i) p_.neighbor_indices[row * n + i] = i;  // valid rows
+  // m += sum_j w_j Q_j and total += sum_j w_j over each lane's neighbours.
+  void add_neighbors(const StripResult& teacher, const double* confidence, double* m,
+                     double* total) const {
+    const int lanes = kernels_.lanes;
+    const std::int64_t D = p_.dim;
+    const char* queue = static_cast<const char*>(p_.queue);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const Neighbor* neighbors = teacher.neighbors + lane * teacher.neighbor_stride;
+      for (std::int64_t i = 0; i < teacher.num_neighbors[lane]; ++i) {
+        // The teacher's softmax, which only rules that have one read.
+        const double probability =
+            reads_softmax(p_.rule)
+                ? std::exp(double(neighbors[i].value) / p_.teacher_temperature - teacher.lse[lane])
+                : 0.0;
+        const double weight = label_neighbor(p_.rule, confidence[lane], probability);
+        if (weight == 0.0) continue;
+        total[lane] += weight;
+        const void* row = queue + neighbors[i].index * D * size_of(p_.queue_type);
+        for (std::int64_t d = 0; d < D; ++d) {
+          m[d * lanes + lane] += weight * double(load_element(row, p_.queue_type, d));
+        }
+      }
+    }
+  }
+
+  // expected (D, lanes), the student's mean over the queue, becomes the gradient of the loss.
+  void gradient(const float* z, const float* t, const double* m, const double* queue_share,
+                const double* positive_share, const double* norm, double* expected) const {
+    const int lanes = kernels_.lanes;
+    const std::int64_t D = p_.dim;
+    const double inverse_temperature = 1.0 / p_.temperature;
+    double along[kMaxLanes] = {};  // z . dz
+    for (std::int64_t d = 0; d < D; ++d) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const std::int64_t x = d * lanes + lane;
+        const double mean = queue_share[lane] * expected[x] + positive_share[lane] * double(t[x]);
+        expected[x] = (mean - m[x]) * inverse_temperature;
+        along[lane] += double(z[x]) * expected[x];
+      }
+    }
+    if (!p_.normalize) return;
+    double inverse_norm[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) inverse_norm[lane] = 1.0 / norm[lane];
+    for (std::int64_t d = 0; d < D; ++d) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const std::int64_t x = d * lanes + lane;
+        expected[x] = (expected[x] - double(z[x]) * along[lane]) * inverse_norm[lane];
+      }
+    }
+  }
+
+  // results[0].mean holds the gradient by now.
+  void write_row(std::int64_t row, int lane, const StripResult* results, bool finite, double loss,
+                 double confidence) const {
+    const int lanes = kernels_.lanes;
+    const std::int64_t D = p_.dim, n = p_.rule.num_neighbors;
+    p_.loss[row] = finite ? float(loss) : kNaN;
+    if (p_.dquery != nullptr) {
+      for (std::int64_t d = 0; d < D; ++d) {
+        p_.dquery[row * D + d] = finite ? float(results[0].mean[d * lanes + lane]) : kNaN;
+      }
+    }
+    if (p_.confidence != nullptr && has_softmax(p_.rule)) {
+      p_.confidence[row] = finite ? float(confidence) : kNaN;
+    }
+    if (p_.entropy != nullptr && has_softmax(p_.rule)) {
+      p_.entropy[row] = finite ? float(results[1].entropy[lane]) : kNaN;
+    }
+    if (p_.positive_rank != nullptr) p_.positive_rank[row] = finite ? results[0].rank[lane] : 0;
+    if (p_.neighbor_indices == nullptr || n == 0) return;
+    const Neighbor* neighbors = results[1].neighbors + lane * results[1].neighbor_stride;
+    for (std::int64_t i = 0; i < n; ++i) {
+      // Of rows that are not finite the first n are named: valid rows, to gather without a check.
+      p_.neighbor_indices[row * n + i] = finite ? neighbors[i].index : i;
     }
   }
 
@@ -248,7 +285,8 @@ class SoftContrastive {
   const std::int64_t strips_;
   const double log_queue_size_;
   Rows z_, t_;
-  double* label_means_ = nullptr;  // (threads, D)
+  float* row_scratch_ = nullptr;   // (threads, D)
+  double* label_means_ = nullptr;  // (threads, D, lanes)
   float* positive_ = nullptr;      // (strips, lanes) z . t, if the rank is wanted
   std::int64_t tile_rows_ = 0;
   float* tiles_ = nullptr;         // (threads, tile_rows, stride)

@@ -33,6 +33,7 @@ struct Reduction {
 };
 
 inline constexpr int kMaxReductions = 2;
+inline constexpr int kMaxLanes = 32;
 
 struct SweepTask {
   const void* queue = nullptr;  // (K, D)

@@ -8,8 +8,7 @@
 // Tiling. A tile of queue rows is copied to fp32 once per block of rows and serves both products:
 //     S (tile_rows, lanes) = tile . strip      micro-kernel: ROWS queue rows x lanes, over D
 //     E = 2^(scale S - offset) in place, with its sums, counts and candidates
-//     O (D, lanes) += tile^T . E               micro-kernel: ROWS dimensions x lanes, over tile
-//     rows
+//     O (D, lanes) += tile^T . E               micro-kernel: ROWS dimensions x lanes, over rows
 // In both, ROWS * VECTORS accumulators stay in registers; each step loads VECTORS vectors of the
 // strip (or of E) and broadcasts ROWS elements of the tile.
 //
@@ -39,8 +38,7 @@ constexpr float kHeadroom = 40.0f;
 constexpr std::int64_t kFlushTiles = 16;
 // Dimensions that S sums in registers before it moves on: a strip's part stays in L1.
 constexpr std::int64_t kDimBlock = 256;
-// Products summed one after the other; sums of chains are then added. Rounding grows with the
-// length.
+// Products summed one after the other; such sums are then added. Rounding grows with the length.
 constexpr std::int64_t kDimChain = 64;  // of S
 constexpr std::int64_t kRowChain = 48;  // of O
 
@@ -48,8 +46,8 @@ inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;
 }
 
-// The micro-kernel of both products: out (R, lanes) {=, +=} sum_i b(r, i) x(i, :), i in [0, n), n
-// >= 1, where b(r, i) = b[r * row_step + i * step]. R * kVectors accumulators, all in registers.
+// The micro-kernel of both products: out (R, lanes) {=, +=} sum_i b(r, i) x(i, :) over i in [0, n),
+// n >= 1, b(r, i) = b[r * row_step + i * step]. R * kVectors accumulators, all in registers.
 template <int R>
 __attribute__((always_inline)) inline void multiply(const float* b, std::int64_t row_step,
                                                     std::int64_t step, const float* x,
@@ -69,8 +67,7 @@ __attribute__((always_inline)) inline void multiply(const float* b, std::int64_t
     x += kLanes;
     b += step;
   } while (x != end);
-  // Keeps the compiler from holding `out` in registers, which there are none left of, between
-  // calls.
+  // Or else the compiler keeps `out` in registers between calls, and there are none left for it.
   asm volatile("" ::: "memory");
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kVectors; ++v) {
@@ -95,29 +92,29 @@ void similarities(const float* tile, std::int64_t tile_rows, const float* strip,
   }
 }
 
-// o (R, lanes) += tile columns (rows, R)^T . e (rows, lanes), R = size
+// o (R, lanes) {=, +=} tile columns (rows, R)^T . e (rows, lanes), R = size
 template <int R>
 void accumulate_group(int size, const float* tile, std::int64_t stride, const float* e,
-                      std::int64_t rows, float* o) {
+                      std::int64_t rows, bool add, float* o) {
   if (size == R) {
     for (std::int64_t j = 0; j < rows; j += kRowChain) {
-      multiply<R>(tile + j * stride, 1, stride, e + j * kLanes, smaller(kRowChain, rows - j), true,
-                  o);
+      multiply<R>(tile + j * stride, 1, stride, e + j * kLanes, smaller(kRowChain, rows - j),
+                  add || j > 0, o);
     }
   } else if constexpr (R > 1) {
-    accumulate_group<R - 1>(size, tile, stride, e, rows, o);
+    accumulate_group<R - 1>(size, tile, stride, e, rows, add, o);
   }
 }
 
-// o (D, lanes) += tile (rows, D)^T . e (rows, lanes), the dimensions in groups of nearly equal
-// size.
-void accumulate(const float* tile, std::int64_t rows, const float* e, std::int64_t dim, float* o) {
+// o (D, lanes) {=, +=} tile (rows, D)^T . e (rows, lanes), in nearly equal groups of dimensions.
+void accumulate(const float* tile, std::int64_t rows, const float* e, std::int64_t dim, bool add,
+                float* o) {
   const std::int64_t groups = (dim + kRows - 1) / kRows;
   const std::int64_t large = dim % groups;  // so many groups have one dimension more
   std::int64_t d = 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const int size = static_cast<int>(dim / groups + (g < large ? 1 : 0));
-    accumulate_group<kRows>(size, tile + d, tile_stride(dim), e, rows, o + d * kLanes);
+    accumulate_group<kRows>(size, tile + d, tile_stride(dim), e, rows, add, o + d * kLanes);
     d += size;
   }
 }
@@ -132,12 +129,19 @@ void tile_maximum(const float* s, std::int64_t rows, Vector (&maximum)[kVectors]
   }
 }
 
+// One tile at one strip.
+struct Visit {
+  std::int64_t strip;
+  std::int64_t rows;   // queue rows in the tile
+  std::int64_t first;  // the first of them
+  std::int64_t tiles;  // visited before this one
+};
+
 // Rare: moves the lanes whose maximum exceeds their offset by the headroom to a new offset.
-void raise_offset(const Reduction& r, float* partial_mean, std::int64_t strip, std::int64_t dim,
+void raise_offset(const Reduction& r, float* partial_mean, std::int64_t dim, const Visit& visit,
                   const Vector (&maximum)[kVectors]) {
-  const std::int64_t mean_start = strip * dim * kLanes;
   for (int lane = 0; lane < kLanes; ++lane) {
-    const std::int64_t row = strip * kLanes + lane;
+    const std::int64_t row = visit.strip * kLanes + lane;
     const float raised = maximum[lane / kWidth][lane % kWidth] * r.scale;
     const double difference = double(raised) - double(r.offset[row]);
     if (!(difference > double(kHeadroom))) continue;
@@ -147,9 +151,10 @@ void raise_offset(const Reduction& r, float* partial_mean, std::int64_t strip, s
     r.weighted[row] = factor * (r.weighted[row] - difference * r.sum[row]);
     r.sum[row] *= factor;
     if (!r.has_mean) continue;
+    const std::int64_t start = visit.strip * dim * kLanes + lane;
     for (std::int64_t d = 0; d < dim; ++d) {
-      partial_mean[mean_start + d * kLanes + lane] *= float(factor);
-      r.mean[mean_start + d * kLanes + lane] *= factor;
+      if (visit.tiles % kFlushTiles > 0) partial_mean[start + d * kLanes] *= float(factor);
+      if (visit.tiles >= kFlushTiles) r.mean[start + d * kLanes] *= factor;
     }
   }
 }
@@ -166,28 +171,28 @@ void count_above(const float* limits, const float* s, std::int64_t rows, std::in
   }
 }
 
-// Rare: enters the s above their lane's threshold into the lists; queue row of s[0] is `first`.
-void collect(const NeighborLists& lists, std::int64_t strip, const float* s, std::int64_t rows,
-             std::int64_t first) {
+// Rare: enters the s above their lane's threshold into the lists.
+void collect(const NeighborLists& lists, const Visit& visit, const float* s) {
+  const std::int64_t start = visit.strip * kLanes;
   float threshold[kLanes];
   for (int v = 0; v < kVectors; ++v) {
-    store(threshold + v * kWidth, load(lists.threshold + strip * kLanes + v * kWidth));
+    store(threshold + v * kWidth, load(lists.threshold + start + v * kWidth));
   }
   std::int64_t above[kLanes] = {};
-  count_above(threshold, s, rows, above);
+  count_above(threshold, s, visit.rows, above);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (above[lane] <= lists.k) continue;
-    push_best(lists, strip * kLanes + lane, {s + lane, kLanes, rows, first});
+    push_best(lists, start + lane, {s + lane, kLanes, visit.rows, visit.first});
     threshold[lane] = __builtin_inff();  // this lane is done
   }
-  for (std::int64_t j = 0; j < rows; ++j) {
+  for (std::int64_t j = 0; j < visit.rows; ++j) {
     for (int v = 0; v < kVectors; ++v) {
       const float* x = s + j * kLanes + v * kWidth;
       if (!any_greater(load(x), load(threshold + v * kWidth))) continue;
       for (int i = 0; i < kWidth; ++i) {
         if (!(x[i] > threshold[v * kWidth + i])) continue;
-        const std::int64_t row = strip * kLanes + v * kWidth + i;
-        push(lists, row, x[i], first + j);
+        const std::int64_t row = start + v * kWidth + i;
+        push(lists, row, x[i], visit.first + j);
         threshold[v * kWidth + i] = lists.threshold[row];
       }
     }
@@ -195,14 +200,15 @@ void collect(const NeighborLists& lists, std::int64_t strip, const float* s, std
 }
 
 // s -> e = 2^(scale s - offset) in place; sum += sum e, weighted += sum e u.
-void exponentiate(const Reduction& r, std::int64_t strip, float* s, std::int64_t rows) {
+void exponentiate(const Reduction& r, const Visit& visit, float* s) {
+  const std::int64_t row = visit.strip * kLanes;
   Vector offset[kVectors], sum[kVectors], weighted[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    offset[v] = load(r.offset + strip * kLanes + v * kWidth);
+    offset[v] = load(r.offset + row + v * kWidth);
     sum[v] = weighted[v] = Vector{};
   }
   const float scale = r.scale;
-  for (std::int64_t j = 0; j < rows; ++j) {
+  for (std::int64_t j = 0; j < visit.rows; ++j) {
     for (int v = 0; v < kVectors; ++v) {
       float* p = s + j * kLanes + v * kWidth;
       const Vector u = load(p) * scale - offset[v];
@@ -214,37 +220,36 @@ void exponentiate(const Reduction& r, std::int64_t strip, float* s, std::int64_t
   }
   for (int v = 0; v < kVectors; ++v) {
     for (int i = 0; i < kWidth; ++i) {
-      r.sum[strip * kLanes + v * kWidth + i] += double(sum[v][i]);
-      r.weighted[strip * kLanes + v * kWidth + i] += double(weighted[v][i]);
+      r.sum[row + v * kWidth + i] += double(sum[v][i]);
+      r.weighted[row + v * kWidth + i] += double(weighted[v][i]);
     }
   }
 }
 
-// One tile, one strip, one reduction: everything of S but its product. Leaves E in s.
-void finish_tile(const Reduction& r, float* partial_mean, std::int64_t strip, std::int64_t dim,
-                 float* s, std::int64_t rows, std::int64_t first, bool is_first) {
-  if (r.positive != nullptr) {
-    count_above(r.positive + strip * kLanes, s, rows, r.rank + strip * kLanes);
-  }
+// Everything of S but its product, for one tile, strip and reduction. Leaves E in s.
+void finish_tile(const Reduction& r, float* partial_mean, std::int64_t dim, const Visit& visit,
+                 float* s) {
+  const std::int64_t row = visit.strip * kLanes;
+  if (r.positive != nullptr) count_above(r.positive + row, s, visit.rows, r.rank + row);
   if (!r.has_softmax && r.neighbors.k == 0) return;
   Vector maximum[kVectors];
-  tile_maximum(s, rows, maximum);
+  tile_maximum(s, visit.rows, maximum);
   if (r.neighbors.k > 0) {
     bool some = false;
     for (int v = 0; v < kVectors; ++v) {
-      some |= any_greater(maximum[v], load(r.neighbors.threshold + strip * kLanes + v * kWidth));
+      some |= any_greater(maximum[v], load(r.neighbors.threshold + row + v * kWidth));
     }
-    if (__builtin_expect(some, 0)) collect(r.neighbors, strip, s, rows, first);
+    if (__builtin_expect(some, 0)) collect(r.neighbors, visit, s);
   }
   if (!r.has_softmax) return;
   bool exceeded = false;
   for (int v = 0; v < kVectors; ++v) {
-    float* offset = r.offset + strip * kLanes + v * kWidth;
-    if (is_first) store(offset, maximum[v] * r.scale);
+    float* offset = r.offset + row + v * kWidth;
+    if (visit.tiles == 0) store(offset, maximum[v] * r.scale);
     exceeded |= any_greater(maximum[v] * r.scale - load(offset), broadcast(kHeadroom));
   }
-  if (__builtin_expect(exceeded, 0)) raise_offset(r, partial_mean, strip, dim, maximum);
-  exponentiate(r, strip, s, rows);
+  if (__builtin_expect(exceeded, 0)) raise_offset(r, partial_mean, dim, visit, maximum);
+  exponentiate(r, visit, s);
 }
 
 // Copies queue rows to fp32 and clears the rest of the tile's last group. Returns whether all are
@@ -278,14 +283,17 @@ bool pack_tile(const SweepTask& task, std::int64_t first, std::int64_t rows) {
   return check_rest == 0.0f;
 }
 
-// mean += partial_mean; partial_mean = 0.
-void flush(const SweepTask& task) {
+// mean {=, +=} partial_mean
+void flush(const SweepTask& task, bool add) {
   const std::int64_t count = task.strips * task.dim * kLanes;
   for (int i = 0; i < task.num_reductions; ++i) {
     if (!task.reductions[i].has_mean) continue;
-    for (std::int64_t x = 0; x < count; ++x) {
-      task.reductions[i].mean[x] += double(task.partial_mean[i][x]);
-      task.partial_mean[i][x] = 0.0f;
+    double* mean = task.reductions[i].mean;
+    const float* partial = task.partial_mean[i];
+    if (add) {
+      for (std::int64_t x = 0; x < count; ++x) mean[x] += double(partial[x]);
+    } else {
+      for (std::int64_t x = 0; x < count; ++x) mean[x] = double(partial[x]);
     }
   }
 }
@@ -297,12 +305,6 @@ void reset(const SweepTask& task) {
     for (std::int64_t row = 0; row < rows; ++row) {
       if (r.positive != nullptr) r.rank[row] = 0;
       if (r.has_softmax) r.sum[row] = r.weighted[row] = 0.0;
-    }
-    if (r.has_mean) {
-      for (std::int64_t x = 0; x < rows * task.dim; ++x) {
-        r.mean[x] = 0.0;
-        task.partial_mean[i][x] = 0.0f;
-      }
     }
     cpu::reset(r.neighbors, rows);
   }
@@ -320,34 +322,35 @@ void prefetch_next(const SweepTask& task, std::int64_t next, std::int64_t part,
   }
 }
 
+// The first tile writes the sums that the others add to; so does the first tile after a flush, and
+// the first flush.
 void sweep(SweepTask& task) {
   const std::int64_t D = task.dim;
   reset(task);
   task.finite = true;
-  std::int64_t unflushed = 0;
+  std::int64_t tiles = 0;
   for (std::int64_t first = task.begin; first < task.end; first += task.tile_rows) {
     const std::int64_t left = task.end - first;
-    const std::int64_t rows = left < task.tile_rows ? left : task.tile_rows;
+    const std::int64_t rows = smaller(left, task.tile_rows);
     task.finite &= pack_tile(task, first, rows);
     const std::int64_t padded = (rows + kRows - 1) / kRows * kRows;
     for (std::int64_t strip = 0; strip < task.strips; ++strip) {
       if (rows < left) prefetch_next(task, first + rows, strip, task.strips);
       for (int i = 0; i < task.num_reductions; ++i) {
         const Reduction& r = task.reductions[i];
+        float* partial_mean = task.partial_mean[i];
         similarities(task.tile, padded, r.rows + strip * D * kLanes, D, task.weights);
-        finish_tile(r, task.partial_mean[i], strip, D, task.weights, rows, first,
-                    first == task.begin);
+        finish_tile(r, partial_mean, D, {strip, rows, first, tiles}, task.weights);
         if (r.has_mean) {
-          accumulate(task.tile, rows, task.weights, D, task.partial_mean[i] + strip * D * kLanes);
+          accumulate(task.tile, rows, task.weights, D, tiles % kFlushTiles > 0,
+                     partial_mean + strip * D * kLanes);
         }
       }
     }
-    if (++unflushed == kFlushTiles) {
-      flush(task);
-      unflushed = 0;
-    }
+    ++tiles;
+    if (tiles % kFlushTiles == 0) flush(task, tiles > kFlushTiles);
   }
-  flush(task);
+  if (tiles % kFlushTiles > 0) flush(task, tiles > kFlushTiles);
 }
 
 }  // namespace
