@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/ceilings.h"
 #include "cpu/isa.h"
 #include "softcl/enqueue.h"
 #include "softcl/params.h"
@@ -153,6 +154,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("openmp_threads", &openmp_threads,
              "Threads that OpenMP would use by itself; 1 if built without it.");
 
+  module.def(
+      "cpu_ceilings",
+      [](int num_threads, double seconds) {
+        const py::gil_scoped_release release;
+        const auto ceilings = softcl::cpu::measure_ceilings(num_threads, seconds);
+        return std::pair(ceilings.multiply_adds, ceilings.exponentials);
+      },
+      "num_threads"_a, "seconds"_a,
+      "Measures how many fp32 multiply-adds and exponentials a second the threads can do.");
   module.def("cpu_queue_statistics", &cpu_queue_statistics, py::kw_only(), "vectors"_a, "queue"_a,
              "vector_type"_a, "queue_type"_a, "num_vectors"_a, "queue_size"_a, "dim"_a,
              "num_neighbors"_a, "temperature"_a, "num_threads"_a, "lse"_a, "mean"_a, "entropy"_a,

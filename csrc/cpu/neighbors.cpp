@@ -9,8 +9,51 @@ namespace softcl::cpu {
 namespace {
 
 // A strict total order (no two candidates of a row share an index, and NaN never enters).
-bool is_better(const Neighbor& a, const Neighbor& b) {
-  return a.value > b.value || (a.value == b.value && a.index < b.index);
+struct IsBetter {
+  bool operator()(const Neighbor& a, const Neighbor& b) const {
+    return a.value > b.value || (a.value == b.value && a.index < b.index);
+  }
+};
+
+constexpr std::int64_t kMaxBisected = 2048;
+constexpr int kBisections = 16;
+
+// A value that at least k of the `count` candidates exceed, and at most k + k / 8, found by
+// counting: some passes of compares without a branch, where a selection would mispredict at every
+// candidate. False if the bisection does not come to one, as with many equal values.
+bool bisect(const Neighbor* items, std::int64_t count, std::int64_t k, float& bound) {
+  if (count > kMaxBisected) return false;
+  float values[kMaxBisected];
+  for (std::int64_t i = 0; i < count; ++i) values[i] = items[i].value;
+  float low = *std::min_element(values, values + count);
+  float high = *std::max_element(values, values + count);
+  for (int step = 0; step < kBisections; ++step) {
+    bound = 0.5f * low + 0.5f * high;
+    std::int32_t above = 0;
+    for (std::int64_t i = 0; i < count; ++i) above += values[i] > bound;
+    if (above >= k && above <= k + k / 8) return true;
+    (above >= k ? low : high) = bound;
+  }
+  return false;
+}
+
+// Cuts a full list to its best, k of them or a few more, and raises the threshold accordingly.
+void cut(const NeighborLists& lists, std::int64_t row, Neighbor* items, std::int64_t& count) {
+  float bound;
+  if (bisect(items, count, lists.k, bound)) {
+    std::int64_t kept = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const Neighbor item = items[i];
+      items[kept] = item;
+      kept += item.value > bound;
+    }
+    count = kept;
+    lists.threshold[row] = bound;
+    return;
+  }
+  std::nth_element(items, items + (lists.k - 1), items + count, IsBetter());
+  count = lists.k;
+  lists.threshold[row] = items[lists.k - 1].value;
 }
 
 }  // namespace
@@ -26,10 +69,7 @@ void push(const NeighborLists& lists, std::int64_t row, float value, std::int64_
   std::int64_t& count = lists.count[row];
   items[count++] = {value, index};
   // A capacity of k or less means that every queue row fits.
-  if (count < lists.capacity || lists.capacity <= lists.k) return;
-  std::nth_element(items, items + (lists.k - 1), items + count, is_better);
-  count = lists.k;
-  lists.threshold[row] = items[lists.k - 1].value;
+  if (count == lists.capacity && lists.capacity > lists.k) cut(lists, row, items, count);
 }
 
 void push_best(const NeighborLists& lists, std::int64_t row, const Column& column) {
@@ -50,8 +90,8 @@ void push_best(const NeighborLists& lists, std::int64_t row, const Column& colum
 
 std::int64_t sort_best(Neighbor* items, std::int64_t count, std::int64_t k) {
   const std::int64_t kept = std::min(k, count);
-  if (kept < count) std::nth_element(items, items + kept, items + count, is_better);
-  std::sort(items, items + kept, is_better);
+  if (kept < count) std::nth_element(items, items + kept, items + count, IsBetter());
+  std::sort(items, items + kept, IsBetter());
   return kept;
 }
 

@@ -1,9 +1,10 @@
 // The nearest rows of every vector, collected while their similarities stream past.
 //
 // A list holds up to 2k candidates. A candidate enters if its value is above the list's threshold;
-// when the list is full it is cut to its k best, and the worst of them becomes the threshold. So a
-// list is visited about 1.4 k ln(K/k) times on a queue in random order, whatever k is, and each
-// visit costs O(1) amortised; on a queue in ascending order it is visited K times.
+// when the list is full it is cut to its k best or a few more, and the threshold rises to below the
+// worst of them. So a list is visited about 1.4 k ln(K/k) times on a queue in random order,
+// whatever k is, and each visit costs O(1) amortised; on a queue in ascending order it is visited K
+// times.
 //
 // Queue rows arrive in ascending order, so a later equal value need not enter: among equal values
 // the lowest row wins.

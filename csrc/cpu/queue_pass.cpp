@@ -14,7 +14,8 @@ namespace {
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
 
-// Strips and sums of a block, which the sweep visits once per tile: half a typical L2 cache.
+// Strips and sums of a block, which the sweep visits once per tile, may take so much of the L2
+// cache; strips alone, which are only read, twice that.
 constexpr std::int64_t kBlockBytes = 256 << 10;
 // Lists of neighbours may take so much per block.
 constexpr std::int64_t kListBytes = 16 << 20;
@@ -65,15 +66,16 @@ Plan make_plan(const PassRequest& request, int lanes) {
   const std::int64_t D = request.dim, K = request.queue_size, threads = plan.num_threads;
   plan.tile_rows = D <= 256 ? 96 : D <= 1024 ? 48 : 24;
 
-  std::int64_t strip_bytes = 0, list_bytes = 1;
+  std::int64_t strip_bytes = 0, list_bytes = 1, block_bytes = 2 * kBlockBytes;
   for (int i = 0; i < request.num_reductions; ++i) {
     const ReductionRequest& r = request.reductions[i];
     strip_bytes += lanes * D * 4 * (r.has_mean ? 2 : 1);
+    if (r.has_mean) block_bytes = kBlockBytes;
     list_bytes += lanes * std::min(2 * r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
   }
   plan.strips = divide_up(request.num_rows, lanes);
   const std::int64_t largest =
-      std::max<std::int64_t>(1, std::min(kBlockBytes / strip_bytes, kListBytes / list_bytes));
+      std::max<std::int64_t>(1, std::min(block_bytes / strip_bytes, kListBytes / list_bytes));
   // Blocks of nearly equal size, an equal number for every thread if there are enough.
   plan.blocks = divide_up(plan.strips, largest);
   if (plan.blocks > threads) plan.blocks = divide_up(plan.blocks, threads) * threads;

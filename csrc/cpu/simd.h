@@ -35,18 +35,23 @@ inline Vector max(Vector x, Vector y) {
 #endif
 }
 
-/// Some x[i] > y[i].
-inline bool any_greater(Vector x, Vector y) {
+/// Bit i: x[i] > y[i].
+inline unsigned greater_lanes(Vector x, Vector y) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_GT_OQ)) != 0;
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_GT_OQ)));
 #else
   const IntVector mask = x > y;
-  std::int32_t any = 0;
-  for (int i = 0; i < kWidth; ++i) any |= mask[i];
-  return any != 0;
+  unsigned lanes = 0;
+  for (int i = 0; i < kWidth; ++i) lanes |= static_cast<unsigned>(mask[i] & 1) << i;
+  return lanes;
 #endif
+}
+
+/// Some x[i] > y[i].
+inline bool any_greater(Vector x, Vector y) {
+  return greater_lanes(x, y) != 0;
 }
 
 /// 2^x for x <= 127 to 1.2e-7 relative; 0 for x < -126.5; NaN for NaN.

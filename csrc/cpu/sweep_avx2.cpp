@@ -14,9 +14,12 @@
 #define SOFTCL_VECTORS 2
 #define SOFTCL_ROWS 6
 #include "sweep_kernel.h"
+// After it: the same macros.
+#include "ceiling_kernel.h"
 
 namespace softcl::cpu {
 
-const SweepKernels kAvx2Kernels = {"avx2", avx2::kLanes, avx2::sweep, avx2::similarities};
+const SweepKernels kAvx2Kernels = {
+    "avx2", avx2::kLanes, avx2::sweep, avx2::similarities, avx2::multiply_add, avx2::exponentials};
 
 }  // namespace softcl::cpu

@@ -1,5 +1,4 @@
 // The sweep for AVX-512F: 12 x 32, 24 of 32 registers accumulate. Compiled with -mavx512f -mfma.
-// Chosen only where the processor has it; not yet run on one.
 
 #include <immintrin.h>
 
@@ -15,9 +14,16 @@
 #define SOFTCL_VECTORS 2
 #define SOFTCL_ROWS 12
 #include "sweep_kernel.h"
+// After it: the same macros.
+#include "ceiling_kernel.h"
 
 namespace softcl::cpu {
 
-const SweepKernels kAvx512Kernels = {"avx512", avx512::kLanes, avx512::sweep, avx512::similarities};
+const SweepKernels kAvx512Kernels = {"avx512",
+                                     avx512::kLanes,
+                                     avx512::sweep,
+                                     avx512::similarities,
+                                     avx512::multiply_add,
+                                     avx512::exponentials};
 
 }  // namespace softcl::cpu

@@ -36,8 +36,8 @@ static_assert(kTileGranularity % kRows == 0, "a tile must hold whole groups of r
 
 constexpr float kHeadroom = 40.0f;
 constexpr std::int64_t kFlushTiles = 16;
-// Dimensions that S sums in registers before it moves on: a strip's part stays in L1.
-constexpr std::int64_t kDimBlock = 256;
+// Dimensions of a strip that all rows of a tile visit before the next ones: 16 KB stay in L1.
+constexpr std::int64_t kDimBlock = 4096 / kLanes;
 // Products summed one after the other; such sums are then added. Rounding grows with the length.
 constexpr std::int64_t kDimChain = 64;  // of S
 constexpr std::int64_t kRowChain = 48;  // of O
@@ -188,9 +188,9 @@ void collect(const NeighborLists& lists, const Visit& visit, const float* s) {
   for (std::int64_t j = 0; j < visit.rows; ++j) {
     for (int v = 0; v < kVectors; ++v) {
       const float* x = s + j * kLanes + v * kWidth;
-      if (!any_greater(load(x), load(threshold + v * kWidth))) continue;
-      for (int i = 0; i < kWidth; ++i) {
-        if (!(x[i] > threshold[v * kWidth + i])) continue;
+      unsigned lanes = greater_lanes(load(x), load(threshold + v * kWidth));
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int i = __builtin_ctz(lanes);
         const std::int64_t row = start + v * kWidth + i;
         push(lists, row, x[i], visit.first + j);
         threshold[v * kWidth + i] = lists.threshold[row];

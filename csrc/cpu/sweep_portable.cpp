@@ -16,10 +16,16 @@
 #endif
 #define SOFTCL_ROWS 6
 #include "sweep_kernel.h"
+// After it: the same macros.
+#include "ceiling_kernel.h"
 
 namespace softcl::cpu {
 
-const SweepKernels kPortableKernels = {"portable", portable::kLanes, portable::sweep,
-                                       portable::similarities};
+const SweepKernels kPortableKernels = {"portable",
+                                       portable::kLanes,
+                                       portable::sweep,
+                                       portable::similarities,
+                                       portable::multiply_add,
+                                       portable::exponentials};
 
 }  // namespace softcl::cpu
