@@ -71,7 +71,7 @@ Plan make_plan(const PassRequest& request, int lanes) {
     const ReductionRequest& r = request.reductions[i];
     strip_bytes += lanes * D * 4 * (r.has_mean ? 2 : 1);
     if (r.has_mean) block_bytes = kBlockBytes;
-    list_bytes += lanes * std::min(2 * r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
+    list_bytes += lanes * list_capacity(r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
   }
   plan.strips = divide_up(request.num_rows, lanes);
   const std::int64_t largest =
@@ -157,7 +157,7 @@ class Pass {
         if (wanted.positive != nullptr) r.rank = arena.take<std::int64_t>(rows);
         if (wanted.num_neighbors > 0) {
           r.neighbors.k = wanted.num_neighbors;
-          r.neighbors.capacity = list_capacity(wanted);
+          r.neighbors.capacity = capacity_of(wanted);
           r.neighbors.threshold = arena.take<float>(rows);
           r.neighbors.count = arena.take<std::int64_t>(rows);
           r.neighbors.items = arena.take<Neighbor>(rows * r.neighbors.capacity);
@@ -175,14 +175,14 @@ class Pass {
         }
         if (wanted.num_neighbors > 0 && plan_.is_split()) {
           w.candidates[i] =
-              arena.take<Neighbor>(plan_.lanes * plan_.splits * list_capacity(wanted));
+              arena.take<Neighbor>(plan_.lanes * plan_.splits * capacity_of(wanted));
         }
       }
     }
   }
 
-  std::int64_t list_capacity(const ReductionRequest& wanted) const {
-    return std::min(2 * wanted.num_neighbors, std::min(request_.queue_size, plan_.split_rows));
+  std::int64_t capacity_of(const ReductionRequest& wanted) const {
+    return list_capacity(wanted.num_neighbors, std::min(request_.queue_size, plan_.split_rows));
   }
 
   void sweep(std::int64_t block, std::int64_t split, Piece& piece, Workspace& workspace) const {

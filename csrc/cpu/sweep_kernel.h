@@ -39,8 +39,8 @@ constexpr std::int64_t kFlushTiles = 16;
 // Dimensions of a strip that all rows of a tile visit before the next ones: 16 KB stay in L1.
 constexpr std::int64_t kDimBlock = 4096 / kLanes;
 // Products summed one after the other; such sums are then added. Rounding grows with the length.
-constexpr std::int64_t kDimChain = 64;  // of S
-constexpr std::int64_t kRowChain = 48;  // of O
+constexpr std::int64_t kDimChain = 128;  // of S
+constexpr std::int64_t kRowChain = 96;  // of O
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;
@@ -175,14 +175,13 @@ void raise_offset(const Reduction& r, float* partial_mean, std::int64_t dim, con
 }
 
 // count += number of s above their lane's limit.
-void count_above(const float* limits, const float* s, std::int64_t rows, std::int64_t* count) {
+void count_above(const float* limits, const float* s, std::int64_t rows,
+                 IntVector (&count)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) {
     const Vector limit = load(limits + v * kWidth);
-    IntVector greater = {};
     for (std::int64_t j = 0; j < rows; ++j) {
-      greater -= (IntVector)(load(s + j * kLanes + v * kWidth) > limit);
+      count[v] -= (IntVector)(load(s + j * kLanes + v * kWidth) > limit);
     }
-    for (int i = 0; i < kWidth; ++i) count[v * kWidth + i] += greater[i];
   }
 }
 
@@ -226,7 +225,7 @@ void collect(const NeighborLists& lists, const Visit& visit, const float* s,
   for (int v = 0; v < kVectors; ++v) {
     store(threshold + v * kWidth, load(lists.threshold + start + v * kWidth));
   }
-  std::int64_t above[kLanes] = {};
+  IntVector above[kVectors] = {};
   for (std::int64_t g = 0; g < num_groups; ++g) {
     if (!group_exceeds(groups[g], threshold)) continue;
     const std::int64_t j = g * kGroupRows;
@@ -235,7 +234,7 @@ void collect(const NeighborLists& lists, const Visit& visit, const float* s,
   // Of more than k candidates in one tile not all are needed: most at the start of a queue, or all
   // along one in ascending order.
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (above[lane] <= lists.k) continue;
+    if (above[lane / kWidth][lane % kWidth] <= lists.k) continue;
     if (lists.k <= num_groups) {
       const float bound = kth_group_maximum(groups, num_groups, lane, lists.k);
       if (bound > threshold[lane]) threshold[lane] = just_below(bound);
@@ -294,7 +293,13 @@ void exponentiate(const Reduction& r, const Visit& visit, float* s) {
 void finish_tile(const Reduction& r, float* partial_mean, std::int64_t dim, const Visit& visit,
                  float* s) {
   const std::int64_t row = visit.strip * kLanes;
-  if (r.positive != nullptr) count_above(r.positive + row, s, visit.rows, r.rank + row);
+  if (r.positive != nullptr) {
+    IntVector above[kVectors] = {};
+    count_above(r.positive + row, s, visit.rows, above);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      r.rank[row + lane] += above[lane / kWidth][lane % kWidth];
+    }
+  }
   if (!r.has_softmax && r.neighbors.k == 0) return;
   float groups[kMaxGroups][kLanes];
   Vector maximum[kVectors];

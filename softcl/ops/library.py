@@ -214,9 +214,27 @@ torch.library.register_autograd(
     setup_context=_save_statistics,
     lib=LIBRARY,
 )
-torch.library.register_autograd(
-    "softcl::soft_contrastive",
-    _scale_gradient,
-    setup_context=_save_gradient,
-    lib=LIBRARY,
-)
+
+
+class _SoftContrastive(torch.autograd.Function):
+    """What torch.library.register_autograd makes of the two functions above, without reading the
+    schema anew at every call, which would take longer than everything else in Python together."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.softcl.soft_contrastive.default(*args)
+        _save_gradient(ctx, args, output)
+        return output
+
+    backward = staticmethod(_scale_gradient)
+
+
+def _soft_contrastive_autograd(*args):
+    if args[0].requires_grad and torch.is_grad_enabled():
+        return _SoftContrastive.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.softcl.soft_contrastive.default(*args)
+
+
+LIBRARY.impl("soft_contrastive", _soft_contrastive_autograd, "Autograd")
