@@ -178,9 +178,8 @@ class SoftContrastive {
     }
     for (int lane = 0; lane < lanes && first + lane < p_.num_queries; ++lane) {
       const std::int64_t row = first + lane;
-      const bool finite =
-          queue_is_finite && z_.finite[row] && t_.finite[row] &&
-          (num_neighbors_ == 0 || results[1].num_neighbors[lane] == num_neighbors_);
+      const bool finite = queue_is_finite && z_.finite[row] && t_.finite[row] &&
+                          (num_neighbors_ == 0 || results[1].num_neighbors[lane] == num_neighbors_);
       write_row(row, lane, results, finite, loss[lane], confidence[lane]);
     }
   }

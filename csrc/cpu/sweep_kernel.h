@@ -40,7 +40,7 @@ constexpr std::int64_t kFlushTiles = 16;
 constexpr std::int64_t kDimBlock = 4096 / kLanes;
 // Products summed one after the other; such sums are then added. Rounding grows with the length.
 constexpr std::int64_t kDimChain = 128;  // of S
-constexpr std::int64_t kRowChain = 96;  // of O
+constexpr std::int64_t kRowChain = 96;   // of O
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;
