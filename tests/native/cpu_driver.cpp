@@ -1,0 +1,213 @@
+// Drives the CPU backend without Python, to be built with sanitizers
+// (tests/test_cpu_sanitizers.py).
+//
+// Arrays have exactly their documented sizes and outputs hold NaN before a call, so that a read or
+// a write past an end, a value that nobody wrote and a race all show. Every result is compared with
+// formulas written out in double.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "softcl/enqueue.h"
+#include "softcl/params.h"
+
+namespace {
+
+using softcl::ElementType;
+using softcl::LabelKind;
+
+constexpr double kTemperature = 0.1, kTeacherTemperature = 0.05;
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+// Unit rows, in fp32 or cut to bf16; `values` are what is stored.
+struct Matrix {
+  std::int64_t rows, dim;
+  std::vector<float> values;
+  std::vector<std::uint16_t> halves;
+  ElementType type;
+
+  Matrix(std::int64_t rows, std::int64_t dim, ElementType type, unsigned seed)
+      : rows(rows), dim(dim), values(rows * dim), type(type) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      double squares = 0.0;
+      for (std::int64_t d = 0; d < dim; ++d) {
+        float& x = values[i * dim + d];
+        x = normal(random);
+        squares += double(x) * x;
+      }
+      for (std::int64_t d = 0; d < dim; ++d) values[i * dim + d] /= float(std::sqrt(squares));
+    }
+    if (type == ElementType::kFloat32) return;
+    for (float& x : values) {
+      std::uint32_t bits;
+      static_assert(sizeof bits == sizeof x);
+      std::copy_n(reinterpret_cast<const char*>(&x), sizeof x, reinterpret_cast<char*>(&bits));
+      halves.push_back(std::uint16_t(bits >> 16));
+      bits &= 0xffff0000u;
+      std::copy_n(reinterpret_cast<const char*>(&bits), sizeof x, reinterpret_cast<char*>(&x));
+    }
+  }
+
+  const void* data() const {
+    if (type == ElementType::kFloat32) return values.data();
+    return halves.data();
+  }
+  double dot(std::int64_t i, const Matrix& other, std::int64_t j) const {
+    double sum = 0.0;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      sum += double(values[i * dim + d]) * double(other.values[j * dim + d]);
+    }
+    return sum;
+  }
+};
+
+// Exactly `count` elements, all NaN (or a number that no index is).
+template <typename T>
+std::unique_ptr<T[]> unwritten(std::int64_t count) {
+  std::unique_ptr<T[]> array(new T[count]);
+  const T nothing = std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN()
+                                                          : std::numeric_limits<T>::max();
+  std::fill_n(array.get(), count, nothing);
+  return array;
+}
+
+void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, LabelKind kind,
+                std::int64_t n, int threads) {
+  const std::int64_t N = query.rows, K = queue.rows, D = query.dim;
+  const auto loss = unwritten<float>(N), dquery = unwritten<float>(N * D);
+  const auto confidence = unwritten<float>(N), entropy = unwritten<float>(N);
+  const auto rank = unwritten<std::int64_t>(N), neighbors = unwritten<std::int64_t>(N * n);
+  softcl::SoftContrastiveParams p;
+  p.query = query.data();
+  p.key = key.data();
+  p.queue = queue.data();
+  p.vector_type = query.type;
+  p.queue_type = queue.type;
+  p.num_queries = N;
+  p.queue_size = K;
+  p.dim = D;
+  p.rule = {kind, n, 0.3};
+  p.temperature = kTemperature;
+  p.teacher_temperature = kTeacherTemperature;
+  p.normalize = true;
+  p.num_threads = threads;
+  p.loss = loss.get();
+  p.dquery = dquery.get();
+  p.confidence = confidence.get();
+  p.entropy = entropy.get();
+  p.positive_rank = rank.get();
+  p.neighbor_indices = neighbors.get();
+  softcl::cpu::soft_contrastive(p);
+  for (std::int64_t i = 0; i < N * D; ++i) require(std::isfinite(dquery[i]), "gradient written");
+  for (std::int64_t i = 0; i < N * n; ++i) {
+    require(neighbors[i] >= 0 && neighbors[i] < K, "neighbours are rows of the queue");
+  }
+  for (std::int64_t i = 0; i < N; ++i) {
+    require(rank[i] >= 0 && rank[i] <= K, "rank");
+    if (kind != LabelKind::kHard) {
+      require(std::isfinite(loss[i]), "loss written");
+      continue;
+    }
+    const double own = query.dot(i, key, i) / kTemperature;
+    double sum = std::exp(own);
+    for (std::int64_t j = 0; j < K; ++j) sum += std::exp(query.dot(i, queue, j) / kTemperature);
+    // bf16 vectors are rounded again after their normalisation.
+    const double bound = query.type == ElementType::kFloat32 ? 1e-4 : 0.3;
+    require(std::abs(std::log(sum) - own - loss[i]) < bound, "loss of hard labels");
+  }
+}
+
+void check_statistics(const Matrix& vectors, const Matrix& queue, std::int64_t k, bool sums,
+                      int threads) {
+  const std::int64_t N = vectors.rows, K = queue.rows, D = vectors.dim;
+  const auto lse = unwritten<float>(N), mean = unwritten<float>(N * D);
+  const auto entropy = unwritten<float>(N), logits = unwritten<float>(N * k);
+  const auto indices = unwritten<std::int64_t>(N * k);
+  softcl::QueueStatisticsParams p;
+  p.vectors = vectors.data();
+  p.queue = queue.data();
+  p.vector_type = vectors.type;
+  p.queue_type = queue.type;
+  p.num_vectors = N;
+  p.queue_size = K;
+  p.dim = D;
+  p.num_neighbors = k;
+  p.temperature = kTemperature;
+  p.num_threads = threads;
+  if (sums) {
+    p.lse = lse.get();
+    p.mean = mean.get();
+    p.entropy = entropy.get();
+  }
+  p.neighbor_logits = logits.get();
+  p.neighbor_indices = indices.get();
+  softcl::cpu::queue_statistics(p);
+  std::vector<double> exact(K);
+  for (std::int64_t i = 0; i < N; ++i) {
+    double sum = 0.0;
+    for (std::int64_t j = 0; j < K; ++j) {
+      exact[j] = vectors.dot(i, queue, j) / kTemperature;
+      sum += std::exp(exact[j]);
+    }
+    if (sums) require(std::abs(std::log(sum) - lse[i]) < 1e-4, "lse");
+    for (std::int64_t a = 0; a < k; ++a) {
+      const std::int64_t index = indices[i * k + a];
+      require(index >= 0 && index < K, "neighbours are rows of the queue");
+      require(std::abs(exact[index] - logits[i * k + a]) < 1e-4, "logits of neighbours");
+    }
+    if (k == 0) continue;
+    std::nth_element(exact.begin(), exact.begin() + (k - 1), exact.end(), std::greater<>());
+    require(std::abs(exact[k - 1] - logits[i * k + k - 1]) < 1e-4, "the k-th neighbour");
+  }
+}
+
+void check_enqueue(std::int64_t num_keys, std::int64_t size, std::int64_t dim) {
+  const Matrix keys(num_keys, dim, ElementType::kFloat32, 5);
+  const auto ring = unwritten<float>(size * dim);
+  std::int64_t refused = 0;
+  softcl::cpu::enqueue({keys.data(), ring.get(), &refused, num_keys, size, dim, size - 1,
+                        ElementType::kFloat32, ElementType::kFloat32, true});
+  require(refused == 0, "no key is refused");
+  const std::int64_t last = (size - 1 + num_keys - 1) % size;
+  for (std::int64_t d = 0; d < dim; ++d) {
+    const float expected = keys.values[(num_keys - 1) * dim + d];
+    require(std::abs(ring[last * dim + d] - expected) < 1e-6f, "the last key is in its slot");
+  }
+}
+
+}  // namespace
+
+int main() {
+  const std::int64_t shapes[][3] = {{1, 1, 1}, {17, 97, 65}, {70, 2000, 33}, {33, 131, 300}};
+  const ElementType types[] = {ElementType::kFloat32, ElementType::kBFloat16};
+  for (const auto& [N, K, D] : shapes) {
+    for (const ElementType type : types) {
+      const Matrix query(N, D, type, 1), key(N, D, type, 2), queue(K, D, type, 3);
+      for (int kind = 0; kind < softcl::kNumLabelKinds; ++kind) {
+        for (const std::int64_t n : {std::int64_t{0}, std::min<std::int64_t>(K, 20)}) {
+          check_loss(query, key, queue, LabelKind(kind), n, 3);
+        }
+      }
+      for (const std::int64_t k : {0, 1, 5, 90}) {
+        const std::int64_t some = std::min<std::int64_t>(k, K);
+        check_statistics(query, queue, some, true, 3);
+        if (some > 0) check_statistics(query, queue, some, false, 3);
+      }
+    }
+  }
+  for (const std::int64_t num_keys : {1, 7, 40}) check_enqueue(num_keys, 16, 33);
+  std::puts("clean");
+}

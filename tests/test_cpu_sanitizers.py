@@ -1,0 +1,102 @@
+"""The CPU backend under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and ten
+thousand calls that must not grow.
+
+A C++ driver without Python (tests/native/cpu_driver.cpp) is compiled together with csrc/cpu; its
+threads are std::thread, for ThreadSanitizer does not understand libgomp.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+SANITIZERS = {"memory": "address,undefined", "threads": "thread"}
+FLAGS = {"avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx512f", "-mavx512vnni", "-mfma")}
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="flags are for x86-64"),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
+
+
+def build(folder: Path, sanitizer: str) -> Path:
+    """The driver, instrumented."""
+    common = [
+        *(COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}"),
+        *("-fno-sanitize-recover=all", "-DSOFTCL_X86", "-DSOFTCL_STD_THREADS"),
+        *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"),
+    ]
+    objects = []
+    for source in (*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), DRIVER):
+        objects.append(folder / f"{source.stem}.o")
+        isa = FLAGS.get(source.stem.partition("_")[2], ())
+        subprocess.run([*common, *isa, "-c", source, "-o", objects[-1]], check=True, timeout=280)
+    subprocess.run([*common, *objects, "-o", folder / "driver", "-pthread"], check=True)
+    return folder / "driver"
+
+
+DRIVER = ROOT / "tests" / "native" / "cpu_driver.cpp"
+
+
+@pytest.mark.parametrize("name", SANITIZERS)
+def test_sanitizers_find_nothing(name, tmp_path):
+    driver = build(tmp_path, SANITIZERS[name])
+    _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
+    for isa in _C.available_isas():
+        done = subprocess.run(
+            [driver],
+            env={**os.environ, "SOFTCL_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+        assert done.returncode == 0, f"{isa}: {done.stdout}{done.stderr}"
+        assert done.stdout == "clean\n"
+
+
+GROWTH = """
+import resource
+import torch
+from softcl import AdaptiveSoftLabels
+from softcl.nn import MemoryQueue
+from softcl.ops import cpu
+from softcl.testing import make_problem
+torch.set_num_threads(2)
+p = make_problem(33, 300, 64)
+queue = MemoryQueue(100, 64)
+
+def calls(count):
+    for _ in range(count):
+        cpu.soft_contrastive(p.query, p.key, p.queue, AdaptiveSoftLabels(3), 0.1, 0.05,
+                             positive=True, normalize=True, gradient=True, diagnostics=True)
+        cpu.queue_statistics(p.query, p.queue, 0.1, 5)
+        cpu.queue_statistics(p.query, p.queue, 0.1, 1, sums=False)
+        queue.enqueue(p.key)
+
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+
+calls(500)
+before = resident()
+calls(10_000)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_ten_thousand_calls_do_not_grow():
+    pytest.importorskip("softcl._C", reason="softcl._C is not built")
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    # A leak of 32 bytes a call would be more.
+    assert int(done.stdout) < 1_000_000
