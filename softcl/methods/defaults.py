@@ -15,9 +15,11 @@ class Defaults:
         arch: backbone name for ``softcl.nn.build_backbone``.
         image_size: pixels.
         epochs, batch_size: length of the training run, images per step.
-        lr: peak learning rate of SGD, for ``batch_size`` (not scaled by it).
-        sgd_momentum, weight_decay: SGD, weight decay on all parameters.
+        lr: peak learning rate, for ``batch_size`` (not scaled by it).
+        sgd_momentum, weight_decay: of the optimiser.
         warmup_epochs: linear warm-up from 0; cosine to 0 afterwards, both per step.
+        optimizer: "sgd", "lars" or "adamw".
+        decay_norms: whether biases and the weights of norms decay as well.
     """
 
     method: Any
@@ -29,3 +31,5 @@ class Defaults:
     sgd_momentum: float
     weight_decay: float
     warmup_epochs: int
+    optimizer: str = "sgd"
+    decay_norms: bool = True
