@@ -143,11 +143,13 @@ class TrainConfig:
     overwrite: bool = _flag(_RUN, False, may_change=True,
         help="delete the run that --out holds and start over")
     resume: str | None = _flag(_RUN, may_change=True, metavar="RUN",
-        help="continue a run: its folder or one of its checkpoints")
+        help="continue a run: its folder, a checkpoint, or auto: the run in --out if there is one")
     max_steps: int | None = _flag(_RUN, at_least=1, may_change=True,
         help="stop after so many steps in all; the schedule stays that of --epochs")
     checkpoint_every: int | None = _flag(_RUN, at_least=0, may_change=True,
         help="steps between checkpoints (default: an epoch); 0: only at the end")
+    keep_checkpoints: int = _flag(_RUN, 2, at_least=1, at_most=1000, may_change=True,
+        help="newest checkpoints to keep, besides the best")
 
     knn_every: int | None = _flag(_EVAL, at_least=0, may_change=True,
         help="epochs between k-NN evaluations (default: five a run); 0: only at the end")

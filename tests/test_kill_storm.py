@@ -1,0 +1,19 @@
+"""A short kill storm; tests/kill_storm.py is the long one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_three_times_ends_as_if_left_in_peace(workers: int):
+    script = Path(__file__).with_name("kill_storm.py")
+    command = [sys.executable, str(script), "--kills", "3", "--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("checkpoint whole") == 3
+    assert done.stdout.endswith("equal to the last bit\n")
