@@ -2,8 +2,9 @@
 
     python tests/kill_storm.py --kills 50
 
-Every run is `--resume auto` in a forked child, killed after a random time; after every kill the
-newest checkpoint, if there is one, must be whole. Then the run goes on to its end, and its weights,
+Every run is `--resume auto` in a forked child. One in four is killed while it starts, the others a
+random time after they wrote a checkpoint. After every kill the newest checkpoint, if there is one,
+must be whole. Then the run goes on to its end, and its weights,
 queue, optimiser state and log must be those of the run that was never killed, to the last bit.
 Prints one line per kill and exits with 1 if anything differs. tests/test_kill_storm.py runs a short
 one.
@@ -22,6 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tensorboard.summary.writer.record_writer  # noqa: E402, F401  (once, not in every child)
+import timm  # noqa: E402, F401
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from runs import assert_same_run  # noqa: E402
@@ -62,10 +65,19 @@ def finish(flags: list[str], lazy: bool) -> None:
         raise SystemExit(f"a run ended with exit code {os.waitstatus_to_exitcode(status)}")
 
 
+def wait_for_another(newest: Path, before: int) -> None:
+    """Until `newest` was written again, a minute at most."""
+    for _ in range(6000):
+        if newest.exists() and newest.stat().st_mtime_ns != before:
+            return
+        time.sleep(0.01)
+    raise SystemExit("no checkpoint was written within a minute")
+
+
 def storm(folder: Path, kills: int, seed: int, workers: int, longest: float) -> bool:
     make_images(folder / "images")
     line = "--batch-size 16 --queue-size 64 --num-splits 2 --arch resnet_tiny --projection-dim 16 "
-    line += f"--projector-hidden 32 --device cpu --checkpoint-every 1 --epochs {2 + kills} "
+    line += f"--projector-hidden 32 --device cpu --checkpoint-every 1 --epochs {3 + 2 * kills} "
     line += "--knn-every 2 --log-every 5 --lr 0.05"
     flags = ["--data", str(folder / "images"), *line.split()]
     if workers:
@@ -74,12 +86,15 @@ def storm(folder: Path, kills: int, seed: int, workers: int, longest: float) -> 
     killed, whole = folder / "killed", folder / "whole"
     chooser = random.Random(seed)
     for number in range(kills):
+        newest = killed / "last.pt"
+        before = newest.stat().st_mtime_ns if newest.exists() else 0
         child = start([*flags, "--resume", "auto", "--out", str(killed)], lazy)
-        wait = 0.1 + (longest - 0.1) * chooser.random()
+        if number % 4 != 3:
+            wait_for_another(newest, before)
+        wait = longest * chooser.random()
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        newest = killed / "last.pt"
         step = read_checkpoint(newest)["step"] if newest.exists() else "none yet"
         print(f"kill {number + 1} after {wait:.2f} s: checkpoint whole, step {step}", flush=True)
     finish([*flags, "--resume", "auto", "--out", str(killed)], lazy)
@@ -97,7 +112,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="threads that decode; 0: resident")
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds until a kill at most")
+    parser.add_argument("--longest", type=float, default=0.3, help="seconds until a kill at most")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
     with tempfile.TemporaryDirectory() as folder:
