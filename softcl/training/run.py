@@ -53,6 +53,7 @@ class Run:
         self.accuracy: float | None = None
         self.best_accuracy, self.best_step = -1.0, -1
         self._warned_of_collapse = False
+        self._listed = 0  # unreadable images in skipped.txt
         self.evaluated_step = self.saved_step = -1
         self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -278,6 +279,7 @@ class Run:
         if self.saved_step == self.state.step:
             return
         started = time.perf_counter()
+        self._list_skipped()
         self.meter.check()
         damaged = first_damaged(self.state)
         if damaged is not None:
@@ -337,7 +339,12 @@ class Run:
             "versions": versions(),
         }
         self.folder.write_json(CONFIG, content)
-        if self.images.skipped:
+        self._list_skipped()
+
+    def _list_skipped(self) -> None:
+        """skipped.txt; a set decoded on demand finds its unreadable images while it is read."""
+        if len(self.images.skipped) > self._listed:
+            self._listed = len(self.images.skipped)
             self.folder.write_text(SKIPPED, "".join(f"{line}\n" for line in self.images.skipped))
 
     def close(self) -> None:
