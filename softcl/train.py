@@ -2,7 +2,7 @@
 
 The order of things, in softcl/training/: flags.py -> configuration (config.py, settings.py) ->
 images, networks, backend (build.py) -> steps (run.py, step.py) -> run folder (run_folder.py); and
-softcl/evaluate.py for the k-NN score.
+softcl/evaluation/ for the k-NN score.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import assert_same_run
 
-from softcl.evaluate import KNN
+from softcl.evaluation import KNN
 from softcl.train import main
 from softcl.training import diagnose, meter, run
 from softcl.training.checkpoint import read_checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from softcl.data import VIEWS, DataError, ImageSet, find_format, load_dataset, training_split
-from softcl.evaluate import KNN, NUM_NEIGHBORS
+from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.nn import (
     Encoder,
     MemoryQueue,

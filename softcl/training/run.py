@@ -212,6 +212,7 @@ class Run:
                 "step": self.state.step,
                 "epoch": epoch,
                 "knn_top1": self.accuracy,
+                "knn_purity": self.knn.purity(*features),
                 "feature_spread": float(query_spread(features[0])),
                 "seconds": self.seconds(),
             }
@@ -290,6 +291,7 @@ class Run:
             "config": self.config.to_dict(),
             "config_hash": identity_hash(self.config),
             "fingerprint": self.fingerprint,
+            "normalisation": [list(self.images.mean), list(self.images.std)],
             "meter": self.meter.state_dict(),
             "accuracy": self.accuracy,
             "best": [self.best_accuracy, self.best_step],
