@@ -32,7 +32,7 @@ def image_set(count: int = 512, size: int = 32, statistics: str = "shapes") -> I
 def test_every_field_is_a_flag_and_every_flag_a_field():
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     fields = {"--" + name.replace("_", "-") for name in field_names()}
-    assert flags - {"-h", "--help", "--no-fused"} == fields
+    assert flags - {"-h", "--help", "--no-fused", "--no-decay-norms"} == fields
 
 
 def test_flags_give_typed_values_and_only_those_given():
@@ -62,7 +62,7 @@ def test_identity_covers_what_a_run_computes_and_nothing_else():
     config = TrainConfig()
     samples = {int: 7, float: 0.25, str: "cpu", bool: True}
     for field in dataclasses.fields(TrainConfig):
-        value = samples[value_type(field)]
+        value = (field.metadata["choices"] or [samples[value_type(field)]])[-1]
         if field.name == "resume" or value == getattr(config, field.name):
             continue
         if field.name == "image_size":
@@ -115,6 +115,9 @@ def test_defaults_shrink_to_small_data_and_short_runs():
         ({"batch_size": 8}, "--batch-size 8: leaves one image in each of --num-splits 8"),
         ({"num_neighbors": 65, "queue_size": 64}, "--num-neighbors 65: more than the rows of"),
         ({"warmup_epochs": 5.0, "epochs": 4}, "--warmup-epochs 5.0: longer than the run"),
+        ({"accumulate": 3}, "--accumulate 3: --batch-size 256 must divide into equal parts"),
+        ({"accumulate": 32}, "--accumulate 32: .* of a multiple of --num-splits 8"),
+        ({"optimizer": "adamw", "sgd_momentum": 0.9}, "--sgd-momentum 0.9: does not apply"),
         ({"labels": "sofd"}, "--labels sofd: must be one of .*; did you mean soft"),
         ({"method": "asci"}, "--method asci: must be one of .*; did you mean ascl"),
     ],
@@ -189,6 +192,8 @@ REFUSED = [
     ("--arch resnet81", "--arch resnet81: unknown backbone; did you mean resnet"),
     ("--arch resnet_tin", "did you mean resnet_tiny?"),
     ("--data=", "--data '': must not be empty"),
+    ("--optimizer sdg", "must be one of sgd, lars, adamw; did you mean sgd?"),
+    ("--momentum-schedule cosin", "must be one of constant, cosine; did you mean cosine?"),
     # combinations
     ("--fused --backend reference", "--fused: backend reference is not fused"),
     ("--no-fused --backend cpu", "--no-fused means --backend reference"),

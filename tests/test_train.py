@@ -162,6 +162,22 @@ def test_resume_is_bit_exact_in_the_middle_of_an_epoch(
     assert (tmp_path / "parts/result.json").exists()
 
 
+OTHER_WAYS = [
+    "--optimizer lars --no-decay-norms --lr 0.5",
+    "--optimizer adamw --clip-norm 0.5 --momentum-schedule cosine",
+    "--accumulate 4 --momentum-schedule cosine",
+]
+
+
+@pytest.mark.parametrize("line", OTHER_WAYS)
+def test_resume_is_bit_exact_whatever_the_optimizer(flags: list[str], tmp_path: Path, line: str):
+    flags = [*flags, *line.split(), "--knn-every", "0"]
+    assert main([*flags, "--out", "whole"]) == 0
+    assert main([*flags, "--out", "parts", "--max-steps", "3"]) == 0
+    assert main(["--resume", "parts"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_resume_at_an_epochs_end_evaluates_once(flags: list[str], tmp_path: Path):
     assert main([*flags, "--out", "whole"]) == 0
     assert main([*flags, "--out", "parts", "--max-steps", "4"]) == 0

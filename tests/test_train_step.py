@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from softcl.methods import ASCL
 from softcl.nn import MemoryQueue, make_teacher
 from softcl.training import step as step_module
+from softcl.training.schedules import learning_rate
 from softcl.training.step import (
     MEASURES,
     StepRandom,
     TrainState,
     derived_seed,
-    learning_rate,
     train_step,
 )
 

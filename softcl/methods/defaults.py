@@ -17,9 +17,10 @@ class Defaults:
         epochs, batch_size: length of the training run, images per step.
         lr: peak learning rate, for ``batch_size`` (not scaled by it).
         sgd_momentum: momentum of SGD or LARS.
-        weight_decay: on all parameters.
+        weight_decay: of the optimiser.
         warmup_epochs: linear warm-up from 0; cosine to 0 afterwards, both per step.
-        optimizer: "sgd", "lars" or "adamw", as published.
+        optimizer: "sgd", "lars" or "adamw".
+        decay_norms: whether biases and the weights of norms decay as well.
     """
 
     method: Any
@@ -32,6 +33,7 @@ class Defaults:
     weight_decay: float
     warmup_epochs: int
     optimizer: str = "sgd"
+    decay_norms: bool = True
 
 
 def shapes_defaults(method: Any) -> Defaults:

@@ -183,6 +183,11 @@ class Method:
         """Trained modules besides backbone, projector and predictor; the teacher has none."""
         return {}
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether the teacher sees the batch in another order than the student."""
+        return self.num_splits > 1
+
     def rule(self) -> LabelRule | None:
         """The label rule, where the loss is `soft_contrastive_loss` with one."""
         return None

@@ -23,6 +23,7 @@ from softcl.nn import (
 )
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean
+from softcl.training.optimizers import build_optimizer
 from softcl.training.settings import check_method_flags, fill
 from softcl.training.step import TrainState, View, derived_seed
 
@@ -180,12 +181,13 @@ def build_state(config: TrainConfig, method: Any, device: torch.device) -> Train
     queue = MemoryQueue(
         method.queue_size, method.projection_dim, seed=derived_seed(config.seed, "queue")
     )
-    optimizer = torch.optim.SGD(
-        student.parameters(),
+    optimizer = build_optimizer(
+        student,
+        config.optimizer,
         lr=config.lr,
-        momentum=config.sgd_momentum,
         weight_decay=config.weight_decay,
-        fused=True,
+        momentum=config.sgd_momentum,
+        decay_norms=config.decay_norms,
     )
     return TrainState(method, student, make_teacher(student), queue.to(device), optimizer)
 

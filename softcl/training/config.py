@@ -111,11 +111,21 @@ class TrainConfig:
     batch_size: int | None = _flag(_OPTIM, at_least=2,
         help="N, images in a step")
     lr: float | None = _flag(_OPTIM, above=0.0,
-        help="peak learning rate of SGD")
+        help="peak learning rate")
+    optimizer: str | None = _flag(_OPTIM, metavar="NAME", choices=("sgd", "lars", "adamw"),
+        help="sgd, lars or adamw; another than the method's comes with MoCo v3's lr and decay")
     sgd_momentum: float | None = _flag(_OPTIM, at_least=0.0, at_most=1.0,
-        help="of SGD")
+        help="of SGD and LARS")
     weight_decay: float | None = _flag(_OPTIM, at_least=0.0,
-        help="of SGD, on all parameters")
+        help="of the optimiser")
+    decay_norms: bool | None = _flag(_OPTIM,
+        help="weight decay on biases and norms too, or not")
+    clip_norm: float | None = _flag(_OPTIM, above=0.0,
+        help="largest norm of the gradient (default: no limit)")
+    accumulate: int = _flag(_OPTIM, 1, at_least=1,
+        help="parts of a batch computed one after the other, for one step")
+    momentum_schedule: str | None = _flag(_OPTIM, metavar="NAME", choices=("constant", "cosine"),
+        help="of the teacher's momentum: constant, or cosine to 1")
     warmup_epochs: float | None = _flag(_OPTIM, at_least=0.0,
         help="linear warm-up, then cosine to 0; may be a fraction")
     seed: int = _flag(_OPTIM, 1228, at_least=0, at_most=(1 << 63) - 1,

@@ -21,7 +21,8 @@ from softcl.training.picture import choose_queries, draw_neighbors, nearest
 from softcl.training.progress import Progress, Status, clock
 from softcl.training.resume import FORMAT
 from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
-from softcl.training.step import learning_rate, train_step
+from softcl.training.schedules import learning_rate, teacher_momentum
+from softcl.training.step import train_step
 
 
 class Run:
@@ -85,7 +86,19 @@ class Run:
             group["lr"] = lr
         try:
             measures = train_step(
-                state, images, *self.views, seed=config.seed, backend=self.backend.name
+                state,
+                images,
+                *self.views,
+                seed=config.seed,
+                backend=self.backend.name,
+                momentum=teacher_momentum(
+                    state.step,
+                    start=state.method.momentum,
+                    schedule=config.momentum_schedule,
+                    total_steps=self.total_steps,
+                ),
+                accumulate=config.accumulate,
+                clip_norm=config.clip_norm,
             )
         except ValueError as error:
             if "finite" not in str(error):  # the operator's word for such rows
@@ -336,12 +349,14 @@ def describe(run: Run) -> None:
         f"method     {config.method} with {config.labels} labels, "
         f"{config.num_neighbors} neighbour(s), queue of {config.queue_size}, "
         f"temperatures {config.temperature:g} and {config.teacher_temperature:g}, "
-        f"momentum {config.momentum:g} (defaults of {run.parts.defaults!r})"
+        f"momentum {config.momentum:g} {config.momentum_schedule} "
+        f"(defaults of {run.parts.defaults!r})"
     )
     say(
         f"training   {config.epochs} epochs of {run.feed.steps_per_epoch} steps, "
-        f"batch {config.batch_size}, lr {config.lr:g} after {config.warmup_epochs:g} epochs of "
-        f"warm-up, weight decay {config.weight_decay:g}, seed {config.seed}"
+        f"batch {config.batch_size}, {config.optimizer}, lr {config.lr:g} after "
+        f"{config.warmup_epochs:g} epochs of warm-up, weight decay {config.weight_decay:g}, "
+        f"seed {config.seed}"
     )
     say(f"backend    {run.backend}")
     say(f"run        {run.folder.path}")

@@ -9,9 +9,10 @@ from typing import Any
 from softcl.data import ImageSet
 from softcl.methods import METHODS, Defaults
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean, field_names
+from softcl.training.optimizers import standard_settings
 
 # Settings of a method's defaults that are fields of the configuration under the same name.
-_TRAINING = ("arch", "epochs", "batch_size", "lr", "sgd_momentum", "weight_decay", "warmup_epochs")
+_TRAINING = ("arch", "epochs", "batch_size", "warmup_epochs")
 _METHOD_GROUPS = ("model", "method")
 SMALL_IMAGE = 64  # sets without defaults of their own: up to here CIFAR-10's, above it ImageNet's
 
@@ -75,6 +76,8 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
     filled: dict[str, Any] = {"image_size": image_size}
     for name in _TRAINING:
         filled[name] = _first(getattr(config, name), getattr(defaults, name))
+    schedule = getattr(defaults.method, "momentum_schedule", "constant")
+    filled["momentum_schedule"] = _first(config.momentum_schedule, schedule)
     settings = {}
     for field in dataclasses.fields(kind):
         settings[field.name] = getattr(defaults.method, field.name)
@@ -82,7 +85,8 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
             settings[field.name] = _first(getattr(config, field.name), settings[field.name])
             filled[field.name] = settings[field.name]
     _fit_to_data(config, filled, len(images))
-    _check_together(filled)
+    filled.update(_optimizer_settings(config, defaults, filled["batch_size"]))
+    _check_together(filled, config.accumulate)
     try:
         method = kind(**settings)
     except ValueError as error:
@@ -91,6 +95,19 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
             raise
         raise ConfigError(name, filled[name], str(error)) from error
     return dataclasses.replace(config, **filled), method, defaults_name
+
+
+def _optimizer_settings(config: TrainConfig, defaults: Defaults, batch_size: int) -> dict[str, Any]:
+    """The optimiser and its numbers: given, or of the method, or the standard ones of another."""
+    name = _first(config.optimizer, defaults.optimizer)
+    usual = {key: getattr(defaults, key) for key in ("lr", "weight_decay", "decay_norms")}
+    if name != defaults.optimizer:
+        usual = {**standard_settings(name, batch_size), "decay_norms": name == "sgd"}
+    settings = {key: _first(getattr(config, key), value) for key, value in usual.items()}
+    if name == "adamw" and config.sgd_momentum is not None:
+        raise ConfigError("sgd_momentum", config.sgd_momentum, "does not apply to AdamW")
+    momentum = None if name == "adamw" else _first(config.sgd_momentum, defaults.sgd_momentum)
+    return {"optimizer": name, "sgd_momentum": momentum, **settings}
 
 
 def _first(given: Any, default: Any) -> Any:
@@ -110,7 +127,7 @@ def _fit_to_data(config: TrainConfig, filled: dict[str, Any], count: int) -> Non
         filled["warmup_epochs"] = min(float(filled["warmup_epochs"]), filled["epochs"] / 10)
 
 
-def _check_together(filled: dict[str, Any]) -> None:
+def _check_together(filled: dict[str, Any], accumulate: int) -> None:
     batch, splits = filled["batch_size"], filled.get("num_splits", 1)
     if batch % splits:
         raise ConfigError(
@@ -119,6 +136,11 @@ def _check_together(filled: dict[str, Any]) -> None:
     if batch < 2 * splits:
         reason = f"leaves one image in each of --num-splits {splits}; batch norm needs two"
         raise ConfigError("batch_size", batch, reason)
+    part, rest = divmod(batch, accumulate)
+    if accumulate > 1 and (rest or part % splits or part < 2 * splits):
+        norm = f" a multiple of --num-splits {splits} and" if splits > 1 else ""
+        reason = f"--batch-size {batch} must divide into equal parts of{norm} two images or more"
+        raise ConfigError("accumulate", accumulate, reason)
     if filled["warmup_epochs"] > filled["epochs"]:
         reason = f"longer than the run of --epochs {filled['epochs']}"
         raise ConfigError("warmup_epochs", filled["warmup_epochs"], reason)

@@ -1,4 +1,4 @@
-"""One training step, the state it changes, and the randomness and learning rate of each step."""
+"""One training step, the state it changes, and the randomness of each step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from softcl.nn import MemoryQueue, shuffled, update_teacher
-from softcl.ops import soft_contrastive_loss
+from softcl.ops import Diagnostics, soft_contrastive_loss
 
 # What train_step returns, in this order.
-MEASURES = ("loss", "confidence", "entropy", "positive_top1")
+MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
 
 View = Callable[[Tensor, torch.Generator], Tensor]  # uint8 (N, 3, H, W) -> float (N, 3, S, S)
 
@@ -64,11 +64,20 @@ def train_step(
     *,
     seed: int,
     backend: str,
+    momentum: float | None = None,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
 ) -> Tensor:
     """One step of a method with a teacher and a queue (the order is that of ASCL and MoCo).
 
+    Args:
+        momentum: of the teacher in this step; None for the method's own.
+        accumulate: parts of the batch that go through the networks one after the other, to save
+            memory. They share the old queue and one optimiser step; batch norm sees each by itself.
+        clip_norm: the gradient is scaled down to this norm where it is larger.
+
     Returns:
-        The MEASURES of the step, (4,) float32 on the device; NaN where a rule has no confidence.
+        The MEASURES of the step, (5,) float32 on the device; NaN where a rule has no confidence.
 
     Raises:
         ValueError: on the CPU, when the query, the key or the queue is no longer finite.
@@ -76,34 +85,57 @@ def train_step(
     method, student, teacher, queue = state.method, state.student, state.teacher, state.queue
     random = StepRandom(seed, state.step, images.device)
 
-    update_teacher(teacher, student, method.momentum)
-    query = student(student_view(images, random("student view")))  # (N, D)
-    with torch.no_grad():
-        key = shuffled(teacher, teacher_view(images, random("teacher view")), random("shuffle"))
-    loss, diagnostics = soft_contrastive_loss(
-        query,
-        key,
-        queue.rows,
-        method.rule(),
-        temperature=method.temperature,
-        teacher_temperature=method.teacher_temperature,
-        positive=method.positive,
-        normalize=True,
-        filled=queue.filled,
-        diagnostics=True,
-        backend=backend,
-    )
+    update_teacher(teacher, student, method.momentum if momentum is None else momentum)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    student_views = student_view(images, random("student view")).chunk(accumulate)
+    teacher_views = teacher_view(images, random("teacher view")).chunk(accumulate)
+    shuffle = random("shuffle")
+    keys, measures = [], []
+    for student_images, teacher_images in zip(student_views, teacher_views, strict=True):
+        query = student(student_images)  # (N / accumulate, D)
+        with torch.no_grad():
+            key = shuffled(teacher, teacher_images, shuffle)
+        loss, diagnostics = soft_contrastive_loss(
+            query,
+            key,
+            queue.rows,
+            method.rule(),
+            temperature=method.temperature,
+            teacher_temperature=method.teacher_temperature,
+            positive=method.positive,
+            normalize=True,
+            filled=queue.filled,
+            diagnostics=True,
+            backend=backend,
+        )
+        (loss / accumulate).backward()
+        keys.append(key)
+        measures.append(_measures(loss, diagnostics, query))
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(student.parameters(), clip_norm, foreach=True)
     state.optimizer.step()
-    queue.enqueue(key, normalize=True)
+    queue.enqueue(torch.cat(keys), normalize=True)
     state.step += 1
+    return torch.stack(measures).mean(0)
 
+
+def _measures(loss: Tensor, diagnostics: Diagnostics, query: Tensor) -> Tensor:
+    """The MEASURES of one part of a batch."""
     top1 = (diagnostics.positive_rank == 0).float().mean()
     absent = torch.full_like(top1, math.nan)  # rules without a teacher softmax
     confidence = absent if diagnostics.confidence is None else diagnostics.confidence.mean()
     entropy = absent if diagnostics.entropy is None else diagnostics.entropy.mean()
-    return torch.stack([loss.detach(), confidence, entropy, top1]).float()
+    return torch.stack([loss.detach(), confidence, entropy, top1, query_spread(query)]).float()
+
+
+@torch.no_grad()
+def query_spread(query: Tensor) -> Tensor:
+    """How far the directions of query (N, D) differ: 1 if they fill the sphere, 0 if collapsed.
+
+    sqrt(D) mean_d std_n(query_nd / |query_n|), as SimSiam (arXiv 2011.10566) watches it.
+    """
+    unit = nn.functional.normalize(query.float(), dim=1)
+    return unit.std(dim=0, correction=0).mean() * query.shape[1] ** 0.5
 
 
 class StepRandom:
@@ -126,23 +158,3 @@ def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed from numbers and words; any change of a part gives an unrelated seed."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
-def learning_rate(
-    step: int, *, peak: float, steps_per_epoch: int, epochs: int, warmup_epochs: float
-) -> float:
-    """Linear from 0 to `peak` over the warm-up, then a half cosine to 0, per step (as ASCL's code).
-
-        t = step / steps_per_epoch
-        lr = peak t / warmup_epochs                                              t < warmup_epochs
-        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2         else
-
-    `step` counts from 0: the first step of a warm-up has a rate of 0.
-    """
-    epoch = step / steps_per_epoch
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    if warmup_epochs >= epochs:
-        return peak
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return 0.5 * peak * (1.0 + math.cos(math.pi * min(progress, 1.0)))
