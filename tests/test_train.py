@@ -81,7 +81,7 @@ def assert_same(first, second, path: str = "") -> None:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, queue, optimiser and every logged number agree to the last bit."""
     a, b = read_checkpoint(first / "last.pt"), read_checkpoint(second / "last.pt")
-    for name in ("step", "student", "teacher", "queue", "optimizer", "meter", "accuracy"):
+    for name in ("step", "student", "teacher", "queues", "heads", "optimizer", "meter", "accuracy"):
         assert_same(a[name], b[name], name)
     rows = [
         [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]
@@ -125,7 +125,7 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
     assert 0 <= baselines["untrained"] <= 1 and 0 <= baselines["pixels"] <= 1
     assert "raw pixels" in text and "untrained backbone" in text and "neighbors.png" in text
     state = read_checkpoint(out / "last.pt")
-    assert state["step"] == 8 and state["queue"]["rows"].shape == (64, 16)
+    assert state["step"] == 8 and state["queues"]["queue.rows"].shape == (64, 16)
 
 
 def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):

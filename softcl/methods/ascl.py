@@ -38,9 +38,9 @@ student has a predictor:
     h    = normalise(predictor(projector(backbone(strong view))))    gradient
     loss = mean over the batch of sum_j y_j (2 - 2 h . t_j) = 2 - 2 h . m,     y_ii = 1 before / sum
 
-labels = "normal" is then one-sided BYOL, and so are the code's other two. The teacher's batch is
-not shuffled. The code returns the vector of losses, which cannot be differentiated; the mean is
-meant.
+The predictor's hidden layer has 512 units and batch norm. labels = "normal" is then one-sided BYOL,
+and so are the code's other two. The teacher's batch is not shuffled. The code returns the vector of
+losses, which cannot be differentiated; the mean is meant.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ class ASCL(QueueMethod):
         super().__post_init__()
         if self.form == "byol" and self.labels not in ("soft", "normal"):
             raise ValueError(f"labels must be soft or normal in the byol form, got {self.labels!r}")
+        if self.form == "byol" and self.predictor_hidden == 0:
+            # The code's, and no choice: without a predictor this loss collapses.
+            object.__setattr__(self, "predictor_hidden", 512)
 
     def rule(self) -> LabelRule:
         """The label rule for ``softcl.soft_contrastive_loss``."""

@@ -64,8 +64,8 @@ class ReSSL(QueueMethod):
 
 
 DEFAULTS: dict[str, Defaults] = {
-    # The authors' issue 11 quotes weight decay 5e-4 from the paper; K, momentum, lr and the head are
-    # the MNN bench's, not confirmed against the paper.
+    # The authors' issue 11 quotes weight decay 5e-4 from the paper; K, momentum, lr and the head
+    # are the MNN bench's, not confirmed against the paper.
     "cifar10": mnn_bench_defaults(ReSSL(), 32),
     "cifar100": mnn_bench_defaults(ReSSL(), 32),
     "stl10": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),

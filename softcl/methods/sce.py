@@ -65,8 +65,8 @@ DEFAULTS: dict[str, Defaults] = {
         ),
         image_size=64,
     ),
-    # Code, ImageNet: projector 2048-2048-2048-256 with batch norm, predictor 256-4096-256, LARS with
-    # 0.3 x 4096 / 256, m 0.99 -> 1. Its two views are the asymmetric pair of MoCo v3.
+    # Code, ImageNet: projector 2048-2048-2048-256 with batch norm, predictor 256-4096-256, LARS
+    # with 0.3 x 4096 / 256, m 0.99 -> 1. Its two views are the asymmetric pair of MoCo v3.
     "imagenet": Defaults(
         SCE(
             queue_size=65536, momentum=0.99, momentum_schedule="cosine", teacher_temperature=0.07,

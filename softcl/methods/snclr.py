@@ -132,8 +132,8 @@ class SNCLR(Method):
 
 
 _VIT = SNCLR(
-    form="code", num_neighbors=30, momentum_schedule="cosine", queue_size=128_000, projection_dim=256,
-    projector_hidden=4096, predictor_hidden=4096, num_splits=1,
+    form="code", num_neighbors=30, momentum_schedule="cosine", queue_size=128_000,
+    projection_dim=256, projector_hidden=4096, predictor_hidden=4096, num_splits=1,
     student_view="byol_first", teacher_view="byol_second",
 )  # fmt: skip
 
@@ -147,16 +147,19 @@ DEFAULTS: dict[str, Defaults] = {
     # batch / 256, weight decay 1e-6, 10 epochs of warm-up, temperature 1): unverified.
     "imagenet": Defaults(
         SNCLR(
-            form="code", num_neighbors=30, temperature=1.0, momentum_schedule="cosine", queue_size=128_000,
-            projection_dim=256, projector_layers=2, projector_hidden=4096, predictor_hidden=4096,
-            num_splits=1, student_view="byol_first", teacher_view="byol_second",
+            form="code", num_neighbors=30, temperature=1.0, momentum_schedule="cosine",
+            queue_size=128_000, projection_dim=256, projector_layers=2, projector_hidden=4096,
+            predictor_hidden=4096, num_splits=1, student_view="byol_first",
+            teacher_view="byol_second",
         ),
         "resnet50", 224, 300, 4096, 9.6, 0.9, 1e-6, 10, "lars",
     ),
-    # Code, ViT-S: AdamW, weight decay 0.1, batch 4096, 40 of 300 epochs warm-up, T 0.2, m 0.99 -> 1,
-    # n 30, K 128000. lr 1.5e-4 x 4096 / 256 is one of its two launch scripts' (and MoCo v3's); the
-    # other has 1.5e-5.
-    "imagenet:vit": Defaults(_VIT, "moco3_vit_small", 224, 300, 4096, 2.4e-3, 0.9, 0.1, 40, "adamw"),
+    # Code, ViT-S: AdamW, weight decay 0.1, batch 4096, 40 of 300 epochs warm-up, T 0.2, m 0.99 ->
+    # 1, n 30, K 128000. lr 1.5e-4 x 4096 / 256 is one of its two launch scripts' (and MoCo v3's);
+    # the other has 1.5e-5.
+    "imagenet:vit": Defaults(
+        _VIT, "moco3_vit_small", 224, 300, 4096, 2.4e-3, 0.9, 0.1, 40, "adamw"
+    ),
     "shapes": shapes_defaults(
         SNCLR(queue_size=2048, projector_hidden=512, predictor_hidden=512, num_splits=1)
     ),

@@ -60,6 +60,7 @@ __all__ = [
     "Diagnostics",
     "LabelMean",
     "QueueStatistics",
+    "REDUCTIONS",
     "UnsupportedBackendError",
     "choose_backend",
     "label_mean",

@@ -18,8 +18,18 @@ from softcl.training.config import (
 )
 from softcl.training.run_folder import CHECKPOINT, CONFIG, RESULT, RunFolderError, read_json
 
-FORMAT = 1  # of a checkpoint's content
-_PARTS = ("step", "student", "teacher", "queue", "optimizer", "config", "config_hash", "meter")
+FORMAT = 2  # of a checkpoint's content
+_PARTS = (
+    "step",
+    "student",
+    "teacher",
+    "queues",
+    "optimizer",
+    "heads",
+    "config",
+    "config_hash",
+    "meter",
+)
 
 
 @dataclass(frozen=True)
