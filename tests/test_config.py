@@ -121,7 +121,7 @@ def test_defaults_shrink_to_small_data_and_short_runs():
         ),
         ({"num_neighbors": 65, "queue_size": 64}, "--num-neighbors 65: more than the rows of"),
         ({"warmup_epochs": 5.0, "epochs": 4}, "--warmup-epochs 5.0: longer than the run"),
-        ({"accumulate": 3}, "--accumulate 3: --batch-size 128 must divide into equal parts"),
+        ({"accumulate": 3}, "--accumulate 3: --batch-size 64 must divide into equal parts"),
         (
             {"accumulate": 32, "num_splits": 8},
             "--accumulate 32: .* of a multiple of --num-splits 8",

@@ -90,6 +90,6 @@ DEFAULTS: dict[str, Defaults] = {
         "resnet50", 224, 200, 4096, 4.8, 0.9, 1e-6, 10, "lars",
     ),
     "shapes": shapes_defaults(
-        NNCLR(queue_size=2048, projector_hidden=512, predictor_hidden=512, num_splits=1)
+        NNCLR(queue_size=1024, projector_hidden=512, predictor_hidden=512, num_splits=1)
     ),
 }  # fmt: skip

@@ -161,6 +161,6 @@ DEFAULTS: dict[str, Defaults] = {
         _VIT, "moco3_vit_small", 224, 300, 4096, 2.4e-3, 0.9, 0.1, 40, "adamw"
     ),
     "shapes": shapes_defaults(
-        SNCLR(queue_size=2048, projector_hidden=512, predictor_hidden=512, num_splits=1)
+        SNCLR(queue_size=1024, projector_hidden=512, predictor_hidden=512, num_splits=1)
     ),
 }  # fmt: skip
