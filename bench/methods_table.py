@@ -49,9 +49,8 @@ def main() -> int:
         lines.append(row(name, run(name, folder, flags)))
         print(lines[-1], flush=True)
     untrained = json.loads((folder / "baselines.json").read_text())
-    text = "\n".join(lines) + (
-        f"\n\nUntrained backbone {untrained['untrained']:.1%}, raw pixels {untrained['pixels']:.1%}."
-    )
+    start, pixels = untrained["untrained"], untrained["pixels"]
+    text = "\n".join(lines) + f"\n\nUntrained backbone {start:.1%}, raw pixels {pixels:.1%}."
     (arguments.out / "table.md").write_text(text + "\n")
     print(f"\n{text}")
     return 0
