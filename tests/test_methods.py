@@ -270,6 +270,7 @@ def test_a_page_is_frozen_documented_and_has_recipes(name):
         (SCE, {"positive_weight": 1.5}, r"positive_weight must be a number in \[0, 1\]"),
         (SNCLR, {"num_neighbors": 9000}, r"num_neighbors must be in \[0, queue_size=4096\]"),
         (SNCLR, {"positiveness_scale": 0.0}, "positiveness_scale must be above 0, got 0.0"),
+        (SNCLR, {"threshold": True}, "threshold belongs to the code form"),
         (ReCo, {"mix": "blend"}, "mix must be one of .* got 'blend'"),
         (ReCo, {"global_temperature": 0.0}, "global_temperature must be positive"),
         (ReSSL, {"crops": 6}, r"crops must be in \[1, 5\], got 6"),
@@ -279,7 +280,7 @@ def test_a_page_is_frozen_documented_and_has_recipes(name):
 )
 def test_wrong_numbers(kind, numbers, message):
     with pytest.raises(ValueError, match=message):
-        kind(**numbers).rule()
+        kind(**numbers)
 
 
 # ---- plug-ins ----

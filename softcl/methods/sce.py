@@ -46,6 +46,10 @@ class SCE(QueueMethod):
     teacher_follows = "after"
     CHOICES = {"form": ("paper", "code")}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rule()  # checks the weight
+
     def rule(self) -> LabelRule:
         return MixedLabels(self.positive_weight)
 

@@ -24,13 +24,14 @@ are trained linear maps; the paper names them, the softmax and the scale (gamma)
 scale no value: 1 here. `threshold` is the code's switch that drops the w_r up to 1/n.
 
 M is visited by the streaming operator and its logits are never stored. Order: EMA, forward passes,
-both searches and losses against C as it is, optimiser, then the keys of view 2 enter C. The
-temperature of the labels' softmax is 1. MSE-like bookkeeping of the code (a term multiplied by 0,
-a tail of the ring dropped at its end) is left out.
+both searches and losses against C as it is, optimiser, then the keys of view 2 enter C. Two quirks
+of the code are left out: a term that it multiplies by 0, and a ring that drops the rest of a batch
+at its end.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,8 @@ class SNCLR(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("positiveness_scale", self.positiveness_scale > 0.0, "above 0")
+        if self.threshold and self.form == "paper":
+            raise ValueError("threshold belongs to the code form, got form='paper'")
 
     def views(self) -> dict[str, View]:
         return {"first": View(self.student_view), "second": View(self.teacher_view)}
@@ -102,11 +105,14 @@ class SNCLR(Method):
         ).lse
         own = torch.einsum("nd,nrd->nr", z, candidates) / self.temperature
         below = lse[:, None] - own  # - log p_r, (N, n + 1)
-        w = self.positiveness(y, candidates[:, 1:], batch.heads)  # (N, n)
-        if self.form == "code":
-            return 2.0 * self.temperature * (below[:, 0] + (w * below[:, 1:]).sum(1))
-        weights = torch.cat([torch.ones_like(w[:, :1]), w], 1) if w.shape[1] else None
-        return -torch.logsumexp(-below if weights is None else weights.log() - below, 1)
+        log_w = self.log_positiveness(y, candidates[:, 1:], batch.heads)  # (N, n)
+        if self.form == "paper":
+            log_w = torch.cat([torch.zeros_like(below[:, :1]), log_w], 1)  # w_0 = 1
+            return -torch.logsumexp(log_w - below, 1)
+        w = log_w.exp()
+        if self.threshold:
+            w = torch.where(w > 1.0 / max(self.num_neighbors, 1), w, torch.zeros_like(w))
+        return 2.0 * self.temperature * (below[:, 0] + (w * below[:, 1:]).sum(1))
 
     @torch.no_grad()
     def candidates(self, batch: Batch, key: Tensor) -> Tensor:
@@ -120,15 +126,12 @@ class SNCLR(Method):
         )
         return torch.cat([key[:, None], queue[found.neighbor_indices].to(key.dtype)], 1)
 
-    def positiveness(self, y: Tensor, neighbors: Tensor, heads) -> Tensor:
-        """w (N, n) of unit rows y (N, D) and neighbors (N, n, D), differentiable."""
-        scale = 1.0
-        if self.form == "paper":
-            y, neighbors, scale = heads["f1"](y), heads["f2"](neighbors), self.positiveness_scale
-        w = torch.einsum("nd,nrd->nr", y, neighbors).softmax(1)
-        if self.threshold and w.shape[1]:
-            w = torch.where(w > 1.0 / w.shape[1], w, torch.zeros_like(w))
-        return w / scale
+    def log_positiveness(self, y: Tensor, neighbors: Tensor, heads) -> Tensor:
+        """log w (N, n) of unit rows y (N, D) and neighbors (N, n, D), differentiable."""
+        if self.form == "code":
+            return torch.einsum("nd,nrd->nr", y, neighbors).log_softmax(1)
+        attention = torch.einsum("nd,nrd->nr", heads["f1"](y), heads["f2"](neighbors))
+        return attention.log_softmax(1) - math.log(self.positiveness_scale)
 
 
 _VIT = SNCLR(

@@ -99,13 +99,13 @@ class Diagnostics(NamedTuple):
         confidence: clamp(1 - H / log K, 0, 1) of the teacher's softmax, (N,).
         entropy: H, in nats, (N,).
         positive_rank: how many queue rows are more similar to the query than its positive, (N,)
-            int64; 0 is a top-1 hit of instance discrimination.
+            int64; 0 is a top-1 hit of instance discrimination. None for losses without a softmax.
         neighbor_indices: the teacher's nearest queue rows that the rule read, (N, n) int64.
     """
 
     confidence: Tensor | None
     entropy: Tensor | None
-    positive_rank: Tensor
+    positive_rank: Tensor | None
     neighbor_indices: Tensor | None
 
 
