@@ -59,6 +59,7 @@ def shapes_defaults(method: Any) -> Defaults:
 # What the small-data numbers of every method agree on in one third-party comparison (github.com/
 # pc-cp/Benchmark-Methods-For-MNN, here "MNN bench"): ResNet-18 with the CIFAR stem, 200 epochs of
 # batch 256, SGD 0.9 with lr 0.06, weight decay 5e-4, 5 epochs of warm-up, 8-way split batch norm.
+# All but ReSSL train both directions there, which costs twice; its weak view flips with p 0.9.
 def mnn_bench_defaults(method: Any, image_size: int) -> Defaults:
     """The MNN bench's settings for a method."""
     return Defaults(

@@ -81,13 +81,14 @@ DEFAULTS: dict[str, Defaults] = {
     "tiny_imagenet": mnn_bench_defaults(_TINY, 64),
     # solo: projector 2048-2048-256 with batch norm, predictor 4096-256, K 65536 (the paper: 98304,
     # unverified), temperature 0.1. Its optimiser settings were not found: those of MoCo v3's
-    # ResNet-50 (LARS, 0.3 x 4096 / 256, weight decay 1e-6) stand here, unverified for NNCLR.
+    # ResNet-50 (LARS, 0.3 x 4096 / 256, weight decay 1e-6) stand here, unverified for NNCLR, and
+    # 200 epochs.
     "imagenet": Defaults(
         replace(
             NNCLR(), temperature=0.1, queue_size=65536, projection_dim=256, predictor_hidden=4096,
             num_splits=1, student_view="byol_first", teacher_view="byol_second",
         ),
-        "resnet50", 224, 200, 4096, 4.8, 0.9, 1e-6, 10, "lars",
+        "resnet50", 224, 200, 4096, 4.8, 0.9, 1e-6, 10, "lars", False,
     ),
     "shapes": shapes_defaults(
         NNCLR(queue_size=1024, projector_hidden=512, predictor_hidden=512, num_splits=1)

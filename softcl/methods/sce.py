@@ -70,7 +70,8 @@ DEFAULTS: dict[str, Defaults] = {
         image_size=64,
     ),
     # Code, ImageNet: projector 2048-2048-2048-256 with batch norm, predictor 256-4096-256, LARS
-    # with 0.3 x 4096 / 256, m 0.99 -> 1. Its two views are the asymmetric pair of MoCo v3.
+    # with 0.3 x 4096 / 256, m 0.99 -> 1. Its two views are the asymmetric pair of MoCo v3, whose
+    # LARS leaves biases and norms alone.
     "imagenet": Defaults(
         SCE(
             queue_size=65536, momentum=0.99, momentum_schedule="cosine", teacher_temperature=0.07,
@@ -78,7 +79,7 @@ DEFAULTS: dict[str, Defaults] = {
             predictor_hidden=4096, symmetric=True,
             student_view="byol_first", teacher_view="byol_second",
         ),
-        "resnet50", 224, 200, 4096, 4.8, 0.9, 1e-6, 10, "lars",
+        "resnet50", 224, 200, 4096, 4.8, 0.9, 1e-6, 10, "lars", False,
     ),
     "shapes": shapes_defaults(SCE(queue_size=512)),
 }  # fmt: skip

@@ -155,7 +155,7 @@ DEFAULTS: dict[str, Defaults] = {
             predictor_hidden=4096, num_splits=1, student_view="byol_first",
             teacher_view="byol_second",
         ),
-        "resnet50", 224, 300, 4096, 9.6, 0.9, 1e-6, 10, "lars",
+        "resnet50", 224, 300, 4096, 9.6, 0.9, 1e-6, 10, "lars", False,
     ),
     # Code, ViT-S: AdamW, weight decay 0.1, batch 4096, 40 of 300 epochs warm-up, T 0.2, m 0.99 ->
     # 1, n 30, K 128000. lr 1.5e-4 x 4096 / 256 is one of its two launch scripts' (and MoCo v3's);
