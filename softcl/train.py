@@ -2,7 +2,7 @@
 
 The order of things, in softcl/training/: flags.py -> configuration (config.py, settings.py) ->
 images, networks, backend (build.py) -> steps (run.py, step.py) -> run folder (run_folder.py); and
-softcl/evaluate.py for the k-NN score.
+softcl/evaluation/ for the k-NN score.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softcl.training.flags import parse_flags, report
 from softcl.training.interrupt import StopRequest
 from softcl.training.meter import Diverged
 from softcl.training.progress import make_progress
-from softcl.training.resume import StoredRun, read_run
+from softcl.training.resume import StoredRun, read_run, settle_auto
 from softcl.training.run import Run, describe
 from softcl.training.run_folder import RunFolder, RunFolderError
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_pages()
     try:
         given = parse_flags(sys.argv[1:] if argv is None else argv)
+        config = TrainConfig(**given)
+        given = settle_auto(given)
         config = TrainConfig(**given)
         require_extras()
         return start(config) if config.resume is None else resume(read_run(given))
@@ -70,11 +72,12 @@ def start(config: TrainConfig) -> int:
     else:
         data = Path(config.data.partition(":")[0]).expanduser().resolve().name
         folder = RunFolder.create_next(RUNS, f"{config.method}-{data}")
-    run = Run(parts, folder, make_progress())
-    describe(run)
-    run.write_config()
-    run.measure_baselines()
-    return carry_out(run)
+    with folder:
+        run = Run(parts, folder, make_progress())
+        describe(run)
+        run.write_config()
+        run.measure_baselines()
+        return carry_out(run)
 
 
 def resume(stored: StoredRun) -> int:
@@ -86,12 +89,15 @@ def resume(stored: StoredRun) -> int:
     if fingerprint(parts.images) != stored.content["fingerprint"]:
         reason = f"not the images that {stored.folder} was trained on"
         raise DataError(f"{stored.config.data}: {reason}")
-    run = Run(parts, RunFolder.reopen(stored.folder, stored.content["step"]), make_progress())
-    describe(run)
-    run.measure_baselines()
-    run.load(stored.content)
-    run.progress.say(f"resumed    at step {run.state.step} of {run.total_steps}")
-    return carry_out(run)
+    for line in stored.warnings:
+        report(f"warning: {line}; going on from {stored.checkpoint}", 0)
+    with RunFolder.reopen(stored.folder, stored.content["step"], stored.checkpoint) as folder:
+        run = Run(parts, folder, make_progress())
+        describe(run)
+        run.measure_baselines()
+        run.load(stored.content)
+        run.progress.say(f"resumed    at step {run.state.step} of {run.total_steps}")
+        return carry_out(run)
 
 
 def carry_out(run: Run) -> int:

@@ -223,4 +223,5 @@ def make_shapes(number: int, split: str = "train", *, seed: int = 0) -> ImageSet
         name=f"shapes ({split})",
         statistics="shapes",
         factors=factors,
+        data_format="shapes",
     )

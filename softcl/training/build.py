@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from softcl.data import VIEWS, DataError, ImageSet, load_dataset
+from softcl.data import VIEWS, DataError, ImageSet, find_format, load_dataset, training_split
 from softcl.data.recipe import RECIPE
-from softcl.evaluate import KNN, NUM_NEIGHBORS
+from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods import method as methods
 from softcl.methods.method import Method
 from softcl.nn import (
@@ -67,12 +67,12 @@ def assemble(config: TrainConfig) -> Parts:
     check_method_flags(config)
     check_arch(config.arch)
     device = resolve_device(config.device)
-    images, queries, evaluation = load_images(config)
+    images, bank, queries, evaluation = load_images(config)
     config, method, defaults = fill(config, images, image_side(images, config))
     build_views(method, images, config.image_size)
     state = build_state(config, method, device)
     backend = choose_run_backend(config, state, device)
-    knn = build_knn(config, images, queries, device)
+    knn = build_knn(config, bank, queries, device)
     return Parts(config, defaults, images, evaluation, state, backend, knn)
 
 
@@ -118,36 +118,46 @@ def check_arch(name: str | None) -> None:
         raise ConfigError("arch", name, f"unknown backbone{hint}")
 
 
-def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, str]:
-    """Training images, the queries of the k-NN evaluation, and a line about the latter.
+def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]:
+    """Training images, bank and queries of the k-NN evaluation, and a line about the latter.
 
-    Without a test split the queries are the training set itself, of which KNN holds images out.
+    The bank is the training set; where that has images without labels beside the labelled ones
+    (STL-10), the labelled ones. Without a test split the queries are the bank itself, of which KNN
+    holds images out.
 
     Raises:
         DataError: the training images, or the images of --eval-data, cannot be read.
     """
     options = {"image_size": config.image_size, "workers": config.workers}
+    own = {"data_format": config.data_format}
     try:
-        train = load_dataset(config.data, "train", **options)
+        split = config.split or training_split(config.data, config.data_format)
+        train = load_dataset(config.data, split, **own, **options)
     except DataError as error:
         hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
         raise DataError(f"{error}{hint}") from error
     options["image_size"] = image_side(train, config)
+    bank = train
+    if split in ("unlabeled", "train+unlabeled"):
+        bank = load_dataset(config.data, "train", **own, **options)
     if config.eval_data is not None:
         queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
-        return train, queries, queries.describe()
+        return train, bank, queries, queries.describe()
     try:
-        queries = load_dataset(config.data, "test", **options)
-        return train, queries, queries.describe()
+        queries = load_dataset(config.data, "test", **own, **options)
+        return train, bank, queries, queries.describe()
     except DataError as error:
-        return train, train, f"every tenth training image ({error})"
+        return train, bank, bank, f"every tenth training image ({error})"
 
 
 def _labelled_split(spec: str) -> str:
     """The split of --eval-data: its test images if it is divided, else all of it."""
     if spec.startswith("shapes") and not Path(spec).is_dir():
         return "test"
-    divided = any((Path(spec).expanduser() / name).is_dir() for name in ("test", "val"))
+    path = Path(spec).expanduser()
+    if find_format(path).format in ("cifar", "stl10", "tiny-imagenet"):
+        return "test"
+    divided = any((path / name).is_dir() for name in ("test", "val"))
     return "test" if divided else "all"
 
 

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from softcl.data import FORMATS, SPLITS
+
 
 class ConfigError(ValueError):
     """A value that a run cannot use: one line naming the flag, its value and the reason."""
@@ -74,9 +76,13 @@ class TrainConfig:
 
     # fmt: off
     data: str = _flag(_DATA, "shapes", metavar="SPEC",
-        help="'shapes', 'shapes:N' (N generated images) or a folder of images")
+        help="'shapes', 'shapes:N' (N generated images) or a path: see --data-format")
+    data_format: str = _flag(_DATA, "auto", metavar="NAME", choices=FORMATS,
+        help="auto, shapes, cifar, stl10, tiny-imagenet, tar, parquet or folder (of images)")
+    split: str | None = _flag(_DATA, metavar="NAME", choices=SPLITS,
+        help="images to train on (default: train; STL-10: train+unlabeled)")
     eval_data: str | None = _flag(_DATA, metavar="SPEC",
-        help="labelled images for k-NN, same kinds (default: the test split of --data)")
+        help="labelled images for k-NN, any kind (default: the test split of --data)")
     image_size: int | None = _flag(_DATA, at_least=8, at_most=4096,
         help="side of the views in pixels (default: the images' own)")
     workers: int | None = _flag(_DATA, at_least=1, at_most=256, may_change=True,
@@ -171,11 +177,13 @@ class TrainConfig:
     overwrite: bool = _flag(_RUN, False, may_change=True,
         help="delete the run that --out holds and start over")
     resume: str | None = _flag(_RUN, may_change=True, metavar="RUN",
-        help="continue a run: its folder or one of its checkpoints")
+        help="continue a run: its folder, a checkpoint, or auto: the run in --out if there is one")
     max_steps: int | None = _flag(_RUN, at_least=1, may_change=True,
         help="stop after so many steps in all; the schedule stays that of --epochs")
     checkpoint_every: int | None = _flag(_RUN, at_least=0, may_change=True,
         help="steps between checkpoints (default: an epoch); 0: only at the end")
+    keep_checkpoints: int = _flag(_RUN, 2, at_least=1, at_most=1000, may_change=True,
+        help="newest checkpoints to keep, besides the best")
 
     knn_every: int | None = _flag(_EVAL, at_least=0, may_change=True,
         help="epochs between k-NN evaluations (default: five a run); 0: only at the end")

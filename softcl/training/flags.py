@@ -7,7 +7,7 @@ import dataclasses
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean, flag_name, value_type
@@ -23,11 +23,50 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=28, width=min(columns, 100) - 1)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors turned into ConfigError lines."""
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with its errors turned into ConfigError lines, and suggestions for wrong flags.
+
+    Args:
+        prog: the module that is run.
+        line: its arguments, for the usage line.
+        description: of the command.
+    """
+
+    def __init__(self, prog: str, line: str, description: str, **options: Any) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"python -m {prog} {line}",
+            description=description,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            **options,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(_readable(message))
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The values of a command line.
+
+        Raises:
+            ConfigError: for a flag that does not exist or whose value cannot be read.
+            SystemExit: 0 after --help.
+        """
+        self._refuse_unknown(argv)
+        values, rest = self.parse_known_args(list(argv))
+        if rest:
+            raise FlagError(f"unexpected {rest[0]!r}: every value follows a flag")
+        return values
+
+    def _refuse_unknown(self, argv: Sequence[str]) -> None:
+        """Name the first unknown flag (argparse would report a missing value elsewhere first)."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in argv:
+            name = word.split("=", 1)[0]
+            if re.match(r"--?[A-Za-z]", name) and name not in known:
+                fixed = "--" + name.lstrip("-").replace("_", "-")
+                hint = f"; did you mean {fixed}?" if fixed in known else did_you_mean(fixed, known)
+                raise FlagError(f"unknown flag {name}{hint}")
 
 
 class FlagError(ConfigError):
@@ -52,17 +91,19 @@ def _readable(message: str) -> str:
         return f"{flag}: needs a value"
     if reason.startswith("ignored explicit argument"):
         return f"{flag}: takes no value"
+    choice = re.fullmatch(r"invalid choice: '(.*?)' \(choose from (.*)\)", reason, flags=re.DOTALL)
+    if choice is not None:
+        known = choice[2].replace("'", "").split(", ")
+        return f"{flag} {choice[1]}: must be one of {choice[2]}{did_you_mean(choice[1], known)}"
     return f"{flag}: {reason}"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="softcl.train",
-        usage="python -m softcl.train [flags]",
-        description="Train a backbone without labels, by contrast against a memory queue. "
+    parser = CommandParser(
+        "softcl.train",
+        "[flags]",
+        "Train a backbone without labels, by contrast against a memory queue. "
         "Without flags: ASCL on the generated set 'shapes', on whatever device there is.",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         add_help=False,
     )
@@ -98,28 +139,22 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         ConfigError: for a flag that does not exist or whose value cannot be read.
         SystemExit: 0 after --help.
     """
-    parser = build_parser()
-    _refuse_unknown(parser, argv)
-    values, rest = parser.parse_known_args(list(argv))
-    if rest:
-        raise FlagError(f"unexpected {rest[0]!r}: every value follows a flag")
-    return vars(values)
+    return vars(build_parser().read(argv))
 
 
-def _refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Name the first unknown flag (argparse would report a missing value elsewhere before it)."""
-    known = [name for action in parser._actions for name in action.option_strings]
-    for word in argv:
-        name = word.split("=", 1)[0]
-        if re.match(r"--?[A-Za-z]", name) and name not in known:
-            fixed = "--" + name.lstrip("-").replace("_", "-")
-            hint = f"; did you mean {fixed}?" if fixed in known else did_you_mean(fixed, known)
-            raise FlagError(f"unknown flag {name}{hint}")
+def report_for(prog: str) -> Callable[[str, int], int]:
+    """The function that says on stderr, in one line, why a command ends, and returns its code.
+
+    For wrong flags, code 2, a second line says where to read more.
+    """
+
+    def report(message: str, code: int) -> int:
+        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+        if code == 2:
+            print(f"'python -m {prog} --help' lists the flags", file=sys.stderr)
+        return code
+
+    return report
 
 
-def report(message: str, code: int) -> int:
-    """Say on stderr, in one line, why the command ends; for wrong flags, where to read more."""
-    print(f"softcl.train: {' '.join(message.split())}", file=sys.stderr)
-    if code == 2:
-        print("'python -m softcl.train --help' lists the flags", file=sys.stderr)
-    return code
+report = report_for("softcl.train")

@@ -12,8 +12,8 @@ import torch
 import softcl
 from softcl.data import ImageSet
 from softcl.training.build import Parts, build_views, fingerprint
-from softcl.training.checkpoint import write_checkpoint
 from softcl.training.config import identity_hash
+from softcl.training.diagnose import first_damaged, first_non_finite
 from softcl.training.feed import BatchFeed
 from softcl.training.interrupt import StopRequest
 from softcl.training.meter import Diverged, Meter
@@ -22,7 +22,9 @@ from softcl.training.progress import Progress, Status, clock
 from softcl.training.resume import FORMAT
 from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
 from softcl.training.schedules import learning_rate, teacher_momentum
-from softcl.training.step import train_step
+from softcl.training.step import query_spread, train_step
+
+COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
 
 class Run:
@@ -49,6 +51,9 @@ class Run:
         self.total_steps = config.epochs * self.feed.steps_per_epoch
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
+        self.best_accuracy, self.best_step = -1.0, -1
+        self._warned_of_collapse = False
+        self._listed = 0  # unreadable images in skipped.txt
         self.evaluated_step = self.saved_step = -1
         self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -72,6 +77,11 @@ class Run:
             self._evaluate_if_due()
             if self._checkpoint_is_due():
                 self.save()
+
+    def _diverged(self, images: torch.Tensor, what: str) -> Diverged:
+        seed = self.config.seed
+        tensor = first_non_finite(self.state, images, self.views, seed)
+        return Diverged(f"{what}: {tensor}")
 
     def _one_step(self, images: torch.Tensor) -> None:
         config, state = self.config, self.state
@@ -103,13 +113,18 @@ class Run:
         except ValueError as error:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
-            raise Diverged(f"step {state.step + 1} failed: {error}") from error
-        self.meter.add(state.step, lr, measures)
+            what = f"step {state.step + 1} failed ({error})"
+            raise self._diverged(images, what) from error
+        try:
+            self.meter.add(state.step, lr, measures)
+        except Diverged as error:
+            raise self._diverged(images, str(error)) from error
 
     def _log(self, last: int) -> None:
         for row in self.meter.rows(self.feed.waited):
             row["epoch"] = row["step"] / self.feed.steps_per_epoch
             self.folder.log(row)
+            self._warn_of_collapse(row)
         done, left = self.state.step - self._first_step, last - self.state.step
         pace = (time.perf_counter() - self._loop_started) / max(done, 1)
         self.progress.show(
@@ -125,6 +140,18 @@ class Run:
                 seconds_left=pace * left,
             )
         )
+
+    def _warn_of_collapse(self, row: dict[str, Any]) -> None:
+        """Once, when the student's outputs all point the same way; again after a recovery."""
+        spread = row["query_spread"]
+        if spread >= 2 * COLLAPSED:
+            self._warned_of_collapse = False
+        if spread < COLLAPSED and not self._warned_of_collapse:
+            self._warned_of_collapse = True
+            self.progress.say(
+                f"warning    collapse: at step {row['step']} the student's outputs point the same "
+                f"way (spread {spread:.3f}; 1 would fill the sphere)"
+            )
 
     # ------------------------------------------------------------------------------- evaluation
 
@@ -174,6 +201,8 @@ class Run:
         paused = time.perf_counter()
         features = self.knn.encoder_features(self.state.student)
         self.accuracy = self.knn.accuracy(*features)
+        if self.accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = self.accuracy, self.state.step
         if self.state.step == self.total_steps:
             self._final_features = features
         self.evaluated_step = self.state.step
@@ -183,6 +212,8 @@ class Run:
                 "step": self.state.step,
                 "epoch": epoch,
                 "knn_top1": self.accuracy,
+                "knn_purity": self.knn.purity(*features),
+                "feature_spread": float(query_spread(features[0])),
                 "seconds": self.seconds(),
             }
         )
@@ -198,6 +229,8 @@ class Run:
         result = {
             "step": self.state.step,
             "knn_top1": self.accuracy,
+            "knn_best": self.best_accuracy if self.best_step >= 0 else None,
+            "knn_best_step": self.best_step if self.best_step >= 0 else None,
             "knn_neighbors": self.knn.num_neighbors,
             "knn_pixels": self.baselines.get("pixels"),
             "knn_untrained": self.baselines.get("untrained"),
@@ -234,7 +267,8 @@ class Run:
         every = self.config.checkpoint_every
         if every is None:
             every = self.feed.steps_per_epoch
-        return every > 0 and self.state.step % every == 0
+        improved = self.best_step == self.state.step
+        return every > 0 and (self.state.step % every == 0 or improved)
 
     def save(self) -> None:
         """Write the checkpoint of this step, unless it is there already.
@@ -246,20 +280,28 @@ class Run:
         if self.saved_step == self.state.step:
             return
         started = time.perf_counter()
+        self._list_skipped()
         self.meter.check()
+        damaged = first_damaged(self.state)
+        if damaged is not None:
+            raise Diverged(f"after step {self.state.step} {damaged} is not finite")
         content = {
             "format": FORMAT,
             **self.state.state_dict(),
             "config": self.config.to_dict(),
             "config_hash": identity_hash(self.config),
             "fingerprint": self.fingerprint,
+            "normalisation": [list(self.images.mean), list(self.images.std)],
             "meter": self.meter.state_dict(),
             "accuracy": self.accuracy,
+            "best": [self.best_accuracy, self.best_step],
             "evaluated_step": self.evaluated_step,
             "seconds": self.seconds(),
             "versions": versions(),
         }
-        write_checkpoint(self.folder.checkpoint, content)
+        self.folder.write_checkpoint(content, keep=self.config.keep_checkpoints)
+        if self.best_step == self.state.step:
+            self.folder.mark_best()
         self.saved_step = self.state.step
         self.meter.skip(time.perf_counter() - started)
 
@@ -268,6 +310,7 @@ class Run:
         self.state.load_state_dict(content)
         self.meter.load_state_dict(content["meter"], self.device)
         self.accuracy, self.evaluated_step = content["accuracy"], content["evaluated_step"]
+        self.best_accuracy, self.best_step = content["best"]
         self._seconds_before = content["seconds"]
         self._started = time.perf_counter()
         self.saved_step = self.state.step
@@ -298,7 +341,12 @@ class Run:
             "versions": versions(),
         }
         self.folder.write_json(CONFIG, content)
-        if self.images.skipped:
+        self._list_skipped()
+
+    def _list_skipped(self) -> None:
+        """skipped.txt; a set decoded on demand finds its unreadable images while it is read."""
+        if len(self.images.skipped) > self._listed:
+            self._listed = len(self.images.skipped)
             self.folder.write_text(SKIPPED, "".join(f"{line}\n" for line in self.images.skipped))
 
     def close(self) -> None:
