@@ -104,6 +104,10 @@ def test_flags_override_the_recipe():
         ("--form byol --labels ahcl", "--labels ahcl: labels must be soft or normal in the byol"),
         ("--student-view stron", "--student-view stron: must be one of strong, weak"),
         ("--teacher-view weka", "did you mean weak?"),
+        (
+            "--method ressl --crops 2 --arch vit_tiny",
+            "--arch vit_tiny: cannot take the method's crops of 27 px",
+        ),
     ],
 )
 def test_wrong_flags_of_methods(flags: str, message: str, tmp_path: Path, monkeypatch, capsys):

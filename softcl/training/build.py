@@ -187,6 +187,7 @@ def build_state(config: TrainConfig, method: Method, device: torch.device) -> Tr
         backbone = build_backbone(config.arch, config.image_size)
     except ValueError as error:
         raise ConfigError("arch", config.arch, str(error)) from error
+    check_crops(config, method, backbone)
     projector = build_head(
         backbone.num_features, method.projector_hidden, method.projection_dim,
         layers=method.projector_layers, norm=method.projector_norm,
@@ -214,6 +215,30 @@ def build_state(config: TrainConfig, method: Method, device: torch.device) -> Tr
     return TrainState(method, student, teacher, queues.to(device), optimizer, heads)
 
 
+@torch.no_grad()
+def check_crops(config: TrainConfig, method: Method, backbone: nn.Module) -> None:
+    """Refuse a backbone that takes images of one size alone where a method has smaller views.
+
+    Raises:
+        ConfigError: naming the backbone and the first such size.
+    """
+    sides = {side_of(view, config.image_size) for view in method.views().values()}
+    training = backbone.training
+    backbone.eval()
+    for side in sorted(sides - {config.image_size}):
+        try:
+            backbone(torch.zeros(1, 3, side, side))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = f"cannot take the method's crops of {side} px"
+            raise ConfigError("arch", config.arch, reason) from error
+    backbone.train(training)
+
+
+def side_of(view: methods.View, image_size: int) -> int:
+    """Side of a view in pixels."""
+    return max(round(image_size * view.share), 1)
+
+
 def build_heads(method: Method) -> nn.ModuleDict:
     """The predictor, and what else a method trains besides the student."""
     heads = nn.ModuleDict(method.heads())
@@ -236,7 +261,7 @@ def build_views(method: Method, images: ImageSet, size: int) -> dict[str, View]:
         if view.recipe not in VIEWS:
             hint = did_you_mean(view.recipe, VIEWS)
             raise ConfigError(field, view.recipe, f"must be one of {', '.join(VIEWS)}{hint}")
-        side, options = max(round(size * view.share), 1), {}
+        side, options = side_of(view, size), {}
         if view.scale is not None:
             options["recipe"] = dataclasses.replace(RECIPE, scale=view.scale)
         recipe = VIEWS[view.recipe]
