@@ -102,7 +102,7 @@ def test_flags_override_the_recipe():
         ("--method ressl --crops 9", "--crops 9: crops must be in [1, 5], got 9"),
         ("--method reco --mix cutmx", "--mix cutmx: must be one of cutmix, mixup; did you mean"),
         ("--form byol --labels ahcl", "--labels ahcl: labels must be soft or normal in the byol"),
-        ("--student-view stron", "--student-view stron: must be one of strong, weak"),
+        ("--student-view stron", "--student-view stron: must be one of strong, weak, byol_first"),
         ("--teacher-view weka", "did you mean weak?"),
         (
             "--method ressl --crops 2 --arch vit_tiny",
@@ -129,7 +129,9 @@ def test_views_have_their_sizes_and_crops():
     with pytest.raises(ConfigError, match="must be one of"):
         broken = METHODS["moco"](teacher_view="loud")
         build_views(broken, image_set(), 32)
-    assert {"strong", "weak"} <= set(VIEWS)
+    for kind in METHODS.values():  # every recipe's views exist
+        for defaults in importlib.import_module(kind.__module__).DEFAULTS.values():
+            assert {view.recipe for view in defaults.method.views().values()} <= set(VIEWS)
 
 
 def test_state_holds_what_the_method_names():

@@ -261,10 +261,10 @@ def build_views(method: Method, images: ImageSet, size: int) -> dict[str, View]:
         if view.recipe not in VIEWS:
             hint = did_you_mean(view.recipe, VIEWS)
             raise ConfigError(field, view.recipe, f"must be one of {', '.join(VIEWS)}{hint}")
-        side, options = side_of(view, size), {}
+        recipe, side, options = VIEWS[view.recipe], side_of(view, size), {}
         if view.scale is not None:
-            options["recipe"] = dataclasses.replace(RECIPE, scale=view.scale)
-        recipe = VIEWS[view.recipe]
+            whole = getattr(recipe, "keywords", {}).get("recipe", RECIPE)
+            options["recipe"] = dataclasses.replace(whole, scale=view.scale)
         return lambda batch, generator: recipe(
             batch, side, images.mean, images.std, generator, **options
         )
