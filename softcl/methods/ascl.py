@@ -128,7 +128,7 @@ class ASCL(QueueMethod):
                 self.rule(), t, t, teacher_temperature=self.teacher_temperature,
                 excluded=own if self.options() else None, backend=batch.backend,
             )  # fmt: skip
-            rows.append(2.0 - 2.0 * (h * labels.mean).sum(1))
+            rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
             shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))
         return Result(torch.cat(rows), shown[0])
 

@@ -45,9 +45,9 @@ class MSF(Method):
             found = queue_statistics(
                 key, queue, 1.0, num_neighbors=self.num_neighbors, backend=batch.backend
             )
-            mean = queue[found.neighbor_indices].to(key.dtype).mean(1)  # (N, D)
+            mean = queue[found.neighbor_indices].to(found.lse.dtype).mean(1)  # (N, D)
         z = normalize(batch.predicted["query"], dim=1)
-        return Result(2.0 - 2.0 * (z * mean).sum(1))
+        return Result(2.0 - 2.0 * (z.to(mean.dtype) * mean).sum(1))
 
 
 DEFAULTS: dict[str, Defaults] = {

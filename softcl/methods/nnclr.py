@@ -68,6 +68,7 @@ class NNCLR(Method):
         lse = queue_statistics(
             rows.flatten(0, 1), predictions, self.temperature, backend=batch.backend
         ).lse  # (N k,)
+        rows, predictions = rows.to(lse.dtype), predictions.to(lse.dtype)
         own = torch.einsum("nkd,nd->nk", rows, predictions) / self.temperature
         return (lse.view(-1, k) - own).mean(1)
 

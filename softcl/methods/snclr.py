@@ -103,6 +103,8 @@ class SNCLR(Method):
         lse = queue_statistics(
             z, candidates.flatten(0, 1), self.temperature, backend=batch.backend
         ).lse
+        # In the precision of the sums, whatever the vectors' is.
+        z, y, candidates = (x.to(lse.dtype) for x in (z, y, candidates))
         own = torch.einsum("nd,nrd->nr", z, candidates) / self.temperature
         below = lse[:, None] - own  # - log p_r, (N, n + 1)
         log_w = self.log_positiveness(y, candidates[:, 1:], batch.heads)  # (N, n)
