@@ -38,9 +38,10 @@ student has a predictor:
     h    = normalise(predictor(projector(backbone(strong view))))    gradient
     loss = mean over the batch of sum_j y_j (2 - 2 h . t_j) = 2 - 2 h . m,     y_ii = 1 before / sum
 
-The predictor's hidden layer has 512 units and batch norm. labels = "normal" is then one-sided BYOL,
-and so are the code's other two. The teacher's batch is not shuffled. The code returns the vector of
-losses, which cannot be differentiated; the mean is meant.
+The predictor's hidden layer has 512 units and batch norm; the teacher's batch is not shuffled.
+labels = "normal" is one-sided BYOL, which the code makes of "ahcl" and "hard" too: those are
+refused here. The code returns the vector of losses, which cannot be differentiated; the mean is
+meant.
 """
 
 from __future__ import annotations
