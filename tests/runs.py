@@ -32,7 +32,7 @@ def assert_same(first, second, path: str = "") -> None:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, queue, optimiser and every logged number agree to the last bit."""
     a, b = read_checkpoint(first / "last.pt"), read_checkpoint(second / "last.pt")
-    for name in ("step", "student", "teacher", "queue", "optimizer", "meter", "accuracy"):
+    for name in ("step", "student", "teacher", "queues", "heads", "optimizer", "meter", "accuracy"):
         assert_same(a[name], b[name], name)
     rows = [
         [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]

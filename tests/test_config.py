@@ -32,7 +32,7 @@ def image_set(count: int = 512, size: int = 32, statistics: str = "shapes") -> I
 def test_every_field_is_a_flag_and_every_flag_a_field():
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     fields = {"--" + name.replace("_", "-") for name in field_names()}
-    assert flags - {"-h", "--help", "--no-fused", "--no-decay-norms"} == fields
+    assert flags - {"-h", "--help", "--no-fused", "--no-decay-norms", "--no-symmetric"} == fields
 
 
 def test_flags_give_typed_values_and_only_those_given():
@@ -76,8 +76,8 @@ def test_identity_covers_what_a_run_computes_and_nothing_else():
 def test_settings_come_from_the_methods_defaults():
     config, method, name = fill(TrainConfig(), image_set(), 32)
     assert name == "shapes" and config.arch == "resnet_tiny"
-    assert (config.queue_size, config.temperature, config.momentum) == (4096, 0.1, 0.99)
-    assert method.queue_size == 4096 and method.rule().name == "adaptive_soft"
+    assert (config.queue_size, config.temperature, config.momentum) == (512, 0.1, 0.99)
+    assert method.queue_size == 512 and method.rule().name == "adaptive_soft"
     assert all(
         getattr(config, field) is not None
         for field in ("epochs", "batch_size", "lr", "weight_decay", "sgd_momentum", "labels")
@@ -102,8 +102,8 @@ def test_defaults_follow_the_data(statistics: str, size: int, name: str):
 
 
 def test_defaults_shrink_to_small_data_and_short_runs():
-    config, _, _ = fill(TrainConfig(epochs=1), image_set(100), 32)
-    assert config.batch_size == 96  # a multiple of the 8 splits of batch norm
+    config, _, _ = fill(TrainConfig(epochs=1, num_splits=8), image_set(60), 32)
+    assert config.batch_size == 56  # a multiple of the 8 splits of batch norm
     assert config.warmup_epochs == pytest.approx(0.1)
 
 
@@ -111,12 +111,21 @@ def test_defaults_shrink_to_small_data_and_short_runs():
     "settings, message",
     [
         ({"batch_size": 1024}, "--batch-size 1024: larger than the data, which has 512 images"),
-        ({"batch_size": 100}, "--batch-size 100: must be a multiple of --num-splits 8"),
-        ({"batch_size": 8}, "--batch-size 8: leaves one image in each of --num-splits 8"),
+        (
+            {"batch_size": 100, "num_splits": 8},
+            "--batch-size 100: must be a multiple of --num-splits 8",
+        ),
+        (
+            {"batch_size": 8, "num_splits": 8},
+            "--batch-size 8: leaves one image in each of --num-splits 8",
+        ),
         ({"num_neighbors": 65, "queue_size": 64}, "--num-neighbors 65: more than the rows of"),
         ({"warmup_epochs": 5.0, "epochs": 4}, "--warmup-epochs 5.0: longer than the run"),
-        ({"accumulate": 3}, "--accumulate 3: --batch-size 256 must divide into equal parts"),
-        ({"accumulate": 32}, "--accumulate 32: .* of a multiple of --num-splits 8"),
+        ({"accumulate": 3}, "--accumulate 3: --batch-size 64 must divide into equal parts"),
+        (
+            {"accumulate": 32, "num_splits": 8},
+            "--accumulate 32: .* of a multiple of --num-splits 8",
+        ),
         ({"optimizer": "adamw", "sgd_momentum": 0.9}, "--sgd-momentum 0.9: does not apply"),
         ({"labels": "sofd"}, "--labels sofd: must be one of .*; did you mean soft"),
         ({"method": "asci"}, "--method asci: must be one of .*; did you mean ascl"),
@@ -182,7 +191,7 @@ REFUSED = [
     ("--warmup-epochs -1", "--warmup-epochs -1.0: must be at least 0"),
     ("--num-splits 0", "--num-splits 0: must be at least 1"),
     # names
-    ("--method ascd", "--method ascd: must be one of ascl; did you mean ascl?"),
+    ("--method ascd", "--method ascd: must be one of ascl, snclr, "),
     ("--labels softt", "must be one of soft, ahcl, hard, normal; did you mean soft?"),
     ("--backend tritom", "did you mean triton?"),
     ("--backend gpu", "--backend gpu: must be one of auto, cuda, triton, cpu, reference"),

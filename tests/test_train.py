@@ -58,7 +58,7 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
     assert 0 <= baselines["untrained"] <= 1 and 0 <= baselines["pixels"] <= 1
     assert "raw pixels" in text and "untrained backbone" in text and "neighbors.png" in text
     state = read_checkpoint(out / "last.pt")
-    assert state["step"] == 8 and state["queue"]["rows"].shape == (64, 16)
+    assert state["step"] == 8 and state["queues"]["queue.rows"].shape == (64, 16)
 
 
 def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):

@@ -132,7 +132,8 @@ def make_state(lr: float = 0.1) -> TrainState:
     queue = MemoryQueue(24, 6)
     method = ASCL(queue_size=24, projection_dim=6, num_splits=1, momentum=0.5, num_neighbors=3)
     optimizer = torch.optim.SGD(student.parameters(), lr=lr)
-    return TrainState(method, student, make_teacher(student), queue, optimizer)
+    queues = nn.ModuleDict({"queue": queue})
+    return TrainState(method, student, make_teacher(student), queues, optimizer)
 
 
 def view(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,7 +143,8 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
 def take_step(state: TrainState, **options) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (12, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    return train_step(state, images, view, view, seed=7, backend="reference", **options)
+    views = {"query": view, "key": view}
+    return train_step(state, images, views, seed=7, backend="reference", **options)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
@@ -156,8 +158,11 @@ def test_parts_of_a_batch_add_up_to_the_batch(parts: int):
         torch.testing.assert_close(measures[0][:4], measures[1][:4])
         for a, b in zip(whole.student.parameters(), split.student.parameters(), strict=True):
             torch.testing.assert_close(a, b)
-        torch.testing.assert_close(whole.queue.rows, split.queue.rows)
-        assert split.step == number + 1 and split.queue.pointer == whole.queue.pointer
+        torch.testing.assert_close(whole.queues["queue"].rows, split.queues["queue"].rows)
+        assert (
+            split.step == number + 1
+            and split.queues["queue"].pointer == whole.queues["queue"].pointer
+        )
     assert calls == [12 // parts] * parts * 3
 
 

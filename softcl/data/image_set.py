@@ -24,7 +24,7 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
     # torchvision's constants for ImageNet-1k; also the choice for a set without a row here.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Measured on the first 20,000 training images of `shapes`, seed 0.
-    "shapes": ((0.501, 0.501, 0.501), (0.201, 0.201, 0.201)),
+    "shapes": ((0.5, 0.5, 0.5), (0.233, 0.233, 0.233)),
 }
 
 

@@ -92,23 +92,51 @@ class TrainConfig:
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
     projection_dim: int | None = _flag(_MODEL, at_least=1, at_most=65536,
         help="D, the length of the vectors compared")
+    projector_layers: int | None = _flag(_MODEL, at_least=1, at_most=8,
+        help="linear layers of the projector")
     projector_hidden: int | None = _flag(_MODEL, at_least=1, at_most=1 << 20,
-        help="width of the projector's hidden layer")
+        help="width of the projector's hidden layers")
+    projector_norm: str | None = _flag(_MODEL, metavar="NAME",
+        help="batch norm of the projector: none, hidden, all or plain (as MoCo v3)")
+    predictor_hidden: int | None = _flag(_MODEL, at_least=0, at_most=1 << 20,
+        help="width of the predictor's hidden layer; 0: no predictor")
+    predictor_norm: str | None = _flag(_MODEL, metavar="NAME",
+        help="batch norm of the predictor, as --projector-norm")
     num_splits: int | None = _flag(_MODEL, at_least=1,
         help="split batch norm: parts of a batch normalised apart; 1: plain")
 
     method: str = _flag(_METHOD, "ascl", metavar="NAME",
-        help="what is trained")
+        help="ascl, snclr, reco, moco, ressl, sce, nnclr or msf")
+    form: str | None = _flag(_METHOD, metavar="NAME",
+        help="ascl: moco or byol; snclr, sce: paper or code")
     labels: str | None = _flag(_METHOD, metavar="NAME",
         help="ascl: soft, ahcl, hard or normal labels")
     num_neighbors: int | None = _flag(_METHOD, at_least=0,
-        help="neighbours that share a label at full confidence")
+        help="ascl, snclr, nnclr, msf: nearest rows that share a label")
+    positive_weight: float | None = _flag(_METHOD, at_least=0.0, at_most=1.0,
+        help="sce: the positive's share of the labels")
+    global_weight: float | None = _flag(_METHOD, at_least=0.0,
+        help="reco: weight of the global relation")
+    local_weight: float | None = _flag(_METHOD, at_least=0.0,
+        help="reco: weight of the local relation")
+    mix: str | None = _flag(_METHOD, metavar="NAME",
+        help="reco: cutmix or mixup")
+    crops: int | None = _flag(_METHOD, at_least=1,
+        help="ressl: strong views for the student, at most 5")
+    symmetric: bool | None = _flag(_METHOD,
+        help="moco, ressl, sce, ascl: both views through both encoders, or not")
+    student_view: str | None = _flag(_METHOD, metavar="NAME",
+        help="recipe of the student's view")
+    teacher_view: str | None = _flag(_METHOD, metavar="NAME",
+        help="recipe of the teacher's view")
     queue_size: int | None = _flag(_METHOD, at_least=1,
         help="K, rows of the memory queue")
     temperature: float | None = _flag(_METHOD, above=0.0, at_most=100.0,
         help="of the student")
     teacher_temperature: float | None = _flag(_METHOD, above=0.0, at_most=100.0,
         help="of the teacher, for the labels")
+    global_temperature: float | None = _flag(_METHOD, above=0.0, at_most=100.0,
+        help="reco: of the student in the global relation")
     momentum: float | None = _flag(_METHOD, at_least=0.0, at_most=1.0,
         help="of the teacher: share of it kept at each step")
 

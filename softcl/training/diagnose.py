@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ def _finite(tensor: Tensor) -> bool:
 
 def stored_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint keeps of the networks, with a name for each."""
-    for who in ("student", "teacher"):
+    for who in ("student", "teacher", "heads"):
         module = getattr(state, who)
         for name, tensor in module.named_parameters():
             yield f"parameter {name} of the {who}", tensor
@@ -29,7 +29,9 @@ def first_damaged(state: TrainState) -> str | None:
     return next((name for name, x in stored_tensors(state) if not _finite(x)), None)
 
 
-def first_non_finite(state: TrainState, images: Tensor, student_view: View, seed: int) -> str:
+def first_non_finite(
+    state: TrainState, images: Tensor, views: Mapping[str, View], seed: int
+) -> str:
     """A clause that names the tensor in which the numbers first fail, for an error message.
 
     Gradients of the last backward pass first, then parameters and buffers, then the output of each
@@ -41,8 +43,9 @@ def first_non_finite(state: TrainState, images: Tensor, student_view: View, seed
     damaged = first_damaged(state)
     if damaged is not None:
         return f"{damaged} is not finite"
-    views = student_view(images, StepRandom(seed, state.step, images.device)("student view"))
-    found = _first_bad_output(state.student, views)
+    name = state.method.student_sees()[0]
+    random = StepRandom(seed, state.step, images.device)
+    found = _first_bad_output(state.student, views[name](images, random(f"view {name}")))
     if found is not None:
         return f"the output of {found} of the student is not finite"
     return "every parameter and the student's outputs are finite"

@@ -27,7 +27,10 @@ from softcl.training.run_folder import (
 
 FORMAT = 2  # of a checkpoint's content
 AUTO = "auto"
-_PARTS = ("step", "student", "teacher", "queue", "optimizer", "config", "config_hash", "meter")
+_PARTS = (
+    *("step", "student", "teacher", "queues", "optimizer", "heads"),
+    *("config", "config_hash", "meter"),
+)
 
 
 @dataclass(frozen=True)

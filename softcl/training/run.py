@@ -80,7 +80,7 @@ class Run:
 
     def _diverged(self, images: torch.Tensor, what: str) -> Diverged:
         seed = self.config.seed
-        tensor = first_non_finite(self.state, images, self.views[0], seed)
+        tensor = first_non_finite(self.state, images, self.views, seed)
         return Diverged(f"{what}: {tensor}")
 
     def _one_step(self, images: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class Run:
             measures = train_step(
                 state,
                 images,
-                *self.views,
+                self.views,
                 seed=config.seed,
                 backend=self.backend.name,
                 momentum=teacher_momentum(
@@ -237,7 +237,7 @@ class Run:
             "loss": self.meter.loss,
             "seconds": self.seconds(),
             "backend": self.backend.name,
-            "refused_keys": self.state.queue.refused,
+            "refused_keys": sum(queue.refused for queue in self.state.queues.values()),
         }
         self.progress.close()
         if self.accuracy is not None:
@@ -380,7 +380,8 @@ def describe(run: Run) -> None:
     """Say what will run: the data, the settings and where each default comes from, the backend."""
     config, say = run.config, run.progress.say
     module = run.state.student
-    parameters = sum(p.numel() for p in module.parameters())
+    trained = [*module.parameters(), *run.state.heads.parameters()]
+    parameters = sum(p.numel() for p in trained)
     say(f"softcl     {softcl.__version__}, torch {torch.__version__}, {device_name(run.device)}")
     say(f"data       {run.images.describe()}")
     for note in run.images.notes:
@@ -390,16 +391,11 @@ def describe(run: Run) -> None:
     say(f"evaluation {run.parts.evaluation}")
     say(
         f"model      {config.arch} at {config.image_size} px ({module.backbone.stem_rule}), "
-        f"{module.backbone.num_features} features, projector {config.projector_hidden} -> "
-        f"{config.projection_dim}, {parameters / 1e6:.2f} M parameters"
+        f"{module.backbone.num_features} features, {parameters / 1e6:.2f} M parameters"
     )
-    say(
-        f"method     {config.method} with {config.labels} labels, "
-        f"{config.num_neighbors} neighbour(s), queue of {config.queue_size}, "
-        f"temperatures {config.temperature:g} and {config.teacher_temperature:g}, "
-        f"momentum {config.momentum:g} {config.momentum_schedule} "
-        f"(defaults of {run.parts.defaults!r})"
-    )
+    say(f"method     {config.method} (defaults of {run.parts.defaults!r})")
+    for line in wrapped(dataclasses.asdict(run.state.method)):
+        say(f"           {line}")
     say(
         f"training   {config.epochs} epochs of {run.feed.steps_per_epoch} steps, "
         f"batch {config.batch_size}, {config.optimizer}, lr {config.lr:g} after "
@@ -408,3 +404,15 @@ def describe(run: Run) -> None:
     )
     say(f"backend    {run.backend}")
     say(f"run        {run.folder.path}")
+
+
+def wrapped(numbers: dict[str, Any], width: int = 85) -> list[str]:
+    """``name value`` of each number, in lines of at most `width` columns."""
+    lines = [""]
+    for name, value in numbers.items():
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        word = f"{name.replace('_', ' ')} {shown}"
+        if lines[-1] and len(lines[-1]) + len(word) + 2 > width:
+            lines.append("")
+        lines[-1] += f", {word}" if lines[-1] else word
+    return lines

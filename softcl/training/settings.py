@@ -45,19 +45,27 @@ def check_method_flags(config: TrainConfig) -> None:
         if value is not None and field.name not in own:
             reason = f"does not apply to method {config.method}"
             raise ConfigError(field.name, value, reason)
-    known = getattr(importlib.import_module(kind.__module__), "LABELS", None)
-    if config.labels is not None and known is not None and config.labels not in known:
-        hint = did_you_mean(config.labels, known)
-        raise ConfigError("labels", config.labels, f"must be one of {', '.join(known)}{hint}")
+    for name, known in kind.choices().items():
+        value = getattr(config, name, None)
+        if value is not None and value not in known:
+            hint = did_you_mean(value, known)
+            raise ConfigError(name, value, f"must be one of {', '.join(known)}{hint}")
 
 
-def defaults_for(method: str, images: ImageSet, image_size: int) -> tuple[str, Defaults]:
-    """A method's defaults for a set of images, and the name they go by."""
+def defaults_for(
+    method: str, images: ImageSet, image_size: int, arch: str | None = None
+) -> tuple[str, Defaults]:
+    """A method's defaults for a set of images, and the name they go by.
+
+    Where a method has a recipe of its own for vision transformers, ``arch`` picks it.
+    """
     known = importlib.import_module(method_class(method).__module__).DEFAULTS
     name = {"tiny": "tiny_imagenet"}.get(images.statistics, images.statistics)
     # "imagenet" is also the normalisation of sets that nobody published constants for.
     if name not in known or name == "imagenet":
         name = "cifar10" if image_size <= SMALL_IMAGE else "imagenet"
+    if arch is not None and "vit" in arch and f"{name}:vit" in known:
+        name = f"{name}:vit"
     return name, known[name]
 
 
@@ -72,7 +80,7 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
     """
     check_method_flags(config)
     kind = method_class(config.method)
-    defaults_name, defaults = defaults_for(config.method, images, image_size)
+    defaults_name, defaults = defaults_for(config.method, images, image_size, config.arch)
     filled: dict[str, Any] = {"image_size": image_size}
     for name in _TRAINING:
         filled[name] = _first(getattr(config, name), getattr(defaults, name))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softcl.nn import MemoryQueue, shuffled, update_teacher
-from softcl.ops import Diagnostics, soft_contrastive_loss
+from softcl.methods.method import Batch, Method, Result
+from softcl.nn import shuffled, update_teacher
 
 # What train_step returns, in this order.
 MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
@@ -26,17 +26,20 @@ class TrainState:
 
     Attributes:
         method: the method's numbers (a dataclass of softcl.methods), constant.
-        student, teacher: encoders, images (N, 3, S, S) -> (N, D).
-        queue: the last K keys of the teacher.
-        optimizer: of the student's parameters.
+        student, teacher: encoders, images (N, 3, S, S) -> (N, D); the teacher is unused by a method
+            whose teacher sees no view.
+        queues: the method's queues of keys, by name (`MemoryQueue` each).
+        optimizer: of the parameters of student and heads.
+        heads: what is trained besides the student: its predictor, and what a method adds.
         step: steps done.
     """
 
-    method: Any
+    method: Method
     student: nn.Module
     teacher: nn.Module
-    queue: MemoryQueue
+    queues: nn.ModuleDict
     optimizer: torch.optim.Optimizer
+    heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,14 +56,17 @@ class TrainState:
             getattr(self, name).load_state_dict(stored[name])
         self.step = int(stored["step"])
 
-    _PARTS = ("student", "teacher", "queue", "optimizer")
+    def enqueue(self, keys: Mapping[str, Tensor]) -> None:
+        for name, rows in keys.items():
+            self.queues[name].enqueue(rows, normalize=True)
+
+    _PARTS = ("student", "teacher", "queues", "optimizer", "heads")
 
 
 def train_step(
     state: TrainState,
     images: Tensor,  # (N, 3, H, W) uint8
-    student_view: View,
-    teacher_view: View,
+    views: Mapping[str, View],
     *,
     seed: int,
     backend: str,
@@ -68,64 +74,89 @@ def train_step(
     accumulate: int = 1,
     clip_norm: float | None = None,
 ) -> Tensor:
-    """One step of a method with a teacher and a queue (the order is that of ASCL and MoCo).
+    """One step of any method, in the order that `softcl.methods.method` describes.
 
     Args:
+        views: how each of the method's views is made.
         momentum: of the teacher in this step; None for the method's own.
         accumulate: parts of the batch that go through the networks one after the other, to save
             memory. They share the old queue and one optimiser step; batch norm sees each by itself.
         clip_norm: the gradient is scaled down to this norm where it is larger.
 
     Returns:
-        The MEASURES of the step, (5,) float32 on the device; NaN where a rule has no confidence.
+        The MEASURES of the step, (5,) float32 on the device; NaN where a method has none.
 
     Raises:
         ValueError: on the CPU, when the query, the key or the queue is no longer finite.
     """
-    method, student, teacher, queue = state.method, state.student, state.teacher, state.queue
-    random = StepRandom(seed, state.step, images.device)
+    method, random = state.method, StepRandom(seed, state.step, images.device)
+    momentum = method.momentum if momentum is None else momentum
+    has_teacher = bool(method.teacher_sees())
+    if has_teacher and method.teacher_follows == "before":
+        update_teacher(state.teacher, state.student, momentum)
 
-    update_teacher(teacher, student, method.momentum if momentum is None else momentum)
+    made = {name: make(images, random(f"view {name}")) for name, make in views.items()}
+    generators = {name: random(f"shuffle {name}") for name in method.teacher_sees()}
+    generators["mix"] = random("mix", torch.device("cpu"))
     state.optimizer.zero_grad(set_to_none=True)
-    student_views = student_view(images, random("student view")).chunk(accumulate)
-    teacher_views = teacher_view(images, random("teacher view")).chunk(accumulate)
-    shuffle = random("shuffle")
     keys, measures = [], []
-    for student_images, teacher_images in zip(student_views, teacher_views, strict=True):
-        query = student(student_images)  # (N / accumulate, D)
-        with torch.no_grad():
-            key = shuffled(teacher, teacher_images, shuffle)
-        loss, diagnostics = soft_contrastive_loss(
-            query,
-            key,
-            queue.rows,
-            method.rule(),
-            temperature=method.temperature,
-            teacher_temperature=method.teacher_temperature,
-            positive=method.positive,
-            normalize=True,
-            filled=queue.filled,
-            diagnostics=True,
-            backend=backend,
-        )
-        (loss / accumulate).backward()
-        keys.append(key)
-        measures.append(_measures(loss, diagnostics, query))
+    for part in zip(*(view.chunk(accumulate) for view in made.values()), strict=True):
+        batch = encode(state, dict(zip(made, part, strict=True)), generators, backend)
+        keys.append(method.keys(batch))
+        if method.enqueue == "before":
+            state.enqueue(keys[-1])
+        result = method.loss(batch)
+        (result.rows.mean() / accumulate).backward()
+        measures.append(_measures(result, batch))
     if clip_norm is not None:
-        nn.utils.clip_grad_norm_(student.parameters(), clip_norm, foreach=True)
+        trained = [*state.student.parameters(), *state.heads.parameters()]
+        nn.utils.clip_grad_norm_(trained, clip_norm, foreach=True)
     state.optimizer.step()
-    queue.enqueue(torch.cat(keys), normalize=True)
+
+    if has_teacher and method.teacher_follows == "after":
+        update_teacher(state.teacher, state.student, momentum)
+    if method.enqueue == "after":
+        for part in keys:
+            state.enqueue(part)
     state.step += 1
     return torch.stack(measures).mean(0)
 
 
-def _measures(loss: Tensor, diagnostics: Diagnostics, query: Tensor) -> Tensor:
+def encode(
+    state: TrainState,
+    views: dict[str, Tensor],  # (N, 3, S, S) each
+    generators: Mapping[str, torch.Generator],
+    backend: str,
+) -> Batch:
+    """The vectors that the method's loss compares."""
+    method, heads = state.method, state.heads
+    views, notes = method.prepare(views, generators["mix"])
+    student = {name: state.student(views[name]) for name in method.student_sees()}
+    predicted = student
+    if "predictor" in heads:
+        predicted = {name: heads["predictor"](rows) for name, rows in student.items()}
+    teacher = {}
+    with torch.no_grad():
+        for name in method.teacher_sees():
+            if method.shuffles:
+                teacher[name] = shuffled(state.teacher, views[name], generators[name])
+            else:
+                teacher[name] = state.teacher(views[name])
+    return Batch(student, predicted, teacher, state.queues, heads, notes, backend)
+
+
+def _measures(result: Result, batch: Batch) -> Tensor:
     """The MEASURES of one part of a batch."""
-    top1 = (diagnostics.positive_rank == 0).float().mean()
-    absent = torch.full_like(top1, math.nan)  # rules without a teacher softmax
-    confidence = absent if diagnostics.confidence is None else diagnostics.confidence.mean()
-    entropy = absent if diagnostics.entropy is None else diagnostics.entropy.mean()
-    return torch.stack([loss.detach(), confidence, entropy, top1, query_spread(query)]).float()
+    loss, shown = result.rows.detach().mean(), result.shown
+    absent = torch.full_like(loss, math.nan)
+    confidence = entropy = top1 = absent
+    if shown is not None:
+        confidence = absent if shown.confidence is None else shown.confidence.mean()
+        entropy = absent if shown.entropy is None else shown.entropy.mean()
+        if shown.positive_rank is not None:
+            top1 = (shown.positive_rank == 0).to(loss.dtype).mean()
+    spread = query_spread(next(iter(batch.student.values())))
+    return torch.stack([loss, confidence, entropy, top1, spread.to(loss.dtype)]).float()
 
 
 @torch.no_grad()
@@ -149,8 +180,8 @@ class StepRandom:
         self.seed, self.step, self.device = seed, step, device
         torch.manual_seed(derived_seed(seed, step, "global"))
 
-    def __call__(self, purpose: str) -> torch.Generator:
-        generator = torch.Generator(self.device)
+    def __call__(self, purpose: str, device: torch.device | None = None) -> torch.Generator:
+        generator = torch.Generator(device or self.device)
         return generator.manual_seed(derived_seed(self.seed, self.step, purpose))
 
 
