@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from softcl.data import FORMATS, DataError, ImageSet, load_dataset
 from softcl.evaluation.backbone import NETWORKS, Stored, features_of, load_backbone
-from softcl.evaluation.features import extract, thinned
+from softcl.evaluation.features import extract, sampled
 from softcl.evaluation.knn import BANK_PIECE, NUM_NEIGHBORS, TEMPERATURE, knn_predict
 from softcl.evaluation.probe import EPOCHS, RATE, Labelled, lbfgs_probe, sgd_probe
 from softcl.evaluation.retrieval import retrieval_precision
@@ -120,7 +120,7 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
     backbone = features_of(stored.backbone, device)
     parts = []
     for images in (train, test):
-        indices = thinned(len(images), options.limit or len(images))
+        indices = sampled(len(images), options.limit or len(images))
         rows = extract(images, indices, backbone, size, device, normalize=False)
         parts.append(Labelled(rows, images.labels[indices].to(device)))
     print(f"features   {parts[0].rows.shape[1]} per image, {time.perf_counter() - started:.1f} s")

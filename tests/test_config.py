@@ -32,7 +32,8 @@ def image_set(count: int = 512, size: int = 32, statistics: str = "shapes") -> I
 def test_every_field_is_a_flag_and_every_flag_a_field():
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     fields = {"--" + name.replace("_", "-") for name in field_names()}
-    assert flags - {"-h", "--help", "--no-fused", "--no-decay-norms", "--no-symmetric"} == fields
+    negated = {flag for flag in flags if flag.startswith("--no-")}
+    assert flags - {"-h", "--help", "--config"} - negated == fields
 
 
 def test_flags_give_typed_values_and_only_those_given():
@@ -237,3 +238,99 @@ def test_help_fits_the_terminal(columns: int, monkeypatch, capsys):
     assert max(map(len, text.splitlines())) <= min(columns, 100)
     for name in field_names():
         assert "--" + name.replace("_", "-") in text
+
+
+GROUPS = ("data", "model", "method", "optimisation", "run", "evaluation", "other")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_on_a_group_fits_a_screen(group: str, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--epochs", "3", "--help", group])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(group) and 2 < len(lines) <= 40
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_overview_fits_a_screen_and_leads_to_the_rest(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    for line in ([], ["--epochs", "3"]):
+        with pytest.raises(SystemExit):
+            main([*line, "-h"])
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= 36 and "--help data" in text
+    with pytest.raises(SystemExit):
+        main(["--help", "all"])
+    everything = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"][:30] in " ".join(everything.split())
+    assert main(["--help", "modle"]) == 2
+    assert "did you mean model?" in capsys.readouterr().err
+
+
+def wrong_lines() -> list[str]:
+    """For every flag: misspelt, without its value, of the wrong type, and out of its range."""
+    lines = []
+    for field in dataclasses.fields(TrainConfig):
+        flag, kind, rule = "--" + field.name.replace("_", "-"), value_type(field), field.metadata
+        middle = len(flag) // 2 + 1
+        misspelt = [flag[:middle] + flag[middle + 1 :], flag + "x", flag[1:], flag.upper()]
+        lines += [f"{word} 1" for word in misspelt]
+        if kind is bool:
+            lines += [f"{flag}=1", f"{flag} 1"]
+            continue
+        lines += [flag, f"{flag} --seed 1"]
+        if kind is str:
+            lines.append(f"{flag}=")
+            lines += [f"{flag} nonsense"] if rule["choices"] else []
+            continue
+        lines += [f"{flag} one", f"{flag}=", f"{flag} 1,5", f"{flag} 1 2"]
+        lines += [f"{flag} {value}" for value in ("nan", "inf")] if kind is float else []
+        for name, step in (("at_least", -1), ("above", 0), ("at_most", 1)):
+            if rule[name] is not None:
+                lines.append(f"{flag} {rule[name] + step}")
+    return lines
+
+
+def test_hundreds_of_wrong_lines_end_in_three_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = wrong_lines()
+    assert len(set(lines)) >= 300
+    for line in lines:
+        assert main(line.split()) == 2, line
+        captured = capsys.readouterr()
+        error = captured.err.splitlines()
+        assert 1 <= len(error) <= 3 and "Traceback" not in captured.err, line
+        assert line.split()[0].split("=")[0] in error[0] or "unexpected" in error[0], line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_repeats_a_run(tmp_path):
+    stored = TrainConfig(lr=0.25, epochs=3, out="x", max_steps=5, labels="ahcl", fused=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": stored.to_dict(), "device": "cpu"}))
+    given = parse_flags(["--config", str(path), "--epochs", "7"])
+    again = TrainConfig(**given)
+    assert again == dataclasses.replace(stored, epochs=7, out=None, max_steps=None)
+    assert "out" not in given and "config" not in given
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not a JSON file"),
+        ("[1]", "holds no settings"),
+        ('{"config": {"epoch": 3}}', "unknown setting epoch; did you mean epochs?"),
+        ('{"config": {"epochs": "3"}}', "--epochs '3': must be of type int"),
+        ('{"config": {"lr": -1.0}}', "--lr -1.0: must be above 0"),
+    ],
+)
+def test_wrong_config_files(tmp_path, capsys, text: str, message: str):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert main(["--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["--config", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: No such file or directory" in capsys.readouterr().err

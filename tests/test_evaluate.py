@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from softcl.data import ImageSet
 from softcl.evaluation import KNN, eval_mode, extract, knn_predict, nearest_rows, thinned, vote
 from softcl.evaluation import knn as knn_module
+from softcl.evaluation.features import sampled
 from softcl.training.picture import choose_queries, draw_neighbors, nearest
 
 CPU = torch.device("cpu")
@@ -129,6 +130,14 @@ def test_large_sets_are_thinned_evenly():
     gaps = places.diff()
     assert len(places) == 1000 and places[0] == 0 and places[-1] < 1_000_003
     assert gaps.min() >= 1000 and gaps.max() <= 1001
+
+
+def test_a_sample_has_every_class_of_a_set_whose_classes_take_turns():
+    labels = torch.arange(2000) % 10
+    places = sampled(2000, 500)
+    assert len(places.unique()) == 500 and torch.equal(places, places.sort().values)
+    assert torch.bincount(labels[places], minlength=10).min() > 30
+    assert torch.equal(places, sampled(2000, 500)) and sampled(3, 10).tolist() == [0, 1, 2]
 
 
 def test_features_are_unit_rows_of_the_whole_image():

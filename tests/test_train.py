@@ -323,3 +323,31 @@ def test_eval_data_is_a_set_of_its_own(flags: list[str], folder: Path, tmp_path:
     bad = [*flags, "--eval-data", "shapes", "--out", "other"]
     assert main(bad) == 1
     assert "its classes are not those of" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_every_setting_and_writes_nothing(flags: list[str], tmp_path, capsys):
+    assert main([*flags, "--dry-run", "--out", "run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["config"]["lr"] == 0.05 and plan["config"]["temperature"] == 0.1
+    assert "128 images" in plan["images"] and plan["backend"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runs_config_file_repeats_it(flags: list[str], tmp_path: Path):
+    assert main([*flags, "--out", "first"]) == 0
+    assert main(["--config", "first/config.json", "--out", "second"]) == 0
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize("extra", [[], ["--student-view", "byol_second"]])
+def test_views_are_shown(flags: list[str], tmp_path: Path, capsys, extra: list[str]):
+    from PIL import Image
+
+    line = [*flags, *extra, "--show-views", "5"]
+    assert main([*line, "--dry-run"]) == 0
+    assert main([*line, "--max-steps", "1", "--out", "run"]) == 0
+    assert "views      run/views.png" in capsys.readouterr().out
+    assert (tmp_path / "views.png").read_bytes() == (tmp_path / "run/views.png").read_bytes()
+    with Image.open(tmp_path / "views.png") as sheet:
+        # 3 columns (image, student's, teacher's) and 5 rows of 96 pixels, two apart.
+        assert sheet.size == (3 * 98 + 2, 5 * 98 + 2)

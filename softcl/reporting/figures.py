@@ -58,7 +58,7 @@ def draw_lines(axis: Any, runs: list[RunData], column: str, **options: Any) -> b
         if not points:
             continue
         drawn = True
-        few = len(points) <= 40
+        few = len(points) <= 12
         axis.plot(
             [place * scale for place, _ in points],
             [value * factor for _, value in points],
@@ -78,12 +78,17 @@ def finish(axis: Any, runs: list[RunData], x: str, y: str) -> None:
         axis.legend(frameon=False, fontsize=8)
 
 
+def _from_zero(axis: Any) -> None:
+    """Start at 0, and leave room above for the legend."""
+    axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+
+
 def _one(runs: list[RunData], column: str, label: str, **options: Any) -> bytes | None:
     figure, (axis,) = new_axes()
     if not draw_lines(axis, runs, column, **options):
         return None
     if options.get("from_zero"):
-        axis.set_ylim(bottom=0)
+        _from_zero(axis)
     finish(axis, runs, options.get("x_label", "epoch"), label)
     return to_png(figure)
 
@@ -97,7 +102,7 @@ def _two(
         share = column in options.get("shares", ())
         drawn |= draw_lines(axis, runs, column, share=share)
         if options.get("from_zero"):
-            axis.set_ylim(bottom=0)
+            _from_zero(axis)
         finish(axis, runs, "epoch", label)
     return to_png(figure) if drawn else None
 
@@ -155,7 +160,7 @@ def draw_teacher(runs: list[RunData]) -> bytes | None:
 
 def draw_neighbors(runs: list[RunData]) -> bytes | None:
     columns = ("knn_purity", "positive_top1")
-    labels = ("10 nearest images of the same class, %", "positive nearer than the queue, %")
+    labels = ("10 nearest of the class, %", "positive nearer than the queue, %")
     return _two(runs, columns, labels, shares=columns, from_zero=True)
 
 
@@ -192,7 +197,7 @@ KINDS = (
     Kind(
         "teacher",
         "Confidence and entropy of the teacher",
-        "Of its softmax over the queue: the confidence is 1 - entropy / log K. Methods without such "
+        "Of its softmax over the queue: confidence is 1 - entropy / log K. Methods without such "
         "a softmax have neither.",
         draw_teacher,
     ),

@@ -9,7 +9,7 @@ import torch
 
 from softcl.data import ImageSet, load_dataset
 from softcl.evaluation.backbone import features_of, load_backbone
-from softcl.evaluation.features import extract, thinned
+from softcl.evaluation.features import extract, sampled
 from softcl.reporting.figures import new_axes, to_png
 from softcl.reporting.runs import RunData
 
@@ -27,7 +27,7 @@ def map_features(run: RunData, way: str, device: torch.device, limit: int = MOST
     """
     stored = load_backbone(run.path)
     images = _test_images(run.config)
-    indices = thinned(len(images), limit)
+    indices = sampled(len(images), limit)
     size = stored.config.image_size
     rows = extract(images, indices, features_of(stored.backbone, device), size, device)
     places = project(rows.cpu().numpy().astype(np.float32), way)

@@ -178,6 +178,8 @@ class TrainConfig:
         help="delete the run that --out holds and start over")
     resume: str | None = _flag(_RUN, may_change=True, metavar="RUN",
         help="continue a run: its folder, a checkpoint, or auto: the run in --out if there is one")
+    dry_run: bool = _flag(_RUN, False, may_change=True,
+        help="print the configuration with every default filled in, and stop")
     max_steps: int | None = _flag(_RUN, at_least=1, may_change=True,
         help="stop after so many steps in all; the schedule stays that of --epochs")
     checkpoint_every: int | None = _flag(_RUN, at_least=0, may_change=True,
@@ -189,6 +191,8 @@ class TrainConfig:
         help="epochs between k-NN evaluations (default: five a run); 0: only at the end")
     knn_k: int | None = _flag(_EVAL, at_least=1, at_most=4096, may_change=True,
         help="neighbours that vote (default: 200, or fewer on a small set)")
+    show_views: int | None = _flag(_EVAL, at_least=1, at_most=256, may_change=True,
+        help="write views.png: so many images and what the networks see of them")
     log_every: int = _flag(_EVAL, 10, at_least=1, may_change=True,
         help="steps per line of metrics.jsonl; the first 50 have one each")
     # fmt: on

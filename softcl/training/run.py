@@ -23,6 +23,7 @@ from softcl.training.resume import FORMAT
 from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
 from softcl.training.schedules import learning_rate, teacher_momentum
 from softcl.training.step import query_spread, train_step
+from softcl.training.view_sheet import SHEET, draw_views
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
@@ -342,6 +343,16 @@ class Run:
         }
         self.folder.write_json(CONFIG, content)
         self._list_skipped()
+
+    def show_views(self) -> None:
+        """views.png, where it was asked for."""
+        config = self.config
+        if config.show_views is None:
+            return
+        path = self.folder.path / SHEET
+        images = self.parts.images
+        draw_views(path, images, self.views, config.image_size, config.show_views, config.seed)
+        self.progress.say(f"views      {path}")
 
     def _list_skipped(self) -> None:
         """skipped.txt; a set decoded on demand finds its unreadable images while it is read."""

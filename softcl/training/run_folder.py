@@ -7,6 +7,7 @@ last.pt          the newest checkpoint (checkpoint.py); last-1.pt and best.pt: s
 baselines.json   k-NN accuracy of raw pixels and of the untrained backbone
 skipped.txt      unreadable images, if there were any
 neighbors.png    images and their nearest training images
+views.png        images and what the networks see of them, with --show-views
 result.json      the final numbers; its presence says that the run is finished
 """
 
@@ -31,10 +32,11 @@ from softcl.training.rotation import (
     put_back,
     write_rotating,
 )
+from softcl.training.view_sheet import SHEET
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 BASELINES, PICTURE, SKIPPED = "baselines.json", "neighbors.png", "skipped.txt"
-_FILES = (CONFIG, METRICS, LAST, BEST, SET_ASIDE, RESULT, BASELINES, PICTURE, SKIPPED)
+_FILES = (CONFIG, METRICS, LAST, BEST, SET_ASIDE, RESULT, BASELINES, PICTURE, SKIPPED, SHEET)
 _EVENTS = "events.out.tfevents.*"
 
 
