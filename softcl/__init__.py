@@ -19,9 +19,12 @@ from softcl.labels import (
 from softcl.ops import (
     BackendChoice,
     Diagnostics,
+    LabelMean,
     QueueStatistics,
     UnsupportedBackendError,
     choose_backend,
+    label_mean,
+    options_of,
     queue_statistics,
     soft_contrastive_loss,
 )
@@ -34,6 +37,7 @@ __all__ = [
     "BackendChoice",
     "Diagnostics",
     "HardLabels",
+    "LabelMean",
     "LabelRule",
     "MixedLabels",
     "NeighborLabels",
@@ -41,6 +45,8 @@ __all__ = [
     "RelationalLabels",
     "UnsupportedBackendError",
     "choose_backend",
+    "label_mean",
+    "options_of",
     "queue_statistics",
     "soft_contrastive_loss",
 ]

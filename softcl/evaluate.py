@@ -1,166 +1,219 @@
-"""Weighted k-NN classification in a feature space, and the two baselines that give it meaning.
+"""``python -m softcl.evaluate RUN``: how good a checkpoint's features are, on any labelled set.
 
-The vote of the nearest neighbours (Wu et al., arXiv 1805.01978, as ASCL's code does it): a labelled
-bank of unit rows, cosines with a query, the k largest, each voting for its class with weight
-exp(cosine / temperature). `softcl.queue_statistics` finds the k largest, so no matrix of queries
-by bank is made.
+Weighted k-NN, linear probes by SGD and by L-BFGS, and retrieval precision, from features that are
+computed once; printed, and written as JSON with --out. RUN is a run folder (its best.pt, or else
+its newest checkpoint) or a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from softcl.data import ImageSet, center_view
-from softcl.ops import queue_statistics
+from softcl.data import FORMATS, DataError, ImageSet, load_dataset
+from softcl.evaluation.backbone import NETWORKS, Stored, features_of, load_backbone
+from softcl.evaluation.features import extract, sampled
+from softcl.evaluation.knn import BANK_PIECE, NUM_NEIGHBORS, TEMPERATURE, knn_predict
+from softcl.evaluation.probe import EPOCHS, RATE, Labelled, lbfgs_probe, sgd_probe
+from softcl.evaluation.retrieval import retrieval_precision
+from softcl.training.build import resolve_device
+from softcl.training.checkpoint import CheckpointError, replace_file
+from softcl.training.config import ConfigError
+from softcl.training.flags import CommandParser, report_for
 
-TEMPERATURE = 0.1
-NUM_NEIGHBORS = 200
-BANK_LIMIT = 100_000  # larger sets are thinned evenly: the bank's features stay in memory
-QUERY_LIMIT = 10_000
-PIXEL_QUERY_LIMIT = 2_000  # pixels have many more dimensions than features
-_PIECE = 1024  # queries per call
-_PIXELS = 32  # side to which images are reduced before their pixels are compared
-
-FeatureFunction = Callable[[Tensor], Tensor]  # float images (N, 3, S, S) -> (N, F)
-
-
-def thinned(count: int, limit: int) -> Tensor:
-    """Indices of at most `limit` of `count` images, evenly spaced (files are sorted by class)."""
-    if count <= limit:
-        return torch.arange(count)
-    return torch.arange(limit) * count // limit
+MEASURES = ("knn", "lbfgs", "sgd", "retrieval")
+PROG = "softcl.evaluate"
 
 
-@torch.no_grad()
-def extract(
-    images: ImageSet, indices: Tensor, features: FeatureFunction, size: int, device: torch.device
-) -> Tensor:
-    """Unit rows of `features` for the images of `indices`, seen whole at `size` pixels.
+def build_parser() -> CommandParser:
+    parser = CommandParser(PROG, "RUN [flags]", __doc__.splitlines()[0].partition(": ")[2])
+    add = parser.add_argument
+    # fmt: off
+    add("run", metavar="RUN", help="a run folder or a checkpoint")
+    add("--data", metavar="SPEC", help="labelled images to learn from (default: the run's)")
+    add("--test-data", metavar="SPEC", help="images to be judged on (default: those of --data)")
+    add("--data-format", choices=FORMATS, metavar="NAME",
+        help="of both, as softcl.train's (default: the run's for its data, else auto)")
+    add("--measure", action="append", choices=MEASURES, metavar="NAME",
+        help="knn, lbfgs, sgd or retrieval; may be repeated (default: all)")
+    add("--network", choices=NETWORKS, default="student", metavar="NAME",
+        help="student or teacher (default: student)")
+    add("--image-size", type=int, metavar="N", help="side in pixels (default: the run's)")
+    add("--knn-k", type=int, default=NUM_NEIGHBORS, metavar="N",
+        help=f"neighbours that vote (default: {NUM_NEIGHBORS})")
+    add("--temperature", type=float, default=TEMPERATURE, metavar="X",
+        help=f"of the vote (default: {TEMPERATURE})")
+    add("--epochs", type=int, default=EPOCHS, metavar="N",
+        help=f"of the SGD probe (default: {EPOCHS})")
+    add("--lr", type=float, default=RATE, metavar="X",
+        help=f"of the SGD probe (default: {RATE:g})")
+    add("--limit", type=int, metavar="N", help="use at most so many images of each set")
+    add("--seed", type=int, default=0, metavar="N", help="of the probes (default: 0)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--workers", type=int, metavar="N", help="threads that decode images")
+    add("--out", metavar="FILE", help="write the results as JSON too")
+    # fmt: on
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; every expected failure is one line on stderr.
 
     Returns:
-        (len(indices), F) float32 on the device.
+        0 done, 1 could not run, 2 wrong flags.
     """
-    pieces = []
-    for part in indices.split(_PIECE // 2):
-        batch = images.batch(part).to(device)
-        views = center_view(batch, size, images.mean, images.std)
-        # Convolutions of a network in eval mode are 1.6 times as fast in this order on a CPU.
-        views = views.contiguous(memory_format=torch.channels_last)
-        pieces.append(F.normalize(features(views).float(), dim=1))
-    return torch.cat(pieces)
+    report = report_for(PROG)
+    try:
+        options = build_parser().read(sys.argv[1:] if argv is None else argv)
+        _check(options)
+        stored = load_backbone(Path(options.run).expanduser(), options.network)
+        results = evaluate(stored, options)
+        if options.out is not None:
+            text = json.dumps(results, indent=2) + "\n"
+            replace_file(Path(options.out).expanduser(), text.encode())
+        return 0
+    except ConfigError as error:
+        return report(str(error), 2)
+    except (CheckpointError, DataError, ImportError) as error:
+        return report(str(error), 1)
+    except OSError as error:
+        path = f"{error.filename}: " if error.filename else ""
+        return report(f"{path}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return report("stopped", 130)
 
 
-class eval_mode:
-    """Context in which a module is in eval mode; every submodule's mode is restored after it."""
+def _check(options: argparse.Namespace) -> None:
+    """Refuse numbers out of range before anything is read.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> nn.Module:
-        self.modes = [(module, module.training) for module in self.module.modules()]
-        return self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes:
-            module.training = training
-
-
-def vote(
-    neighbor_logits: Tensor,  # (N, k) cosine / temperature, descending
-    neighbor_labels: Tensor,  # (N, k) int64
-    num_classes: int,
-) -> Tensor:
-    """The class with the largest sum of exp(neighbor_logits), (N,) int64; ties by lowest class."""
-    # Dividing all weights of a row by the largest changes no vote and cannot overflow.
-    weights = (neighbor_logits - neighbor_logits[:, :1]).exp()
-    votes = weights.new_zeros(weights.shape[0], num_classes)
-    return votes.scatter_add_(1, neighbor_labels, weights).argmax(1)
-
-
-def knn_predict(
-    features: Tensor,  # (N, F) unit rows
-    bank: Tensor,  # (M, F) unit rows
-    bank_labels: Tensor,  # (M,) int64
-    num_classes: int,
-    *,
-    num_neighbors: int = NUM_NEIGHBORS,
-    temperature: float = TEMPERATURE,
-    backend: str = "auto",
-) -> Tensor:
-    """Predicted classes (N,) by the weighted vote of the nearest rows of the bank."""
-    predictions = []
-    for rows in features.split(_PIECE):
-        found = queue_statistics(
-            rows, bank, temperature, num_neighbors=num_neighbors, sums=False, backend=backend
-        )
-        labels = bank_labels[found.neighbor_indices]
-        predictions.append(vote(found.neighbor_logits, labels, num_classes))
-    return torch.cat(predictions)
-
-
-@dataclass
-class KNN:
-    """k-NN evaluation of one run: a labelled bank and queries, thinned to the limits above.
-
-    Args:
-        bank: training images.
-        queries: test images with the same classes. The bank itself (``queries is bank``) when there
-            is no test set: each tenth image is then compared with the other nine tenths.
-        size: of the images the backbone takes.
-        num_neighbors: k.
+    Raises:
+        ConfigError: naming the flag.
     """
+    least = {"image_size": 8, "knn_k": 1, "epochs": 1, "limit": 2, "workers": 1, "seed": 0}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ConfigError(name, value, f"must be at least {bound}")
+    for name in ("temperature", "lr"):
+        value = getattr(options, name)
+        if not 0 < value < float("inf"):
+            raise ConfigError(name, value, "must be positive and finite")
 
-    bank: ImageSet
-    queries: ImageSet
-    size: int
-    device: torch.device
-    num_neighbors: int = NUM_NEIGHBORS
 
-    def __post_init__(self) -> None:
-        self.bank_indices = thinned(len(self.bank), BANK_LIMIT)
-        self.query_indices = thinned(len(self.queries), QUERY_LIMIT)
-        if self.queries is self.bank:
-            held_out = torch.arange(len(self.bank_indices)) % 10 == 0
-            self.query_indices = self.bank_indices[held_out][:QUERY_LIMIT]
-            self.bank_indices = self.bank_indices[~held_out]
-        self.num_neighbors = min(self.num_neighbors, len(self.bank_indices))
+def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print line by line, and return everything as one dictionary."""
+    device = resolve_device(options.device)
+    size = options.image_size or stored.config.image_size
+    train, test = load_sets(stored, options, size)
+    print(f"checkpoint {stored.path}, step {stored.content['step']}, {options.network}")
+    print(f"train      {train.describe()}")
+    print(f"test       {test.describe()}")
+    started = time.perf_counter()
+    backbone = features_of(stored.backbone, device)
+    parts = []
+    for images in (train, test):
+        indices = sampled(len(images), options.limit or len(images))
+        rows = extract(images, indices, backbone, size, device, normalize=False)
+        parts.append(Labelled(rows, images.labels[indices].to(device)))
+    print(f"features   {parts[0].rows.shape[1]} per image, {time.perf_counter() - started:.1f} s")
+    results: dict[str, Any] = {
+        "checkpoint": str(stored.path),
+        "step": stored.content["step"],
+        "network": options.network,
+        "arch": stored.config.arch,
+        "image_size": size,
+        "train": {"name": train.name, "images": len(parts[0].rows)},
+        "test": {"name": test.name, "images": len(parts[1].rows)},
+    }
+    for name in options.measure or MEASURES:
+        started = time.perf_counter()
+        found = measure(name, *parts, len(train.classes), options)
+        found["seconds"] = time.perf_counter() - started
+        results[name] = found
+        print(describe(name, found), flush=True)
+    return results
 
-    @property
-    def labelled(self) -> bool:
-        return self.bank.labels is not None and self.queries.labels is not None
 
-    def features(self, function: FeatureFunction, size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Unit rows of the queries and of the bank."""
-        size = size or self.size
-        queries = extract(self.queries, self.query_indices, function, size, self.device)
-        return queries, extract(self.bank, self.bank_indices, function, size, self.device)
+def load_sets(stored: Stored, options: argparse.Namespace, size: int) -> tuple[ImageSet, ImageSet]:
+    """The labelled sets to learn from and to be judged on.
 
-    def accuracy(self, queries: Tensor, bank: Tensor, places: Tensor | None = None) -> float:
-        """Share of the queries (of those at `places`) whose class the vote finds, in [0, 1]."""
-        indices = self.query_indices
-        if places is not None:
-            queries, indices = queries[places], indices[places]
-        labels = self.queries.labels[indices].to(self.device)
-        bank_labels = self.bank.labels[self.bank_indices].to(self.device)
-        predictions = knn_predict(
-            queries, bank, bank_labels, len(self.bank.classes), num_neighbors=self.num_neighbors
+    Raises:
+        DataError: one cannot be read, has no labels, or the classes differ.
+    """
+    spec = options.data or stored.config.data
+    own_format = "auto" if options.data else stored.config.data_format
+    given = {"image_size": size, "workers": options.workers}
+    train = load_dataset(spec, "train", data_format=options.data_format or own_format, **given)
+    other = options.test_data or (None if options.data else stored.config.eval_data)
+    test_format = options.data_format or ("auto" if other else own_format)
+    test = load_dataset(other or spec, "test", data_format=test_format, **given)
+    for images in (train, test):
+        if images.labels is None:
+            raise DataError(f"{images.name}: has no labels")
+        # The network was trained on pixels normalised in one way.
+        run_spec = stored.content.get("normalisation")
+        if run_spec is not None:
+            images.mean, images.std = map(tuple, run_spec)
+    if train.classes != test.classes:
+        raise DataError(f"{test.name}: its classes are not those of {train.name}")
+    return train, test
+
+
+def measure(
+    name: str, train: Labelled, test: Labelled, classes: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One of MEASURES."""
+    if name == "sgd":
+        settings = {"seed": options.seed, "epochs": options.epochs, "rate": options.lr}
+        return sgd_probe(train, test, classes, **settings)
+    if name == "lbfgs":
+        return lbfgs_probe(train, test, classes, seed=options.seed)
+    bank, queries = unit(train.rows), unit(test.rows)
+    if name == "retrieval":
+        return retrieval_precision(queries, test.labels, bank, train.labels)
+    k = min(options.knn_k, len(bank))
+    predicted = knn_predict(
+        queries,
+        bank,
+        train.labels,
+        classes,
+        num_neighbors=k,
+        temperature=options.temperature,
+        bank_piece=BANK_PIECE,
+    )
+    top1 = float((predicted == test.labels).float().mean())
+    return {"top1": top1, "num_neighbors": k, "temperature": options.temperature}
+
+
+def unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows, dim=1)
+
+
+def describe(name: str, found: dict[str, Any]) -> str:
+    """A line of results."""
+    seconds = f"{found['seconds']:.1f} s"
+    if name == "retrieval":
+        shares = (f"@{k.rpartition('_')[2]} {v:.1%}" for k, v in found.items() if k != "seconds")
+        return f"retrieval  precision {', '.join(shares)}, {seconds}"
+    if name == "knn":
+        return (
+            f"k-NN       top-1 {found['top1']:.2%} with {found['num_neighbors']} votes, {seconds}"
         )
-        return float((predictions == labels).float().mean())
+    train = f"train {found['train_top1']:.2%}"
+    if name == "sgd":
+        best = f"best {found['best_top1']:.2%} at epoch {found['best_epoch']}"
+        return f"linear     SGD top-1 {found['top1']:.2%} ({best}; {train}), {seconds}"
+    penalty = f"penalty {found['penalty']:g}"
+    return f"linear     L-BFGS top-1 {found['top1']:.2%} ({penalty}; {train}), {seconds}"
 
-    def encoder_features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-        """Unit rows of an encoder's backbone in eval mode, for the queries and for the bank."""
-        with eval_mode(encoder):
-            return self.features(encoder.features)
 
-    def pixel_accuracy(self) -> float:
-        """The accuracy where the features are the normalised pixels.
-
-        Of images reduced to 32 pixels a side, and of at most PIXEL_QUERY_LIMIT queries.
-        """
-        rows = self.features(lambda images: images.flatten(1), min(self.size, _PIXELS))
-        return self.accuracy(*rows, thinned(len(self.query_indices), PIXEL_QUERY_LIMIT))
+if __name__ == "__main__":
+    sys.exit(main())

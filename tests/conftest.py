@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -17,3 +20,41 @@ def nan_filled_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors this small are computed faster by one thread, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """128 + 32 images of four classes (the direction of a bright stripe), as PNG files."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    chooser = np.random.default_rng(0)
+    for split, count in (("train", 32), ("test", 8)):
+        for label in range(4):
+            path = root / split / f"class{label}"
+            path.mkdir(parents=True)
+            for number in range(count):
+                image = chooser.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                at = chooser.integers(3, 13)
+                view = np.rot90(image, label % 2)
+                view[at, :, label // 2 : label // 2 + 2] = 255
+                Image.fromarray(image).save(path / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture
+def flags(folder: Path, tmp_path: Path, monkeypatch, one_thread) -> list[str]:
+    """A run of 2 epochs of 4 steps on `folder`, in the folder `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    line = "--epochs 2 --batch-size 32 --queue-size 64 --num-splits 2 --lr 0.05 --arch resnet_tiny "
+    line += "--projection-dim 16 --projector-hidden 32 --warmup-epochs 0.5 --device cpu"
+    return ["--data", str(folder), *line.split()]

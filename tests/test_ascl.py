@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
 import math
 
 import pytest
@@ -18,7 +16,7 @@ from softcl.labels import (
     HardLabels,
     NeighborLabels,
 )
-from softcl.methods import METHODS, Defaults, ascl
+from softcl.methods import METHODS, Defaults
 from softcl.methods.ascl import ASCL, DEFAULTS, LABELS
 from softcl.methods.losses import ASCLLoss
 from softcl.nn import MemoryQueue, convert_split_batch_norm, make_teacher
@@ -212,9 +210,9 @@ def dense_step(step, images, student, teacher, velocity, queue, method, lr) -> t
     for follower, leader in zip(teacher, student, strict=True):
         follower.copy_(method.momentum * follower + (1 - method.momentum) * leader)
     leaves = [parameter.clone().requires_grad_() for parameter in student]
-    z = dense_forward(leaves, noisy(images, random("student view")))
-    weak = noisy(images, random("teacher view"))
-    order = torch.randperm(N, generator=random("shuffle"))
+    z = dense_forward(leaves, noisy(images, random("view query")))
+    weak = noisy(images, random("view key"))
+    order = torch.randperm(N, generator=random("shuffle key"))
     t = torch.empty(N, D, dtype=torch.float64)
     t[order] = dense_forward(teacher, weak[order])
     loss = dense_loss(z, t, torch.stack(queue), method).mean()
@@ -240,7 +238,8 @@ def test_steps_equal_dense_steps(labels):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     # A float64 queue still rounds to fp32 what it is given; 1e-6 below covers that.
     queue = MemoryQueue(K, D).double()
-    state = TrainState(method, student, make_teacher(student), queue, optimizer)
+    queues = nn.ModuleDict({"queue": queue})
+    state = TrainState(method, student, make_teacher(student), queues, optimizer)
 
     dense_student = [parameter.detach().clone() for parameter in student.parameters()]
     dense_teacher = [parameter.clone() for parameter in dense_student]
@@ -253,7 +252,9 @@ def test_steps_equal_dense_steps(labels):
         expected = dense_step(
             step, images, dense_student, dense_teacher, velocity, dense_queue, method, 0.1
         )
-        measures = train_step(state, images, noisy, noisy, seed=0, backend="reference")
+        measures = train_step(
+            state, images, {"query": noisy, "key": noisy}, seed=0, backend="reference"
+        )
         assert abs(measures[0] - expected) < 1e-5 * expected
         for actual, wanted in zip(student.parameters(), dense_student, strict=True):
             torch.testing.assert_close(actual.detach(), wanted, rtol=1e-5, atol=1e-6)
@@ -298,15 +299,6 @@ def test_defaults_are_the_published_ones():
     }
 
 
-def test_the_page_is_frozen_documented_and_pure():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ASCL().momentum = 0.5
-    for field in dataclasses.fields(ASCL):
-        assert field.name in ASCL.__doc__
-    assert "2207.11163" in ascl.__doc__
-    assert "import torch" not in inspect.getsource(ascl)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -321,8 +313,10 @@ def test_the_page_is_frozen_documented_and_pure():
         ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
         ({"projector_hidden": -3}, "projector_hidden must be at least 1, got -3"),
         ({"num_splits": 0}, "num_splits must be at least 1, got 0"),
-        ({"student_view": "loud"}, "student_view must be one of .* got 'loud'"),
-        ({"teacher_view": ""}, "teacher_view must be one of .* got ''"),
+        ({"form": "simclr"}, "form must be one of .* got 'simclr'"),
+        ({"form": "byol", "labels": "ahcl"}, "labels must be soft or normal in the byol form"),
+        ({"projector_norm": "some"}, "projector_norm must be one of .* got 'some'"),
+        ({"momentum_schedule": "up"}, "momentum_schedule must be one of .* got 'up'"),
     ],
 )
 def test_wrong_numbers(arguments, message):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcl.training import checkpoint
+from softcl.training import checkpoint, rotation
 from softcl.training.checkpoint import (
     CheckpointError,
     read_checkpoint,
@@ -63,14 +63,14 @@ def test_every_damage_is_detected(tmp_path: Path):
     good = path.read_bytes()
     chooser = random.Random(0)
     places = [0, 1, len(good) - 1, len(good) - 65, len(good) - 79, len(good) - 80, len(good) - 81]
-    places += [chooser.randrange(len(good)) for _ in range(60)]
+    places += [chooser.randrange(len(good)) for _ in range(200)]
     for place in places:
         bad = bytearray(good)
         bad[place] ^= 1 << chooser.randrange(8)
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match="last.pt"):
             read_checkpoint(path)
-    for length in [0, 1, 79, 80, 81, *(chooser.randrange(len(good)) for _ in range(60))]:
+    for length in [0, 1, 79, 80, 81, *(chooser.randrange(len(good)) for _ in range(200))]:
         path.write_bytes(good[:length])
         with pytest.raises(CheckpointError, match="last.pt"):
             read_checkpoint(path)
@@ -143,6 +143,83 @@ def test_write_cut_short_by_the_system_keeps_the_old_checkpoint(tmp_path: Path):
         signal.signal(signal.SIGXFSZ, previous)
     assert read_checkpoint(path)["step"] == 1
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_file_system_keeps_the_old_checkpoint(tmp_path: Path):
+    """A tmpfs of 1 MiB that is really full."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        for step in (1, 2, 3):
+            rotation.write_rotating(place, make_state(step, rows=4096), keep=2)
+        names = sorted(os.listdir(place))
+        with pytest.raises(CheckpointError, match="No space left on device; the checkpoint before"):
+            rotation.write_rotating(place, make_state(4, rows=16_000), keep=2)
+        assert sorted(os.listdir(place)) == names == ["last-1.pt", "last.pt"]
+        assert read_checkpoint(place / "last.pt")["step"] == 3
+        assert read_checkpoint(place / "last-1.pt")["step"] == 2
+        rotation.write_rotating(place, make_state(4, rows=4096), keep=2)
+        assert read_checkpoint(place / "last-1.pt")["step"] == 3
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def steps_in(folder: Path) -> dict[str, int]:
+    return {path.name: read_checkpoint(path)["step"] for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_rotation_keeps_the_newest(tmp_path: Path, monkeypatch, keep: int, links: bool):
+    if not links:
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(rotation.os, "link", refuse)
+    for step in range(1, 7):
+        rotation.write_rotating(tmp_path, make_state(step), keep=keep)
+        numbers = range(1, min(keep, step))
+        expected = {"last.pt": step} | {f"last-{n}.pt": step - n for n in numbers}
+        assert steps_in(tmp_path) == expected
+    # Fewer from now on: the older ones go.
+    rotation.write_rotating(tmp_path, make_state(7), keep=1)
+    assert steps_in(tmp_path) == {"last.pt": 7}
+
+
+def test_the_best_outlives_the_rotation(tmp_path: Path):
+    for step in range(1, 6):
+        rotation.write_rotating(tmp_path, make_state(step), keep=2)
+        if step in (2, 3):
+            for _ in range(2):  # marking twice changes nothing
+                rotation.name_too(tmp_path / "last.pt", tmp_path / "best.pt")
+    assert steps_in(tmp_path) == {"last.pt": 5, "last-1.pt": 4, "best.pt": 3}
+
+
+def test_the_newest_whole_checkpoint_is_read(tmp_path: Path):
+    for step in range(1, 4):
+        rotation.write_rotating(tmp_path, make_state(step), keep=3)
+    for damaged, step in (("last.pt", 2), ("last-1.pt", 1)):
+        data = bytearray((tmp_path / damaged).read_bytes())
+        data[len(data) // 2] ^= 4
+        (tmp_path / damaged).write_bytes(data)
+        path, content, reasons = rotation.read_newest(tmp_path)
+        assert content["step"] == step and path.name == f"last-{3 - step}.pt"
+        assert len(reasons) == 3 - step and "last.pt: its checksum does not match" in reasons[0]
+    rotation.put_back(tmp_path, path)
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert (tmp_path / "set-aside.pt").exists()
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last-2.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last-1\.pt: its checksum"):
+        rotation.read_newest(tmp_path)
 
 
 _WRITER = """

@@ -32,7 +32,8 @@ def image_set(count: int = 512, size: int = 32, statistics: str = "shapes") -> I
 def test_every_field_is_a_flag_and_every_flag_a_field():
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     fields = {"--" + name.replace("_", "-") for name in field_names()}
-    assert flags - {"-h", "--help", "--no-fused"} == fields
+    negated = {flag for flag in flags if flag.startswith("--no-")}
+    assert flags - {"-h", "--help", "--config"} - negated == fields
 
 
 def test_flags_give_typed_values_and_only_those_given():
@@ -62,7 +63,7 @@ def test_identity_covers_what_a_run_computes_and_nothing_else():
     config = TrainConfig()
     samples = {int: 7, float: 0.25, str: "cpu", bool: True}
     for field in dataclasses.fields(TrainConfig):
-        value = samples[value_type(field)]
+        value = (field.metadata["choices"] or [samples[value_type(field)]])[-1]
         if field.name == "resume" or value == getattr(config, field.name):
             continue
         if field.name == "image_size":
@@ -76,8 +77,8 @@ def test_identity_covers_what_a_run_computes_and_nothing_else():
 def test_settings_come_from_the_methods_defaults():
     config, method, name = fill(TrainConfig(), image_set(), 32)
     assert name == "shapes" and config.arch == "resnet_tiny"
-    assert (config.queue_size, config.temperature, config.momentum) == (4096, 0.1, 0.99)
-    assert method.queue_size == 4096 and method.rule().name == "adaptive_soft"
+    assert (config.queue_size, config.temperature, config.momentum) == (512, 0.1, 0.99)
+    assert method.queue_size == 512 and method.rule().name == "adaptive_soft"
     assert all(
         getattr(config, field) is not None
         for field in ("epochs", "batch_size", "lr", "weight_decay", "sgd_momentum", "labels")
@@ -102,8 +103,8 @@ def test_defaults_follow_the_data(statistics: str, size: int, name: str):
 
 
 def test_defaults_shrink_to_small_data_and_short_runs():
-    config, _, _ = fill(TrainConfig(epochs=1), image_set(100), 32)
-    assert config.batch_size == 96  # a multiple of the 8 splits of batch norm
+    config, _, _ = fill(TrainConfig(epochs=1, num_splits=8), image_set(60), 32)
+    assert config.batch_size == 56  # a multiple of the 8 splits of batch norm
     assert config.warmup_epochs == pytest.approx(0.1)
 
 
@@ -111,10 +112,22 @@ def test_defaults_shrink_to_small_data_and_short_runs():
     "settings, message",
     [
         ({"batch_size": 1024}, "--batch-size 1024: larger than the data, which has 512 images"),
-        ({"batch_size": 100}, "--batch-size 100: must be a multiple of --num-splits 8"),
-        ({"batch_size": 8}, "--batch-size 8: leaves one image in each of --num-splits 8"),
+        (
+            {"batch_size": 100, "num_splits": 8},
+            "--batch-size 100: must be a multiple of --num-splits 8",
+        ),
+        (
+            {"batch_size": 8, "num_splits": 8},
+            "--batch-size 8: leaves one image in each of --num-splits 8",
+        ),
         ({"num_neighbors": 65, "queue_size": 64}, "--num-neighbors 65: more than the rows of"),
         ({"warmup_epochs": 5.0, "epochs": 4}, "--warmup-epochs 5.0: longer than the run"),
+        ({"accumulate": 3}, "--accumulate 3: --batch-size 64 must divide into equal parts"),
+        (
+            {"accumulate": 32, "num_splits": 8},
+            "--accumulate 32: .* of a multiple of --num-splits 8",
+        ),
+        ({"optimizer": "adamw", "sgd_momentum": 0.9}, "--sgd-momentum 0.9: does not apply"),
         ({"labels": "sofd"}, "--labels sofd: must be one of .*; did you mean soft"),
         ({"method": "asci"}, "--method asci: must be one of .*; did you mean ascl"),
     ],
@@ -179,7 +192,7 @@ REFUSED = [
     ("--warmup-epochs -1", "--warmup-epochs -1.0: must be at least 0"),
     ("--num-splits 0", "--num-splits 0: must be at least 1"),
     # names
-    ("--method ascd", "--method ascd: must be one of ascl; did you mean ascl?"),
+    ("--method ascd", "--method ascd: must be one of ascl, snclr, "),
     ("--labels softt", "must be one of soft, ahcl, hard, normal; did you mean soft?"),
     ("--backend tritom", "did you mean triton?"),
     ("--backend gpu", "--backend gpu: must be one of auto, cuda, triton, cpu, reference"),
@@ -189,6 +202,8 @@ REFUSED = [
     ("--arch resnet81", "--arch resnet81: unknown backbone; did you mean resnet"),
     ("--arch resnet_tin", "did you mean resnet_tiny?"),
     ("--data=", "--data '': must not be empty"),
+    ("--optimizer sdg", "must be one of sgd, lars, adamw; did you mean sgd?"),
+    ("--momentum-schedule cosin", "must be one of constant, cosine; did you mean cosine?"),
     # combinations
     ("--fused --backend reference", "--fused: backend reference is not fused"),
     ("--no-fused --backend cpu", "--no-fused means --backend reference"),
@@ -223,3 +238,99 @@ def test_help_fits_the_terminal(columns: int, monkeypatch, capsys):
     assert max(map(len, text.splitlines())) <= min(columns, 100)
     for name in field_names():
         assert "--" + name.replace("_", "-") in text
+
+
+GROUPS = ("data", "model", "method", "optimisation", "run", "evaluation", "other")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_on_a_group_fits_a_screen(group: str, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--epochs", "3", "--help", group])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(group) and 2 < len(lines) <= 40
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_overview_fits_a_screen_and_leads_to_the_rest(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    for line in ([], ["--epochs", "3"]):
+        with pytest.raises(SystemExit):
+            main([*line, "-h"])
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= 36 and "--help data" in text
+    with pytest.raises(SystemExit):
+        main(["--help", "all"])
+    everything = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"][:30] in " ".join(everything.split())
+    assert main(["--help", "modle"]) == 2
+    assert "did you mean model?" in capsys.readouterr().err
+
+
+def wrong_lines() -> list[str]:
+    """For every flag: misspelt, without its value, of the wrong type, and out of its range."""
+    lines = []
+    for field in dataclasses.fields(TrainConfig):
+        flag, kind, rule = "--" + field.name.replace("_", "-"), value_type(field), field.metadata
+        middle = len(flag) // 2 + 1
+        misspelt = [flag[:middle] + flag[middle + 1 :], flag + "x", flag[1:], flag.upper()]
+        lines += [f"{word} 1" for word in misspelt]
+        if kind is bool:
+            lines += [f"{flag}=1", f"{flag} 1"]
+            continue
+        lines += [flag, f"{flag} --seed 1"]
+        if kind is str:
+            lines.append(f"{flag}=")
+            lines += [f"{flag} nonsense"] if rule["choices"] else []
+            continue
+        lines += [f"{flag} one", f"{flag}=", f"{flag} 1,5", f"{flag} 1 2"]
+        lines += [f"{flag} {value}" for value in ("nan", "inf")] if kind is float else []
+        for name, step in (("at_least", -1), ("above", 0), ("at_most", 1)):
+            if rule[name] is not None:
+                lines.append(f"{flag} {rule[name] + step}")
+    return lines
+
+
+def test_hundreds_of_wrong_lines_end_in_three_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = wrong_lines()
+    assert len(set(lines)) >= 300
+    for line in lines:
+        assert main(line.split()) == 2, line
+        captured = capsys.readouterr()
+        error = captured.err.splitlines()
+        assert 1 <= len(error) <= 3 and "Traceback" not in captured.err, line
+        assert line.split()[0].split("=")[0] in error[0] or "unexpected" in error[0], line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_repeats_a_run(tmp_path):
+    stored = TrainConfig(lr=0.25, epochs=3, out="x", max_steps=5, labels="ahcl", fused=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": stored.to_dict(), "device": "cpu"}))
+    given = parse_flags(["--config", str(path), "--epochs", "7"])
+    again = TrainConfig(**given)
+    assert again == dataclasses.replace(stored, epochs=7, out=None, max_steps=None)
+    assert "out" not in given and "config" not in given
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not a JSON file"),
+        ("[1]", "holds no settings"),
+        ('{"config": {"epoch": 3}}', "unknown setting epoch; did you mean epochs?"),
+        ('{"config": {"epochs": "3"}}', "--epochs '3': must be of type int"),
+        ('{"config": {"lr": -1.0}}', "--lr -1.0: must be above 0"),
+    ],
+)
+def test_wrong_config_files(tmp_path, capsys, text: str, message: str):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert main(["--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["--config", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: No such file or directory" in capsys.readouterr().err

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softcl import evaluate
 from softcl.data import ImageSet
-from softcl.evaluate import KNN, eval_mode, extract, knn_predict, thinned, vote
+from softcl.evaluation import KNN, eval_mode, extract, knn_predict, nearest_rows, thinned, vote
+from softcl.evaluation import knn as knn_module
+from softcl.evaluation.features import sampled
 from softcl.training.picture import choose_queries, draw_neighbors, nearest
 
 CPU = torch.device("cpu")
@@ -73,16 +74,38 @@ def test_queries_go_in_pieces(monkeypatch):
     labels = torch.arange(40) % 3
     whole = knn_predict(queries, bank, labels, 3, num_neighbors=5)
     sizes = []
-    original = evaluate.queue_statistics
+    original = knn_module.queue_statistics
 
     def spy(vectors, *rest, **options):
         sizes.append(len(vectors))
         return original(vectors, *rest, **options)
 
-    monkeypatch.setattr(evaluate, "_PIECE", 10)
-    monkeypatch.setattr(evaluate, "queue_statistics", spy)
+    monkeypatch.setattr(knn_module, "_PIECE", 10)
+    monkeypatch.setattr(knn_module, "queue_statistics", spy)
     assert torch.equal(knn_predict(queries, bank, labels, 3, num_neighbors=5), whole)
     assert sizes == [10, 10, 3]
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("piece", [1, 7, 39, 40, 100])
+def test_a_bank_in_pieces_gives_the_same_neighbors(k: int, piece: int):
+    queries, bank = unit_rows(9, 8, 0), unit_rows(40, 8, 1)
+    bank[20:30] = bank[:10]  # ties across pieces: the lowest row wins
+    whole = nearest_rows(queries, bank, k)
+    pieces = nearest_rows(queries, bank, k, bank_piece=piece)
+    torch.testing.assert_close(whole[0], pieces[0])
+    assert torch.equal(whole[1], pieces[1])
+    exact = (queries @ bank.T / 0.1).sort(dim=1, descending=True, stable=True)
+    torch.testing.assert_close(pieces[0], exact.values[:, :k])
+
+
+def test_purity_counts_neighbors_of_the_same_class():
+    bank, queries = image_set(60, 3, 0), image_set(30, 3, 1)
+    knn = KNN(bank, queries, 8, CPU, num_neighbors=10)
+    rows = knn.features(lambda images: images.flatten(1))
+    assert knn.purity(*rows) == 1.0
+    bank.labels = torch.where(torch.arange(60) % 6 < 3, bank.labels, (bank.labels + 1) % 3)
+    assert 0.0 < knn.purity(*rows) < 1.0
 
 
 def test_accuracy_of_separable_and_of_shuffled_classes():
@@ -107,6 +130,14 @@ def test_large_sets_are_thinned_evenly():
     gaps = places.diff()
     assert len(places) == 1000 and places[0] == 0 and places[-1] < 1_000_003
     assert gaps.min() >= 1000 and gaps.max() <= 1001
+
+
+def test_a_sample_has_every_class_of_a_set_whose_classes_take_turns():
+    labels = torch.arange(2000) % 10
+    places = sampled(2000, 500)
+    assert len(places.unique()) == 500 and torch.equal(places, places.sort().values)
+    assert torch.bincount(labels[places], minlength=10).min() > 30
+    assert torch.equal(places, sampled(2000, 500)) and sampled(3, 10).tolist() == [0, 1, 2]
 
 
 def test_features_are_unit_rows_of_the_whole_image():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("timm")
 
 from softcl.nn import build_backbone, convert_split_batch_norm  # noqa: E402
+from softcl.nn.backbones import sincos_positions  # noqa: E402
 
 
 def features(backbone: nn.Module, image_size: int, N: int = 2) -> torch.Tensor:
@@ -188,3 +190,51 @@ def test_without_timm_the_error_names_the_extra():
     )
     assert "ImportError" in result.stderr.splitlines()[-1]
     assert "softcl[train]" in result.stderr.splitlines()[-1]
+
+
+# ---- MoCo v3's vision transformers ----
+
+
+@pytest.mark.parametrize(("name", "heads", "width"), [("tiny", 3, 192), ("small", 12, 384)])
+def test_moco3_vit_is_frozen_where_it_should_be(name, heads, width):
+    torch.manual_seed(0)
+    backbone = build_backbone(f"moco3_vit_{name}", 32)
+    assert backbone.num_features == width and len(backbone.blocks) == 12
+    assert all(block.attn.num_heads == heads for block in backbone.blocks)
+    assert "sin-cos positions, frozen patch embedding" in backbone.stem_rule
+    frozen = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    before = {n: p.clone() for n, p in backbone.named_parameters()}
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, weight_decay=0.1)
+    features(backbone, 32).square().sum().backward()
+    optimizer.step()
+    changed = {n for n, p in backbone.named_parameters() if not torch.equal(p, before[n])}
+    assert not changed & frozen and "blocks.0.attn.qkv.weight" in changed
+
+
+def test_moco3_vit_positions_and_start():
+    torch.manual_seed(0)
+    backbone = build_backbone("moco3_vit_tiny", 32)
+    positions = backbone.pos_embed[0]
+    assert positions.shape == (65, 192) and not positions[0].any()
+    grid = positions[1:].view(8, 8, 4, 48)
+    row, column, k = 5, 3, 7
+    frequency = 10000 ** (-k / 48)
+    expected = [f(x * frequency) for x in (column, row) for f in (math.sin, math.cos)]
+    assert grid[row, column, :, k].tolist() == pytest.approx(expected, abs=1e-6)
+    # Bounds of the uniform starts: Xavier's for each of query, key and value, and for a patch.
+    qkv = backbone.blocks[3].attn.qkv.weight
+    assert float(qkv.detach().abs().max()) == pytest.approx((6 / (192 + 192)) ** 0.5, rel=1e-3)
+    patch = backbone.patch_embed.proj.weight
+    bound = (6 / (3 * 4 * 4 + 192)) ** 0.5
+    assert float(patch.detach().abs().max()) == pytest.approx(bound, rel=1e-2)
+    assert float(backbone.cls_token.detach().abs().max()) < 1e-4
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_positions(2, 2, 6)
+
+
+def test_moco3_vit_at_its_own_size():
+    backbone = build_backbone("moco3_vit_small", 224)
+    assert backbone.patch_embed.patch_size == (16, 16) and backbone.pos_embed.shape == (1, 197, 384)
+    # 21.67 M as published for ViT-S without its classifier, positions included.
+    assert sum(p.numel() for p in backbone.parameters()) == 21_665_664

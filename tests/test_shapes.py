@@ -68,7 +68,7 @@ def test_the_pixels_are_those_written_down(train):
     torch.testing.assert_close(means, torch.tensor(MEANS, dtype=torch.float64), atol=0.01, rtol=0)
 
 
-MEANS = [143.0837, 112.6820, 118.7266, 125.4176]
+MEANS = [122.1546, 122.1904, 102.8799, 128.2048]
 
 
 def test_classes_are_balanced_and_factors_uniform(train):
@@ -115,7 +115,7 @@ def nearest_neighbor_accuracy(bank, queries, k: int) -> float:
 @pytest.mark.parametrize("k", [5, 200])
 def test_raw_pixels_do_not_tell_the_class(train, test, k):
     accuracy = nearest_neighbor_accuracy(train, test, k)
-    assert 0.12 < accuracy < 0.5
+    assert 0.1 < accuracy < 0.3
 
 
 def grid(side: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -10,10 +10,8 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from runs import assert_same_run
 
 from softcl import train
 from softcl.ops import BackendChoice
@@ -21,73 +19,6 @@ from softcl.train import main
 from softcl.training import checkpoint, run
 from softcl.training.checkpoint import read_checkpoint
 from softcl.training.run_folder import read_metrics
-
-TIMED = ("images_per_s", "data_wait", "seconds")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are computed faster by one thread, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """128 + 32 images of four classes (the direction of a bright stripe), as PNG files."""
-    root = tmp_path_factory.mktemp("images")
-    chooser = np.random.default_rng(0)
-    for split, count in (("train", 32), ("test", 8)):
-        for label in range(4):
-            path = root / split / f"class{label}"
-            path.mkdir(parents=True)
-            for number in range(count):
-                image = chooser.integers(0, 120, (16, 16, 3), dtype=np.uint8)
-                at = chooser.integers(3, 13)
-                view = np.rot90(image, label % 2)
-                view[at, :, label // 2 : label // 2 + 2] = 255
-                Image.fromarray(image).save(path / f"{number:03d}.png")
-    return root
-
-
-@pytest.fixture
-def flags(folder: Path, tmp_path: Path, monkeypatch) -> list[str]:
-    """A run of 2 epochs of 4 steps."""
-    monkeypatch.chdir(tmp_path)
-    line = "--epochs 2 --batch-size 32 --queue-size 64 --num-splits 2 --lr 0.05 --arch resnet_tiny "
-    line += "--projection-dim 16 --projector-hidden 32 --warmup-epochs 0.5 --device cpu"
-    return ["--data", str(folder), *line.split()]
-
-
-def assert_same(first, second, path: str = "") -> None:
-    """Nested states are equal to the last bit."""
-    assert type(first) is type(second), path
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), path
-        for key in first:
-            assert_same(first[key], second[key], f"{path}/{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), path
-        for i, (a, b) in enumerate(zip(first, second, strict=True)):
-            assert_same(a, b, f"{path}/{i}")
-    elif isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and torch.equal(first, second), path
-    else:
-        assert first == second or first != first, path
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, queue, optimiser and every logged number agree to the last bit."""
-    a, b = read_checkpoint(first / "last.pt"), read_checkpoint(second / "last.pt")
-    for name in ("step", "student", "teacher", "queue", "optimizer", "meter", "accuracy"):
-        assert_same(a[name], b[name], name)
-    rows = [
-        [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]
-        for path in (first / "metrics.jsonl", second / "metrics.jsonl")
-    ]
-    assert rows[0] == rows[1]
 
 
 def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys):
@@ -99,6 +30,8 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
         "config.json",
         "metrics.jsonl",
         "last.pt",
+        "last-1.pt",
+        "best.pt",
         "baselines.json",
         "result.json",
         "neighbors.png",
@@ -125,7 +58,7 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
     assert 0 <= baselines["untrained"] <= 1 and 0 <= baselines["pixels"] <= 1
     assert "raw pixels" in text and "untrained backbone" in text and "neighbors.png" in text
     state = read_checkpoint(out / "last.pt")
-    assert state["step"] == 8 and state["queue"]["rows"].shape == (64, 16)
+    assert state["step"] == 8 and state["queues"]["queue.rows"].shape == (64, 16)
 
 
 def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):
@@ -160,6 +93,22 @@ def test_resume_is_bit_exact_in_the_middle_of_an_epoch(
     assert main(["--resume", "parts/last.pt"]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert (tmp_path / "parts/result.json").exists()
+
+
+OTHER_WAYS = [
+    "--optimizer lars --no-decay-norms --lr 0.5",
+    "--optimizer adamw --clip-norm 0.5 --momentum-schedule cosine",
+    "--accumulate 4 --momentum-schedule cosine",
+]
+
+
+@pytest.mark.parametrize("line", OTHER_WAYS)
+def test_resume_is_bit_exact_whatever_the_optimizer(flags: list[str], tmp_path: Path, line: str):
+    flags = [*flags, *line.split(), "--knn-every", "0"]
+    assert main([*flags, "--out", "whole"]) == 0
+    assert main([*flags, "--out", "parts", "--max-steps", "3"]) == 0
+    assert main(["--resume", "parts"]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_resume_at_an_epochs_end_evaluates_once(flags: list[str], tmp_path: Path):
@@ -293,7 +242,7 @@ def test_resume_refuses_another_run(flags: list[str], tmp_path: Path, folder: Pa
     damaged = bytearray((tmp_path / "run/last.pt").read_bytes())
     damaged[1000] ^= 1
     (tmp_path / "run/last.pt").write_bytes(damaged)
-    assert main(["--resume", "run"]) == 1
+    assert main(["--resume", "run/last.pt"]) == 1
     error = capsys.readouterr().err
     assert "run/last.pt: its checksum does not match" in error and len(error.splitlines()) == 1
 
@@ -374,3 +323,31 @@ def test_eval_data_is_a_set_of_its_own(flags: list[str], folder: Path, tmp_path:
     bad = [*flags, "--eval-data", "shapes", "--out", "other"]
     assert main(bad) == 1
     assert "its classes are not those of" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_every_setting_and_writes_nothing(flags: list[str], tmp_path, capsys):
+    assert main([*flags, "--dry-run", "--out", "run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["config"]["lr"] == 0.05 and plan["config"]["temperature"] == 0.1
+    assert "128 images" in plan["images"] and plan["backend"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runs_config_file_repeats_it(flags: list[str], tmp_path: Path):
+    assert main([*flags, "--out", "first"]) == 0
+    assert main(["--config", "first/config.json", "--out", "second"]) == 0
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize("extra", [[], ["--student-view", "byol_second"]])
+def test_views_are_shown(flags: list[str], tmp_path: Path, capsys, extra: list[str]):
+    from PIL import Image
+
+    line = [*flags, *extra, "--show-views", "5"]
+    assert main([*line, "--dry-run"]) == 0
+    assert main([*line, "--max-steps", "1", "--out", "run"]) == 0
+    assert "views      run/views.png" in capsys.readouterr().out
+    assert (tmp_path / "views.png").read_bytes() == (tmp_path / "run/views.png").read_bytes()
+    with Image.open(tmp_path / "views.png") as sheet:
+        # 3 columns (image, student's, teacher's) and 5 rows of 96 pixels, two apart.
+        assert sheet.size == (3 * 98 + 2, 5 * 98 + 2)

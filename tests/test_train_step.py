@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from softcl.methods import ASCL
+from softcl.methods import method as method_module
 from softcl.nn import MemoryQueue, make_teacher
-from softcl.training import step as step_module
+from softcl.training.schedules import learning_rate
 from softcl.training.step import (
     MEASURES,
     StepRandom,
     TrainState,
     derived_seed,
-    learning_rate,
     train_step,
 )
 
@@ -29,7 +29,8 @@ def make_state(**settings) -> TrainState:
     torch.manual_seed(0)
     student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 16), nn.ReLU(), nn.Linear(16, 6))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, momentum=0.9)
-    return TrainState(method, student, make_teacher(student), MemoryQueue(24, 6), optimizer)
+    queues = nn.ModuleDict({"queue": MemoryQueue(24, 6)})
+    return TrainState(method, student, make_teacher(student), queues, optimizer)
 
 
 def noisy_view(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -42,7 +43,8 @@ def batch(seed: int) -> Tensor:
 
 
 def take_step(state: TrainState, number: int = 0, seed: int = 7) -> Tensor:
-    return train_step(state, batch(number), noisy_view, noisy_view, seed=seed, backend="reference")
+    views = {name: noisy_view for name in state.method.views()}
+    return train_step(state, batch(number), views, seed=seed, backend="reference")
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -56,18 +58,20 @@ def test_order_of_a_step(monkeypatch):
     student, teacher, rows = (
         weights(state.student),
         weights(state.teacher),
-        state.queue.rows.clone(),
+        state.queues["queue"].rows.clone(),
     )
     seen = {}
-    original = step_module.soft_contrastive_loss
+    original = method_module.soft_contrastive_loss
 
     def spy(query, key, queue, rule, **options):
-        seen.update(key=key, rows=queue.clone(), options=options, pointer=state.queue.pointer)
+        seen.update(
+            key=key, rows=queue.clone(), options=options, pointer=state.queues["queue"].pointer
+        )
         seen.update(teacher=weights(state.teacher), student=weights(state.student))
         assert query.requires_grad and not key.requires_grad
         return original(query, key, queue, rule, **options)
 
-    monkeypatch.setattr(step_module, "soft_contrastive_loss", spy)
+    monkeypatch.setattr(method_module, "soft_contrastive_loss", spy)
     take_step(state, 1)
     assert torch.equal(seen["rows"], rows) and seen["pointer"] == 8
     assert all(map(torch.equal, seen["student"], student))
@@ -76,9 +80,9 @@ def test_order_of_a_step(monkeypatch):
     assert all(map(torch.equal, weights(state.teacher), seen["teacher"]))
     assert not any(map(torch.equal, weights(state.student), student))
     unit = nn.functional.normalize(seen["key"], dim=1)
-    torch.testing.assert_close(state.queue.rows[8:16], unit)
-    assert torch.equal(state.queue.rows[:8], rows[:8])
-    assert torch.equal(state.queue.rows[16:], rows[16:])
+    torch.testing.assert_close(state.queues["queue"].rows[8:16], unit)
+    assert torch.equal(state.queues["queue"].rows[:8], rows[:8])
+    assert torch.equal(state.queues["queue"].rows[16:], rows[16:])
     assert seen["options"]["normalize"] and seen["options"]["temperature"] == 0.1
     assert seen["options"]["teacher_temperature"] == 0.05 and state.step == 2
 
@@ -113,7 +117,9 @@ def test_state_round_trip_continues_to_the_last_bit():
     for number in range(3, 6):
         assert torch.equal(take_step(whole, number), take_step(resumed, number))
     assert all(map(torch.equal, weights(whole.student), weights(resumed.student)))
-    assert torch.equal(whole.queue.rows, resumed.queue.rows) and resumed.step == 6
+    assert (
+        torch.equal(whole.queues["queue"].rows, resumed.queues["queue"].rows) and resumed.step == 6
+    )
 
 
 def test_training_lowers_the_loss():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from softcl.data import VIEWS, center_view, make_shapes, strong_view, weak_view
 from softcl.data.recipe import (
+    BYOL_FIRST,
+    BYOL_SECOND,
     COLOR_COLUMNS,
     CROP_COLUMNS,
     RECIPE,
@@ -89,6 +93,20 @@ def test_a_strong_view_without_color_is_a_crop():
     numbers = torch.rand((16, CROP_COLUMNS + COLOR_COLUMNS), generator=generator())
     crop = draw_crop(numbers[:, :CROP_COLUMNS], 32, 32)
     assert torch.equal(strong, normalize(crop_resize(images, crop, 32), MEAN, STD))
+
+
+def test_the_asymmetric_pair_solarizes_and_blurs_as_published():
+    """A constant bright image stays constant under crop and blur, so that its value tells all."""
+    assert (BYOL_FIRST.blur, BYOL_FIRST.solarize) == (1.0, 0.0)
+    assert (BYOL_SECOND.blur, BYOL_SECOND.solarize) == (0.1, 0.2)
+    for recipe in (BYOL_FIRST, BYOL_SECOND):
+        assert recipe.scale == (0.08, 1.0) and recipe.saturation == 0.2
+    bright = torch.full((4000, 3, 4, 4), 230, dtype=torch.uint8)
+    plain = dataclasses.replace(BYOL_SECOND, jitter=0.0, grayscale=0.0)
+    view = strong_view(bright, 4, (0, 0, 0), (1, 1, 1), generator(), recipe=plain)
+    inverted = (view.mean((1, 2, 3)) - 25 / 255).abs() < 1e-3
+    assert ((view.mean((1, 2, 3)) - 230 / 255).abs() < 1e-3).logical_xor(inverted).all()
+    assert 0.17 < float(inverted.float().mean()) < 0.23
 
 
 def test_grayscale_makes_channels_equal():

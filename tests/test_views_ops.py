@@ -254,3 +254,14 @@ def test_jitter_applies_the_operations_in_the_samples_order(order, hue_slot):
         color.jitter(pixels, color.Jitter(*parameters, counts=given))
         # A rotated hue amplifies the difference of the two grey formulas.
         assert (channels_first(pixels) - expected).abs().max() < 5 * GRAY_TOLERANCE
+
+
+def test_solarize_is_pillows():
+    from PIL import Image, ImageOps
+
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).expand(2, 16, 3, 16)
+    image = Image.fromarray(pixels[0].permute(0, 2, 1).contiguous().numpy())
+    expected = torch.from_numpy(np.asarray(ImageOps.solarize(image, 128)).copy())
+    got = color.solarize(pixels.float() / 255, torch.tensor([True, False]))
+    assert torch.equal((got[0] * 255).round().byte().permute(0, 2, 1), expected)
+    assert torch.equal(got[1], pixels[1].float() / 255)

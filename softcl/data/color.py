@@ -104,3 +104,9 @@ def _blend_slot(images: torch.Tensor, p: Jitter, slot: int, *, before_hue: bool)
         count = p.counts[slot]
         part = slice(count, None) if before_hue else slice(0, count)
         blend(images[part], p.kinds[part, slot], p.factors[part, slot])
+
+
+def solarize(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Images with every value from 128 / 255 up inverted, where chosen (N,); Pillow's threshold."""
+    inverted = torch.where(images < 128 / 255, images, 1.0 - images)
+    return torch.where(chosen.view(-1, 1, 1, 1), inverted, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -82,7 +82,7 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), pillow().Resampling.BILINEAR, box=box)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
     """(height, width) of an upright image, from its header."""
     with pillow().open(path) as image:
         width, height = image.size
@@ -90,7 +90,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def decode(path: str | Path, height: int, width: int) -> np.ndarray:
+def decode(path: str | Path | BinaryIO, height: int, width: int) -> np.ndarray:
     """Pixels (3, height, width) uint8 of the file; any exception means that it cannot be read."""
     with pillow().open(path) as image:
         image.draft(

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from softcl.data.image_set import DataError
+from softcl.data.listing import Listing, printable
+from softcl.data.splits import HOLD_OUT, held_out
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
 TRAIN = "train"
 TESTS = ("test", "val")
-HOLD_OUT = 10  # without test/ or val/, every tenth image of a class is held out
-
-
-@dataclass
-class Listing:
-    """Image files of one split, relative to `root`, with their labels where folders give them."""
-
-    root: Path
-    files: list[str]
-    labels: list[int] | None
-    classes: list[str]
-    notes: list[str] = field(default_factory=list)
-
-
-def printable(path: str | Path) -> str:
-    """The path as one line of text, whatever bytes its name holds."""
-    text = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _walk(
@@ -56,7 +39,7 @@ def _walk(
                 out.append(path)
 
 
-def _images(folder: Path) -> list[tuple[str, ...]]:
+def list_files(folder: Path) -> list[tuple[str, ...]]:
     """Paths of the images under a folder as tuples of names, sorted."""
     found: list[tuple[str, ...]] = []
     try:
@@ -87,7 +70,7 @@ def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
     folders = {TRAIN: root / TRAIN} if TRAIN in names else {}
     if tests:
         # ImageNet's test/ has no labels and its val/ has.
-        labelled = [name for name in tests if any(len(p) > 1 for p in _images(root / name))]
+        labelled = [name for name in tests if any(len(p) > 1 for p in list_files(root / name))]
         folders["test"] = root / (labelled or tests)[0]
     return folders
 
@@ -108,7 +91,7 @@ def list_folder(root: Path, split: str) -> Listing:
         raise DataError(f"{printable(root)}: not a folder")
     notes: list[str] = []
     folders = _split_folders(root, notes)
-    parts = {name: _images(folder) for name, folder in folders.items()} or {"": _images(root)}
+    parts = {name: list_files(folder) for name, folder in folders.items()} or {"": list_files(root)}
     if not any(parts.values()):
         kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
         raise DataError(f"{printable(root)}: no images in this folder (looked for {kinds})")
@@ -139,12 +122,9 @@ def _hold_out(chosen: list, split: str, labelled: bool, root: Path, notes: list[
             f"{printable(root)}: no test/ or val/ subfolder, and no class subfolders "
             "to hold images out of"
         )
-    seen: dict[str, int] = {}
-    result = []
-    for name, path in chosen:
-        seen[path[0]] = seen.get(path[0], 0) + 1
-        if (seen[path[0]] % HOLD_OUT == 0) == (split == "test"):
-            result.append((name, path))
+    number = {name: place for place, name in enumerate(sorted({path[0] for _, path in chosen}))}
+    places = held_out([number[path[0]] for _, path in chosen], split)
+    result = [chosen[place] for place in places]
     notes.append(
         f"no test/ or val/ subfolder: every {HOLD_OUT}th image of a class is held out for test"
     )

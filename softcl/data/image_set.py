@@ -24,7 +24,7 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
     # torchvision's constants for ImageNet-1k; also the choice for a set without a row here.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Measured on the first 20,000 training images of `shapes`, seed 0.
-    "shapes": ((0.501, 0.501, 0.501), (0.201, 0.201, 0.201)),
+    "shapes": ((0.5, 0.5, 0.5), (0.233, 0.233, 0.233)),
 }
 
 
@@ -50,6 +50,7 @@ class ImageSet:
     factors:    further int64 labels (M,), by name (`shapes` only)
     skipped:    "path: reason" for each unreadable image left out
     notes:      lines worth printing about how the set was read
+    data_format: how it is stored, a word of formats.FORMATS
     """
 
     images: torch.Tensor | DecodedOnDemand
@@ -62,6 +63,7 @@ class ImageSet:
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    data_format: str = "folder"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,7 +94,7 @@ class ImageSet:
     def describe(self) -> str:
         """One line for a log: how many images, their size, where they are, how normalised."""
         height, width = self.size
-        parts = [f"{self.name}: {len(self)} images", f"{width}x{height}"]
+        parts = [f"{self.name}: {len(self)} images", f"{width}x{height}", self.data_format]
         if isinstance(self.images, torch.Tensor):
             parts.append(f"{self.images.numel() / 1e6:.0f} MB in memory")
         else:

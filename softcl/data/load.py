@@ -1,4 +1,4 @@
-"""From a name or a folder to an `ImageSet`, resident where it fits in memory."""
+"""From a name or a path to an `ImageSet`, resident where it fits in memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from softcl.data import decode
-from softcl.data.folder import TESTS, TRAIN, Listing, list_folder, printable
+from softcl.data import cifar, decode, formats, stl10
+from softcl.data.folder import TESTS, TRAIN
+from softcl.data.formats import Found
 from softcl.data.image_set import STATISTICS, DataError, ImageSet
+from softcl.data.listing import Listing, printable
 from softcl.data.shapes import TEST_SIZE, TRAIN_SIZE, make_shapes
 
 SMALL = 128  # images of one size up to this many pixels a side are kept as they are
@@ -21,6 +24,7 @@ DEFAULT_SIZE = 224
 PROBES = 64  # files looked at to learn the images' size
 CHUNK = 32  # files per task of the decoding pool
 UNREADABLE_LIMIT = 0.01
+SPLITS = tuple(stl10.SPLITS)  # the last two are STL-10's alone
 
 
 def _default_memory_limit() -> int:
@@ -37,7 +41,7 @@ def _default_workers() -> int:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).splitlines()
+    text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)).splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
 
 
@@ -59,14 +63,13 @@ class LazyImages:
 
     def __init__(
         self,
-        root: Path,
-        files: list[str],
-        labels: list[int] | None,
+        listing: Listing,
         size: tuple[int, int],
         workers: int,
     ):
-        self.root, self.files, self.labels, self.size = root, files, labels, size
-        self.skipped: list[str] = []
+        self.listing, self.size = listing, size
+        self.root, self.files, self.labels = listing.root, listing.files, listing.labels
+        self.skipped: list[str] = list(listing.skipped)
         self._broken: set[int] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode")
@@ -90,7 +93,7 @@ class LazyImages:
             if candidate in self._broken:
                 continue
             try:
-                out[...] = decode.decode(self.root / self.files[candidate], *self.size)
+                out[...] = decode.decode(self.listing.open(candidate), *self.size)
                 return
             except Exception as error:
                 self._mark_broken(candidate, error)
@@ -111,9 +114,9 @@ def _probe(listing: Listing, requested: int | None) -> tuple[int, int]:
     """
     step = max(1, len(listing.files) // PROBES)
     sizes = set()
-    for file in listing.files[::step][:PROBES]:
+    for index in range(0, len(listing.files), step)[:PROBES]:
         try:
-            sizes.add(decode.image_size(listing.root / file))
+            sizes.add(decode.image_size(listing.open(index)))
         except ImportError:
             raise
         except Exception:
@@ -136,15 +139,16 @@ def _read_all(
     def read(start: int) -> None:
         for i in range(start, min(start + CHUNK, len(listing.files))):
             try:
-                array[i] = decode.decode(listing.root / listing.files[i], *size)
+                array[i] = decode.decode(listing.open(i), *size)
             except Exception as error:
                 broken[i] = f"{printable(listing.files[i])}: {_reason(error)}"
 
     with ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode") as pool:
         for _ in pool.map(read, range(0, len(listing.files), CHUNK)):
             pass
-    skipped = [broken[i] for i in sorted(broken)]
-    _refuse_if_many(listing.root, skipped, len(listing.files))
+    unreadable = [broken[i] for i in sorted(broken)]
+    _refuse_if_many(listing.root, unreadable, len(listing.files))
+    skipped = listing.skipped + unreadable
     kept = [i for i in range(len(listing.files)) if i not in broken]
     return (images[kept] if broken else images), kept, skipped
 
@@ -160,11 +164,16 @@ def known_statistics(root: Path) -> str:
     return "tiny" if plain.startswith("tiny") else "imagenet"
 
 
-def _load_folder(
-    root: Path, split: str, requested: int | None, memory_limit: int | None, workers: int | None
+def _load_listing(
+    listing: Listing,
+    found: Found,
+    split: str,
+    requested: int | None,
+    memory_limit: int | None,
+    workers: int | None,
 ) -> ImageSet:
+    """Decode a listing's images, now where they fit in memory, or else on demand."""
     decode.pillow()
-    listing = list_folder(root, split)
     workers = workers or _default_workers()
     size = _probe(listing, requested)
     limit = _default_memory_limit() if memory_limit is None else memory_limit
@@ -173,21 +182,51 @@ def _load_folder(
         images, kept, skipped = _read_all(listing, size, workers)
         labels = [labels[i] for i in kept] if labels else None
     else:
-        images = LazyImages(root, listing.files, labels, size, workers)
+        images = LazyImages(listing, size, workers)
         skipped = images.skipped
-    statistics = known_statistics(root)
-    mean, std = STATISTICS[statistics]
-    return ImageSet(
-        images=images,
-        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
-        classes=listing.classes,
-        mean=mean,
-        std=std,
-        name=f"{printable(root)} ({split})",
-        statistics=statistics,
+    return _image_set(
+        images,
+        torch.tensor(labels, dtype=torch.int64) if labels else None,
+        listing.classes,
+        found,
+        split,
         skipped=skipped,
         notes=listing.notes,
     )
+
+
+def _image_set(
+    images: torch.Tensor | LazyImages,
+    labels: torch.Tensor | None,
+    classes: list[str],
+    found: Found,
+    split: str,
+    **rest: Any,
+) -> ImageSet:
+    """The set, normalised by what its format or else its folder's name says it is."""
+    statistics = found.statistics or known_statistics(found.root)
+    mean, std = STATISTICS[statistics]
+    return ImageSet(
+        images,
+        labels,
+        classes if labels is not None else [],
+        mean,
+        std,
+        f"{printable(found.root)} ({split})",
+        statistics,
+        data_format=found.format,
+        **rest,
+    )
+
+
+def _load_arrays(found: Found, split: str) -> ImageSet:
+    """A set whose files hold raw pixels."""
+    if found.format == "cifar":
+        images, labels, classes = cifar.read(*found.place, split)
+    else:
+        images, labels, classes = stl10.read(found.place, split)
+    tensor = None if labels is None else torch.from_numpy(labels)
+    return _image_set(torch.from_numpy(images), tensor, classes, found, split)
 
 
 def _load_shapes(spec: str, split: str) -> ImageSet:
@@ -215,25 +254,53 @@ def load_dataset(
     image_size: int | None = None,
     memory_limit: int | None = None,
     workers: int | None = None,
+    data_format: str = "auto",
 ) -> ImageSet:
     """The data set that `spec` names.
 
     spec          "shapes"; "shapes:N" for N training images (the test split has always 2,000); or
-                  the path of a folder of images ("./shapes" for a folder of that name)
-    split         "train", "test" or "all"
-    image_size    pixels a side to store a folder's images in, unless they all have one size that
-                  is no larger; default 224, where images of one size up to 128 pixels are kept
+                  a path ("./shapes" for a folder of that name), see softcl/data/formats.py
+    split         "train", "test" or "all"; for STL-10 also "unlabeled" and "train+unlabeled"
+    image_size    pixels a side to store image files in, unless they all have one size that is no
+                  larger; default 224, where images of one size up to 128 pixels are kept. Sets of
+                  raw pixels keep their size.
     memory_limit  bytes of pixels above which images are decoded on demand; default a quarter of
                   the machine's memory
     workers       threads that decode; default the cores, at most 16
+    data_format   a word of formats.FORMATS, or "auto"
 
     Raises DataError, one line that names the path, where the data cannot be read; ImportError,
     naming the extra, without pillow.
     """
-    if split not in ("train", "test", "all"):
-        raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
+    if split not in SPLITS:
+        known = ", ".join(map(repr, SPLITS))
+        raise ValueError(f"split must be one of {known}, got {split!r}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
-    if spec == "shapes" or spec.startswith("shapes:"):
+    generated = is_generated(spec) and data_format in ("auto", "shapes")
+    found = None if generated else formats.find(Path(spec).expanduser(), data_format)
+    if split not in ("train", "test", "all") and (generated or found.format != "stl10"):
+        raise DataError(f"{printable(spec)}: split {split!r} is STL-10's alone")
+    if generated:
         return _load_shapes(spec, split)
-    return _load_folder(Path(spec).expanduser(), split, image_size, memory_limit, workers)
+    if found.format in ("cifar", "stl10"):
+        return _load_arrays(found, split)
+    listing = formats.LISTINGS[found.format](found.place, split)
+    return _load_listing(listing, found, split, image_size, memory_limit, workers)
+
+
+def is_generated(spec: str) -> bool:
+    """Whether `spec` names the generated set."""
+    return spec == "shapes" or spec.startswith("shapes:")
+
+
+def training_split(spec: str, data_format: str = "auto") -> str:
+    """The split meant for training without labels: STL-10's has the unlabeled images too.
+
+    Raises:
+        DataError: as `load_dataset`.
+    """
+    if is_generated(spec) and data_format in ("auto", "shapes"):
+        return "train"
+    found = formats.find(Path(spec).expanduser(), data_format)
+    return stl10.PRETRAINING if found.format == "stl10" else "train"

@@ -27,9 +27,16 @@ class Recipe:
     grayscale: float = 0.2
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarize: float = 0.0  # values from 128 / 255 up are inverted
 
 
 RECIPE = Recipe()
+
+# The asymmetric pair of BYOL and MoCo v3 (github.com/facebookresearch/moco-v3), which SNCLR and SCE
+# use on ImageNet.
+_PAIR = {"scale": (0.08, 1.0), "saturation": 0.2}
+BYOL_FIRST = Recipe(**_PAIR, blur=1.0)
+BYOL_SECOND = Recipe(**_PAIR, blur=0.1, solarize=0.2)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ texture, colour, size and position, drawn independently of the class and of each
 its companions, have their own. Rotation, contrast, ground and noise are drawn too, without labels.
 
 Companions make the shape the one thing that any two crops of an image share, so that contrastive
-learning has to find it, while pixels one by one say little about it. Colours are faint for the same
-reason: crops that could be matched by colour alone would teach nothing about shape.
+learning has to find it, while pixels one by one say little about it. They are many and as small as
+the one in front: every crop then has whole figures in it, and their places and shades, which could
+tell one image from another without its shape, average out. Colours are faint for the same reason:
+crops that could be matched by colour alone would teach nothing about shape.
 
 Image `index` of a split and seed is a pure function of these three, whatever the size of the set,
 and the splits use different streams of random numbers. A figure is a signed distance function in a
@@ -39,8 +41,8 @@ SIZES = 4
 POSITIONS = 9  # cells of a 3x3 grid, row by row
 
 # Lengths in halves of the image's side, angles in radians, colours in [0, 1].
-MIN_RADIUS, MAX_RADIUS = 0.4, 0.62
-COMPANIONS, COMPANION_RADIUS = 4, (0.26, 0.38)
+MIN_RADIUS, MAX_RADIUS = 0.28, 0.36
+COMPANIONS, COMPANION_RADIUS = 12, (0.24, 0.34)
 SPREAD = 0.5  # centres lie in [-SPREAD, SPREAD] both ways
 MAX_ANGLE = np.pi / 6
 CHROMA = (0.03, 0.08)
@@ -221,4 +223,5 @@ def make_shapes(number: int, split: str = "train", *, seed: int = 0) -> ImageSet
         name=f"shapes ({split})",
         statistics="shapes",
         factors=factors,
+        data_format="shapes",
     )

@@ -7,21 +7,25 @@ on the GPU with no synchronisation and no shape that depends on the data.
 
     strong  crop, flip, colour jitter (p 0.8), grayscale (p 0.2), blur (p 0.5), normalise
     weak    crop, flip, normalise
+    byol_first, byol_second    strong with wider crops; blurred always, and seldom but solarized
 
-These are the recipes of MoCo v2, ReSSL and ASCL. Pixels stay floating point from the crop to the
-end, where the originals round to uint8 after each operation.
+The first two are the recipes of MoCo v2, ReSSL and ASCL, the pair that of BYOL and MoCo v3. Pixels
+stay floating point from the crop to the end, where the originals round to uint8 after each
+operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from softcl.data import color
 from softcl.data.image_set import Triple
 from softcl.data.recipe import (
+    BYOL_FIRST,
+    BYOL_SECOND,
     COLOR_COLUMNS,
     CROP_COLUMNS,
     RECIPE,
@@ -139,13 +143,17 @@ def strong_view(
 ) -> torch.Tensor:
     """Crop, flip, colour jitter, grayscale, blur, normalise: float32 (N, 3, size, size)."""
     _check(images, size)
-    uniform = _draw(images, CROP_COLUMNS + COLOR_COLUMNS, generator)
+    columns = CROP_COLUMNS + COLOR_COLUMNS
+    uniform = _draw(images, columns + (recipe.solarize > 0), generator)
     crop = draw_crop(uniform[:, :CROP_COLUMNS], *images.shape[-2:], recipe)
-    colors = draw_colors(uniform[:, CROP_COLUMNS:], recipe)
+    colors = draw_colors(uniform[:, CROP_COLUMNS:columns], recipe)
     apply_colors = color_chosen if uniform.device.type == "cpu" else color_masked
     with _full_precision(images):
-        pixels = crop_resize(images, crop.to(images.device), size)
-        return normalize(apply_colors(pixels, colors), mean, std)
+        pixels = apply_colors(crop_resize(images, crop.to(images.device), size), colors)
+        if recipe.solarize > 0:
+            chosen = (uniform[:, columns] < recipe.solarize).to(images.device, non_blocking=True)
+            pixels = color.solarize(pixels, chosen)
+        return normalize(pixels, mean, std)
 
 
 @torch.no_grad()
@@ -179,4 +187,9 @@ def center_view(images: torch.Tensor, size: int, mean: Triple, std: Triple) -> t
 
 
 View = Callable[[torch.Tensor, int, Triple, Triple, torch.Generator], torch.Tensor]
-VIEWS: dict[str, View] = {"strong": strong_view, "weak": weak_view}
+VIEWS: dict[str, View] = {
+    "strong": strong_view,
+    "weak": weak_view,
+    "byol_first": partial(strong_view, recipe=BYOL_FIRST),
+    "byol_second": partial(strong_view, recipe=BYOL_SECOND),
+}

@@ -30,11 +30,28 @@ it is; backward; SGD; then the keys t enter the queue.
 Both encoders use split batch norm with 8 splits, and the teacher sees the batch shuffled. K counts
 the queue's rows even while they are still random, so training starts close to MoCo (c is about 0.18
 for K = 4096, D = 128) and the soft part grows as the teacher sharpens.
+
+form = "byol" is the code's second use. The relations are those of the batch, each row without
+itself, so that c = 1 - H / log(N - 1); there is no queue and no softmax in the loss, and the
+student has a predictor:
+
+    h    = normalise(predictor(projector(backbone(strong view))))    gradient
+    loss = mean over the batch of sum_j y_j (2 - 2 h . t_j) = 2 - 2 h . m,     y_ii = 1 before / sum
+
+The predictor's hidden layer has 512 units and batch norm; the teacher's batch is not shuffled.
+labels = "normal" is one-sided BYOL, which the code makes of "ahcl" and "hard" too: those are
+refused here. The code returns the vector of losses, which cannot be differentiated; the mean is
+meant.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
@@ -43,64 +60,36 @@ from softcl.labels import (
     LabelRule,
     NeighborLabels,
 )
-from softcl.methods.defaults import Defaults
+from softcl.methods.defaults import Defaults, shapes_defaults
+from softcl.methods.method import Batch, QueueMethod, Result
+from softcl.ops import Diagnostics, label_mean
 
 LABELS = ("soft", "ahcl", "hard", "normal")
-VIEWS = ("strong", "weak")
 
 
 @dataclass(frozen=True)
-class ASCL:
+class ASCL(QueueMethod):
     """The method's numbers; the defaults are the code's for CIFAR, STL-10 and Tiny-ImageNet.
 
     Attributes:
+        form: "moco" or "byol", see the module's text.
         labels: "soft", "ahcl", "hard" or "normal", see the module's formulas.
         num_neighbors: n; unused with labels="normal". n <= queue_size.
-        temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax over the queue.
-        momentum: of the teacher, constant.
-        queue_size: K.
-        projection_dim: D.
-        projector_hidden: width of the projector's hidden layer.
-        num_splits: splits of the batch norm in both encoders; 1 for plain batch norm.
-        student_view, teacher_view: "strong" or "weak".
-        positive: whether the positive is in the student's denominator.
     """
 
+    form: str = "moco"
     labels: str = "soft"
     num_neighbors: int = 1
-    temperature: float = 0.1
-    teacher_temperature: float = 0.05
-    momentum: float = 0.99
-    queue_size: int = 4096
-    projection_dim: int = 128
-    projector_hidden: int = 2048
-    num_splits: int = 8
-    student_view: str = "strong"
-    teacher_view: str = "weak"
-    positive: bool = True
+
+    CHOICES = {"form": ("moco", "byol"), "labels": LABELS}
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("labels", LABELS),
-            ("student_view", VIEWS),
-            ("teacher_view", VIEWS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("queue_size", "projection_dim", "projector_hidden", "num_splits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.num_neighbors <= self.queue_size:
-            raise ValueError(
-                f"num_neighbors must be in [0, queue_size={self.queue_size}], "
-                f"got {self.num_neighbors}"
-            )
-        for name in ("temperature", "teacher_temperature"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
+        super().__post_init__()
+        if self.form == "byol" and self.labels not in ("soft", "normal"):
+            raise ValueError(f"labels must be soft or normal in the byol form, got {self.labels!r}")
+        if self.form == "byol" and self.predictor_hidden == 0:
+            # The code's, and no choice: without a predictor this loss collapses.
+            object.__setattr__(self, "predictor_hidden", 512)
 
     def rule(self) -> LabelRule:
         """The label rule for ``softcl.soft_contrastive_loss``."""
@@ -112,8 +101,40 @@ class ASCL:
             return NeighborLabels(self.num_neighbors)
         return HardLabels()
 
+    @property
+    def shuffles(self) -> bool:
+        return self.form == "moco" and super().shuffles
 
-def _small(arch: str, image_size: int, **changes: float) -> Defaults:
+    def queues(self) -> dict[str, int]:
+        return super().queues() if self.form == "moco" else {}
+
+    def keys(self, batch: Batch) -> dict[str, Tensor]:
+        return super().keys(batch) if self.form == "moco" else {}
+
+    def options(self) -> frozenset[str]:
+        in_batch = self.form == "byol" and self.labels == "soft"
+        return frozenset({"excluded"} if in_batch else ())
+
+    def loss(self, batch: Batch) -> Result:
+        return super().loss(batch) if self.form == "moco" else self.batch_loss(batch)
+
+    def batch_loss(self, batch: Batch) -> Result:
+        """The BYOL form: 2 - 2 h . m with the label mean m over the batch's own keys."""
+        rows, shown = [], []
+        for view, other in zip(self.student_sees(), self.teacher_sees(), strict=True):
+            h = normalize(batch.predicted[view], dim=1)
+            t = normalize(batch.teacher[other], dim=1)
+            own = torch.arange(len(t), device=t.device)
+            labels = label_mean(
+                self.rule(), t, t, teacher_temperature=self.teacher_temperature,
+                excluded=own if self.options() else None, backend=batch.backend,
+            )  # fmt: skip
+            rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
+            shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))
+        return Result(torch.cat(rows), shown[0])
+
+
+def _small(arch: str, image_size: int, **changes: Any) -> Defaults:
     """The code's main.py defaults, which it uses for every small data set."""
     return Defaults(
         method=ASCL(**changes),  # the class defaults are main.py's
@@ -152,17 +173,5 @@ DEFAULTS: dict[str, Defaults] = {
         weight_decay=1e-4,
         warmup_epochs=0,
     ),
-    # The generated set: no paper. Ours, for a run of minutes on two CPU cores, where a backbone
-    # that small needs no wide projector. The method's other numbers stay the small-data ones.
-    "shapes": Defaults(
-        method=ASCL(projector_hidden=512),
-        arch="resnet_tiny",
-        image_size=32,
-        epochs=8,
-        batch_size=256,
-        lr=0.06,
-        sgd_momentum=0.9,
-        weight_decay=5e-4,
-        warmup_epochs=1,
-    ),
+    "shapes": shapes_defaults(ASCL(queue_size=512, projector_hidden=512, num_splits=1)),
 }

@@ -12,6 +12,12 @@ the usual one for CIFAR:
 48, 96 and 192 channels. Its 3x3 convolution has stride 2: a training step at 32 px then costs half
 of what 16, 32, 64 and 128 channels cost with stride 1.
 
+``moco3_vit_small`` and ``moco3_vit_base`` are the vision transformers of MoCo v3 (Chen, Xie and He,
+arXiv 2104.02057; released code), which SNCLR uses: timm's, with 12 heads each, fixed 2-D sin-cos
+position embeddings (none for the class token), the patch embedding frozen at its random start, and
+Xavier initialisation with query, key and value as three matrices. ``moco3_vit_tiny`` is the same of
+192 features and 3 heads, for tests and CPUs; it has no counterpart there.
+
 Models that need a fixed image size are built for ``image_size``. Vision transformers also get
 smaller patches at 64 px and below: the largest divisor of image_size that is at most image_size //
 7, which is 4 at 32 px and 8 at 64 px (64 patches each).
@@ -34,6 +40,13 @@ ALIASES = {
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
 }
+# MoCo v3's, made from timm's plain ones: name -> timm's name and the number of heads.
+MOCO3_VITS = {
+    "moco3_vit_tiny": ("vit_tiny_patch16_224", 3),
+    "moco3_vit_small": ("vit_small_patch16_224", 12),
+    "moco3_vit_base": ("vit_base_patch16_224", 12),
+}
+ALIASES |= {name: full for name, (full, _) in MOCO3_VITS.items()}
 PATCH_MODULES = ("timm.models.vision_transformer", "timm.models.deit")  # take a patch_size
 # timm's ResNet class with BasicBlocks, sized for CPUs.
 OWN_RESNETS = {"resnet_tiny": {"layers": (1, 1, 1, 1), "channels": (24, 48, 96, 192)}}
@@ -77,6 +90,9 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     _check_patches(backbone, name, image_size)
     if isinstance(backbone, timm.models.resnet.ResNet):
         rule = _fit_resnet_stem(backbone, image_size, stride=2 if name in OWN_RESNETS else 1)
+    if name in MOCO3_VITS:
+        _make_moco3(backbone)
+        rule += ", sin-cos positions, frozen patch embedding"
     backbone.num_features = _count_features(backbone, name, image_size)
     backbone.stem_rule = rule
     return backbone
@@ -100,6 +116,8 @@ def _options(name: str, image_size: int) -> tuple[dict[str, Any], str]:
     if config is None or not config.fixed_input_size:
         return {}, "as defined"
     options: dict[str, Any] = {"img_size": image_size}
+    if name in MOCO3_VITS:
+        options["num_heads"] = MOCO3_VITS[name][1]
     rule = f"built for {image_size} px"
     if module in PATCH_MODULES and image_size <= SMALL_IMAGE:
         options["patch_size"] = _small_patch(name, image_size)
@@ -122,6 +140,48 @@ def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
             f"{name!r} cannot take {image_size} px images: "
             f"its patches of {patch[0]} px do not divide them"
         )
+
+
+def _make_moco3(vit: nn.Module) -> None:
+    """Initialise a timm ViT as MoCo v3 does, and freeze what it freezes."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in vit.blocks:
+        out, into = block.attn.qkv.weight.shape  # three matrices on top of each other
+        bound = (6.0 / (out // 3 + into)) ** 0.5
+        nn.init.uniform_(block.attn.qkv.weight, -bound, bound)
+    projection = vit.patch_embed.proj
+    bound = (6.0 / (projection.weight[0].numel() + projection.out_channels)) ** 0.5
+    nn.init.uniform_(projection.weight, -bound, bound)
+    nn.init.zeros_(projection.bias)
+    projection.requires_grad_(False)
+    nn.init.normal_(vit.cls_token, std=1e-6)
+    positions = sincos_positions(*vit.patch_embed.grid_size, projection.out_channels)
+    class_position = torch.zeros(vit.num_prefix_tokens, positions.shape[1])
+    vit.pos_embed = nn.Parameter(torch.cat([class_position, positions])[None], requires_grad=False)
+
+
+def sincos_positions(rows: int, columns: int, dim: int) -> torch.Tensor:
+    """Fixed 2-D position embeddings (rows * columns, dim), rows outermost.
+
+    A quarter each of sin and cos of the column and of the row times 10000^(-k / (dim / 4)).
+
+    Raises:
+        ValueError: dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"dim must be a multiple of 4 for 2-D sin-cos positions, got {dim}")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64),
+        torch.arange(columns, dtype=torch.float64),
+        indexing="ij",
+    )
+    x, y = x.flatten()[:, None] * frequency, y.flatten()[:, None] * frequency
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
 
 
 def _own_resnet(name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Projector, and the encoder made of a backbone and a projector."""
+"""Heads (projector, predictor), and the encoder made of a backbone and a projector."""
 
 from __future__ import annotations
 
@@ -20,6 +20,43 @@ class Projector(nn.Sequential):
         super().__init__(
             nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
         )
+
+
+HEAD_NORMS = ("none", "hidden", "all", "plain")
+
+
+def build_head(
+    in_dim: int, hidden_dim: int, out_dim: int, *, layers: int = 2, norm: str = "none"
+) -> nn.Sequential:
+    """A projector or predictor: ``layers`` linear layers with a ReLU between them.
+
+    Args:
+        hidden_dim: width between the layers; unused for one layer.
+        norm: its batch norm. "none"; "hidden", between each hidden layer and its ReLU; "all", after
+            the last layer too; "plain", as "all" with linear layers without bias and the last
+            batch norm without weight and bias (MoCo v3).
+
+    Raises:
+        ValueError: a width or the number of layers is below 1, or ``norm`` is unknown.
+    """
+    if norm not in HEAD_NORMS:
+        raise ValueError(f"norm must be one of {', '.join(HEAD_NORMS)}, got {norm!r}")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    if norm == "none" and layers == 2:
+        return Projector(in_dim, hidden_dim, out_dim)
+    widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+    if min(widths) < 1:
+        raise ValueError(f"widths must be at least 1, got {widths}")
+    head = nn.Sequential()
+    for number, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+        last = number == layers
+        head.append(nn.Linear(before, after, bias=norm != "plain"))
+        if norm in ("all", "plain") or (norm == "hidden" and not last):
+            head.append(nn.BatchNorm1d(after, affine=not (last and norm == "plain")))
+        if not last:
+            head.append(nn.ReLU(inplace=True))
+    return head
 
 
 class Encoder(nn.Module):

@@ -2,20 +2,29 @@
 
     queue_statistics        log-sum-exp, mean, entropy and nearest rows of a queue, for each vector
     soft_contrastive_loss   cross-entropy against the soft labels of a rule, with its exact gradient
+    label_mean              the labels' mean alone, for losses that are no cross-entropy
 
-Both visit the queue once, in one of several backends (see :mod:`softcl.ops.backends`), and never
+All visit the queue once, in one of several backends (see :mod:`softcl.ops.backends`), and never
 hold an N x K matrix. The arguments are checked here; a backend may rely on them.
+
+Options, and which backends have them:
+
+    positive, normalize, filled          every backend
+    queries_per_key, label_sum           every backend: keys repeated, losses scaled
+    virtual_logit                        every backend: each half of the pass in a call
+    gradient to the queue (statistics)   every backend: one more pass in PyTorch, in pieces
+    excluded                             those with it in their ``OPTIONS``: `options_of(name)`
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcl.labels import LabelRule
+from softcl.labels import HardLabels, LabelRule, MixedLabels
 from softcl.ops import library as _library  # noqa: F401  (registers torch.ops.softcl)
 from softcl.ops.backends import (
     BACKENDS,
@@ -25,22 +34,40 @@ from softcl.ops.backends import (
     UnsupportedBackendError,
     check_backend_name,
     choose,
+    options_of,
 )
+from softcl.ops.checks import (
+    REDUCTIONS,
+    all_finite,
+    check_constant_rows,
+    check_count,
+    check_excluded,
+    check_filled,
+    check_rows,
+    check_rows_like,
+    check_temperature,
+    explain_non_finite,
+    shape_of,
+    values_are_at_hand,
+)
+from softcl.ops.compose import LabelMean, compose_label_mean, towards
+from softcl.ops.reference import sum_dtype, unit_rows
 
 __all__ = [
     "BACKENDS",
     "FUSED_BACKENDS",
     "BackendChoice",
     "Diagnostics",
+    "LabelMean",
     "QueueStatistics",
+    "REDUCTIONS",
     "UnsupportedBackendError",
     "choose_backend",
+    "label_mean",
+    "options_of",
     "queue_statistics",
     "soft_contrastive_loss",
 ]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class QueueStatistics(NamedTuple):
@@ -72,13 +99,13 @@ class Diagnostics(NamedTuple):
         confidence: clamp(1 - H / log K, 0, 1) of the teacher's softmax, (N,).
         entropy: H, in nats, (N,).
         positive_rank: how many queue rows are more similar to the query than its positive, (N,)
-            int64; 0 is a top-1 hit of instance discrimination.
+            int64; 0 is a top-1 hit of instance discrimination. None for losses without a softmax.
         neighbor_indices: the teacher's nearest queue rows that the rule read, (N, n) int64.
     """
 
     confidence: Tensor | None
     entropy: Tensor | None
-    positive_rank: Tensor
+    positive_rank: Tensor | None
     neighbor_indices: Tensor | None
 
 
@@ -89,6 +116,7 @@ def queue_statistics(
     *,
     num_neighbors: int = 0,
     sums: bool = True,
+    excluded: Tensor | None = None,
     backend: str = "auto",
 ) -> QueueStatistics:
     """Softmax statistics of every vector over a queue, and its nearest rows, in one pass.
@@ -98,15 +126,18 @@ def queue_statistics(
 
     This is attention with keys = values = queue that also returns its normaliser, its entropy and
     an exact top-k. It is differentiable in ``vectors``: ``lse`` and ``neighbor_logits`` at no extra
-    pass, ``mean`` and ``entropy`` with one more.
+    pass, ``mean`` and ``entropy`` with one more. Where ``queue`` requires grad (the other vectors
+    of a batch), it is differentiable in it too, with one more pass.
 
     Args:
         vectors: (N, D) rows of unit norm; float32, bfloat16, float16 or float64.
-        queue: (K, D) rows of unit norm, constant; its dtype may differ from the vectors'.
+        queue: (K, D) rows of unit norm; its dtype may differ from the vectors'.
         temperature: > 0, divides the cosines.
         num_neighbors: k, 0 <= k <= K.
         sums: False searches neighbours alone, at less than half the work; ``lse``, ``mean`` and
             ``entropy`` then have no rows.
+        excluded: (N,) int64, for each vector a queue row that takes no part in its statistics
+            (its own, where the queue is the batch), or -1 for none. K is then one less.
         backend: "auto" or the name of one backend, which then runs or raises.
 
     Returns:
@@ -116,25 +147,26 @@ def queue_statistics(
         TypeError, ValueError: an argument is unusable; the message names it and its value.
         UnsupportedBackendError: the backend asked for cannot run this call.
     """
-    _check_rows("vectors", vectors)
-    _check_constant_rows("queue", queue, vectors, "vectors")
-    _check_temperature("temperature", temperature)
-    _check_count("num_neighbors", num_neighbors, queue.shape[0])
+    check_rows("vectors", vectors)
+    check_rows_like("queue", queue, vectors, "vectors")
+    check_temperature("temperature", temperature)
+    check_excluded(excluded, vectors, queue.shape[0])
+    check_count("num_neighbors", num_neighbors, queue.shape[0] - (excluded is not None))
     check_backend_name(backend)
     statistics = QueueStatistics(
         *torch.ops.softcl.queue_statistics(
-            vectors, queue, float(temperature), num_neighbors, bool(sums), backend
+            vectors, queue, float(temperature), num_neighbors, bool(sums), backend, excluded
         )
     )
     shown = statistics.lse if sums else statistics.neighbor_logits
-    if _values_are_at_hand(shown) and not _all_finite(shown):
-        _explain_non_finite(vectors=vectors, queue=queue)
+    if values_are_at_hand(shown) and not all_finite(shown):
+        explain_non_finite(vectors=vectors, queue=queue)
     return statistics
 
 
 def soft_contrastive_loss(
     query: Tensor,  # (N, D)
-    key: Tensor,  # (N, D)
+    key: Tensor,  # (N, D), or (N / queries_per_key, D)
     queue: Tensor,  # (K, D)
     rule: LabelRule,
     *,
@@ -144,6 +176,10 @@ def soft_contrastive_loss(
     reduction: str = "mean",
     normalize: bool = False,
     filled: int | None = None,
+    excluded: Tensor | None = None,
+    queries_per_key: int = 1,
+    virtual_logit: bool = False,
+    label_sum: float | Tensor = 1.0,
     diagnostics: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Diagnostics]:
@@ -170,6 +206,13 @@ def soft_contrastive_loss(
             float32 and rounded to their dtype, and the gradient goes through the division.
         filled: only the first ``filled`` rows of the queue take part, and K is that number;
             None for all. A ring that is still filling has its valid rows first.
+        excluded: (N,) int64, for each query a queue row that takes part neither in the student's
+            nor in the teacher's softmax, or -1 for none. K is then one less.
+        queries_per_key: V queries share a key: query i has the key i mod (N / V), as when the
+            crops of a batch are stacked (multi-crop).
+        virtual_logit: the teacher's softmax has one more entry of logit 0, whose share goes to the
+            positive (the released code of SCE); for :class:`MixedLabels` alone.
+        label_sum: what the labels of a row sum to, a number or (N,); scales its loss.
         diagnostics: also return :class:`Diagnostics`.
         backend: "auto" or the name of one backend, which then runs or raises.
 
@@ -185,32 +228,43 @@ def soft_contrastive_loss(
 
     Sources: methods and formulas are cited at each rule in :mod:`softcl.labels`.
     """
-    _check_rows("query", query)
-    _check_constant_rows("key", key, query, "query")
-    _check_constant_rows("queue", queue, query, "query")
-    if key.shape != query.shape:
-        raise ValueError(f"key must have query's shape {_shape(query)}, got {_shape(key)}")
+    check_rows("query", query)
+    check_constant_rows("key", key, query, "query")
+    check_constant_rows("queue", queue, query, "query")
+    check_count("queries_per_key", queries_per_key, query.shape[0], least=1, what="queries")
+    if key.shape[0] * queries_per_key != query.shape[0]:
+        per_key = f" with {queries_per_key} queries per key" if queries_per_key > 1 else ""
+        raise ValueError(
+            f"key must have query's shape {shape_of(query)}{per_key}, got {shape_of(key)}"
+        )
     if key.dtype != query.dtype:
         raise TypeError(f"key must have query's dtype {query.dtype}, got {key.dtype}")
     if not isinstance(rule, LabelRule):
         raise TypeError(f"rule must be a label rule of softcl.labels, got {rule!r}")
-    _check_temperature("temperature", temperature)
-    _check_temperature("teacher_temperature", teacher_temperature)
+    check_temperature("temperature", temperature)
+    check_temperature("teacher_temperature", teacher_temperature)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if filled is not None:
-        _check_filled(filled, queue.shape[0])
+        check_filled(filled, queue.shape[0])
         queue = queue[:filled]
-    _check_count("rule.num_neighbors", rule.num_neighbors, queue.shape[0])
+    check_excluded(excluded, query, queue.shape[0])
+    least_rows = queue.shape[0] - (excluded is not None)
+    check_count("rule.num_neighbors", rule.num_neighbors, least_rows)
+    if virtual_logit and not isinstance(rule, MixedLabels):
+        raise ValueError(f"virtual_logit needs MixedLabels, got {rule!r}")
     check_backend_name(backend)
+    if queries_per_key > 1:
+        key = key.repeat(queries_per_key, 1)
 
+    in_pass = HardLabels() if virtual_logit else rule
     loss, _, *extra = torch.ops.softcl.soft_contrastive(
         query,
         key,
         queue,
-        rule.name,
-        rule.num_neighbors,
-        float(rule.positive_weight),
+        in_pass.name,
+        in_pass.num_neighbors,
+        float(in_pass.positive_weight),
         float(temperature),
         float(teacher_temperature),
         bool(positive),
@@ -218,20 +272,68 @@ def soft_contrastive_loss(
         query.requires_grad and torch.is_grad_enabled(),
         bool(diagnostics),
         backend,
+        excluded,
     )
-    if _values_are_at_hand(loss) and not _all_finite(loss):
-        _explain_non_finite(query=query, key=key, queue=queue)
+    confidence, entropy, positive_rank, neighbor_indices = extra
+    if virtual_logit:
+        labels = label_mean(
+            rule, key, queue, teacher_temperature=teacher_temperature, normalize=normalize,
+            excluded=excluded, virtual_logit=True, backend=backend,
+        )  # fmt: skip
+        loss = loss + towards(query, key, labels.mean, normalize=normalize) / temperature
+        confidence, entropy = labels.confidence, labels.entropy
+    if values_are_at_hand(loss) and not all_finite(loss):
+        explain_non_finite(query=query, key=key, queue=queue)
+    if isinstance(label_sum, Tensor) or label_sum != 1.0:
+        loss = loss * label_sum
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     if not diagnostics:
         return loss
-    confidence, entropy, positive_rank, neighbor_indices = extra
     return loss, Diagnostics(
         confidence if rule.needs_softmax else None,
         entropy if rule.needs_softmax else None,
         positive_rank,
         neighbor_indices if rule.num_neighbors > 0 else None,
     )
+
+
+def label_mean(
+    rule: LabelRule,
+    key: Tensor,  # (N, D)
+    queue: Tensor,  # (K, D)
+    *,
+    teacher_temperature: float,
+    normalize: bool = False,
+    filled: int | None = None,
+    excluded: Tensor | None = None,
+    virtual_logit: bool = False,
+    backend: str = "auto",
+) -> LabelMean:
+    """The label mean m = sum_j y_j v_j of a rule over the positive (the key) and the queue.
+
+    A linear loss, such as BYOL's 2 - 2 z . v with the labels' candidates v, needs no more than m:
+    sum_j y_j (2 - 2 z . v_j) = 2 - 2 z . m. The arguments are those of
+    :func:`soft_contrastive_loss`, and so are the errors. No gradient is recorded.
+    """
+    check_rows("key", key)
+    check_constant_rows("queue", queue, key, "key")
+    if not isinstance(rule, LabelRule):
+        raise TypeError(f"rule must be a label rule of softcl.labels, got {rule!r}")
+    check_temperature("teacher_temperature", teacher_temperature)
+    if filled is not None:
+        check_filled(filled, queue.shape[0])
+        queue = queue[:filled]
+    check_excluded(excluded, key, queue.shape[0])
+    check_count("rule.num_neighbors", rule.num_neighbors, queue.shape[0] - (excluded is not None))
+    check_backend_name(backend)
+    key = key.detach()
+    if normalize:
+        key = unit_rows(key, sum_dtype(key, queue))[0].to(key.dtype)
+    return compose_label_mean(
+        rule, key, queue, teacher_temperature,
+        excluded=excluded, virtual_logit=virtual_logit, backend=backend,
+    )  # fmt: skip
 
 
 def choose_backend(
@@ -242,100 +344,22 @@ def choose_backend(
     temperature: float = 0.1,
     teacher_temperature: float = 0.05,
     num_neighbors: int = 0,
+    options: Iterable[str] = (),
     backend: str = "auto",
 ) -> BackendChoice:
     """Which backend a call with these inputs runs, and why not the ones before it.
 
     With a ``rule`` this speaks of :func:`soft_contrastive_loss`, otherwise of
-    :func:`queue_statistics` with ``num_neighbors``.
+    :func:`queue_statistics` with ``num_neighbors``. ``options`` names those that not every backend
+    has ("excluded").
 
     Raises:
         ValueError, UnsupportedBackendError: as the call itself would.
     """
     if rule is None:
-        call = Call.of_statistics(vectors, queue, temperature, num_neighbors)
+        call = Call.of_statistics(vectors, queue, temperature, num_neighbors, frozenset(options))
     else:
-        call = Call.of_loss(vectors, queue, rule, temperature, teacher_temperature)
+        call = Call.of_loss(
+            vectors, queue, rule, temperature, teacher_temperature, frozenset(options)
+        )
     return choose(call, backend)
-
-
-# ------------------------------------------------------------------------------------------ checks
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
-
-
-def _check_rows(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} must be a matrix of row vectors, got shape {_shape(tensor)}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}")
-    if tensor.shape[0] < 1 or tensor.shape[1] < 1:
-        raise ValueError(f"{name} must not be empty, got shape {_shape(tensor)}")
-
-
-def _check_constant_rows(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
-    _check_rows(name, tensor)
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, but only {like_name} has a gradient here: the labels and the "
-            f"softmax treat {name} as constant; pass {name}.detach()"
-        )
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, but {like_name} is on {like.device}")
-    if tensor.shape[1] != like.shape[1]:
-        raise ValueError(
-            f"{name} must have {like_name}'s dimension D={like.shape[1]}, "
-            f"got shape {_shape(tensor)}"
-        )
-
-
-def _check_temperature(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (value > 0.0 and value < math.inf):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _check_count(name: str, value: int, limit: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 0 or value > limit:
-        raise ValueError(f"{name} must be between 0 and the queue's {limit} rows, got {value}")
-
-
-def _check_filled(filled: int, limit: int) -> None:
-    if isinstance(filled, bool) or not isinstance(filled, int):
-        raise TypeError(f"filled must be an integer or None, got {filled!r}")
-    if filled < 1 or filled > limit:
-        raise ValueError(f"filled must be between 1 and the queue's {limit} rows, got {filled}")
-
-
-def _values_are_at_hand(tensor: Tensor) -> bool:
-    # A fake or traced tensor has no values, and a GPU's would have to be waited for.
-    if torch.compiler.is_compiling():
-        return False
-    return type(tensor) is Tensor and tensor.device.type == "cpu"
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.detach()).all())
-
-
-def _explain_non_finite(**tensors: Tensor) -> None:
-    """Raise with the argument, and its first row, that made a result NaN or infinite."""
-    for name, tensor in tensors.items():
-        bad = (~torch.isfinite(tensor.detach()).all(1)).nonzero()
-        if len(bad) > 0:
-            raise ValueError(
-                f"{name} has {len(bad)} row(s) that are not finite, the first is row {int(bad[0])}"
-            )
-    norms = {name: float(x.detach().double().norm(dim=1).max()) for name, x in tensors.items()}
-    largest = max(norms, key=norms.get)
-    raise ValueError(
-        f"the result is not finite although every input is: {largest} has a row of norm "
-        f"{norms[largest]:.3g}, and rows must have unit norm"
-    )

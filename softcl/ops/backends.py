@@ -9,6 +9,12 @@ A backend is one module ``softcl/ops/<name>.py`` with three functions:
 
 ``softcl/ops/reference.py`` is the specification of the last two: same arguments, same results.
 Backends never import each other.
+
+An option that not every backend has is a keyword argument of the last two and a name in the
+module's constant ``OPTIONS``. A backend without that constant, or without the name in it, never
+sees the argument: `choose` passes it over, with the reason. So far:
+
+    excluded    (N,) int64, a queue row for each vector that takes no part in its sums; -1 for none
 """
 
 from __future__ import annotations
@@ -51,6 +57,7 @@ class Call:
         N, K, D: rows of the vectors, rows of the queue, their common dimension.
         num_neighbors: how many neighbours are asked for.
         temperature: the smallest temperature in use; unit rows bound the logits by its inverse.
+        options: names of the options in use, see the module's text.
     """
 
     operation: str
@@ -62,10 +69,16 @@ class Call:
     D: int
     num_neighbors: int
     temperature: float
+    options: frozenset[str] = frozenset()
 
     @classmethod
     def of_statistics(
-        cls, vectors: Tensor, queue: Tensor, temperature: float, num_neighbors: int
+        cls,
+        vectors: Tensor,
+        queue: Tensor,
+        temperature: float,
+        num_neighbors: int,
+        options: frozenset[str] = frozenset(),
     ) -> Call:
         return cls(
             "queue_statistics",
@@ -77,6 +90,7 @@ class Call:
             vectors.shape[1],
             num_neighbors,
             temperature,
+            options,
         )
 
     @classmethod
@@ -87,6 +101,7 @@ class Call:
         rule: LabelRule,
         temperature: float,
         teacher_temperature: float,
+        options: frozenset[str] = frozenset(),
     ) -> Call:
         coldest = min(temperature, teacher_temperature) if rule.needs_softmax else temperature
         return cls(
@@ -99,6 +114,7 @@ class Call:
             query.shape[1],
             rule.num_neighbors,
             coldest,
+            options,
         )
 
 
@@ -127,6 +143,19 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"softcl.ops.{name}")
 
 
+def options_of(name: str) -> frozenset[str]:
+    """The options of a backend, beyond what every backend does."""
+    return frozenset(getattr(load_backend(name), "OPTIONS", ()))
+
+
+def reason_against(name: str, call: Call) -> str | None:
+    """Why a backend cannot run ``call``, or None."""
+    lacking = call.options - options_of(name)
+    if lacking:
+        return f"it does not have the option {', '.join(sorted(lacking))}"
+    return load_backend(name).unsupported(call)
+
+
 def choose(call: Call, backend: str = "auto") -> BackendChoice:
     """The backend that runs ``call``.
 
@@ -137,7 +166,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
     if backend == "auto":
         reasons: dict[str, str] = {}
         for name in PREFERENCE.get(call.device.type, ("reference",)):
-            reason = load_backend(name).unsupported(call)
+            reason = reason_against(name, call)
             if reason is None:
                 passed_over = "; ".join(f"{k}: {v}" for k, v in reasons.items())
                 first = f"the first choice for tensors on {call.device.type}"
@@ -147,7 +176,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
             "no backend runs this call: " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
         )
     check_backend_name(backend)
-    reason = load_backend(backend).unsupported(call)
+    reason = reason_against(backend, call)
     if reason is not None:
         raise UnsupportedBackendError(f"backend {backend!r} cannot run this call: {reason}")
     return BackendChoice(backend, {}, "asked for by name")

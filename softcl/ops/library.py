@@ -20,17 +20,18 @@ LIBRARY = torch.library.Library("softcl", "DEF")
 
 LIBRARY.define(
     "queue_statistics(Tensor vectors, Tensor queue, float temperature, SymInt num_neighbors, "
-    "bool sums, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool sums, str backend, Tensor? excluded=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "queue_statistics_backward(Tensor vectors, Tensor queue, float temperature, Tensor lse, "
     "Tensor mean, Tensor entropy, Tensor neighbor_indices, Tensor? dlse, Tensor? dmean, "
-    "Tensor? dentropy, Tensor? dneighbor_logits) -> Tensor"
+    "Tensor? dentropy, Tensor? dneighbor_logits, Tensor? excluded=None, bool with_queue=False) "
+    "-> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "soft_contrastive(Tensor query, Tensor key, Tensor queue, str rule, SymInt num_neighbors, "
     "float positive_weight, float temperature, float teacher_temperature, bool positive, "
-    "bool normalize, bool gradient, bool diagnostics, str backend) "
+    "bool normalize, bool gradient, bool diagnostics, str backend, Tensor? excluded=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -42,15 +43,22 @@ def _without_autocast(device: torch.device):
 # -------------------------------------------------------------------------------- queue_statistics
 
 
-def _queue_statistics(vectors, queue, temperature, num_neighbors, sums, backend):
-    call = Call.of_statistics(vectors, queue, temperature, num_neighbors)
+def _queue_statistics(vectors, queue, temperature, num_neighbors, sums, backend, excluded=None):
+    options = _options_in_use(excluded=excluded)
+    call = Call.of_statistics(vectors, queue, temperature, num_neighbors, frozenset(options))
     module = load_backend(choose(call, backend).name)
     return module.queue_statistics(
-        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors, sums=sums
+        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors, sums=sums, **options
     )
 
 
-def _queue_statistics_fake(vectors, queue, temperature, num_neighbors, sums, backend):
+def _options_in_use(**options):
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _queue_statistics_fake(
+    vectors, queue, temperature, num_neighbors, sums, backend, excluded=None
+):
     n, d = vectors.shape
     dtype = reference.sum_dtype(vectors, queue)
     return (
@@ -66,30 +74,37 @@ def _queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients
     return reference.queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients)
 
 
-def _queue_statistics_backward_fake(vectors, queue, temperature, lse, mean, *rest):
-    return vectors.new_empty(vectors.shape, dtype=mean.dtype)
+def _queue_statistics_backward_fake(
+    vectors, queue, temperature, lse, mean, entropy, neighbor_indices, dlse, dmean, dentropy,
+    dneighbor_logits, excluded=None, with_queue=False,
+):  # fmt: skip
+    shape = queue.shape if with_queue else (0,)
+    return vectors.new_empty(vectors.shape, dtype=mean.dtype), mean.new_empty(shape)
 
 
 def _save_statistics(ctx, inputs, output):
-    vectors, queue, temperature, _, sums, _ = inputs
+    vectors, queue, temperature, _, sums, _, excluded = inputs
     lse, mean, entropy, _, neighbor_indices = output
     ctx.mark_non_differentiable(neighbor_indices)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(vectors, queue, lse, mean, entropy, neighbor_indices)
+    ctx.save_for_backward(vectors, queue, lse, mean, entropy, neighbor_indices, excluded)
     ctx.temperature, ctx.sums = temperature, sums
 
 
 def _differentiate_statistics(ctx, dlse, dmean, dentropy, dneighbor_logits, _):
     _refuse_second_derivative()
-    vectors, queue, *saved = ctx.saved_tensors
+    vectors, queue, *saved, excluded = ctx.saved_tensors
     if not ctx.sums:  # outputs without rows can have gradients without rows
         dlse = dmean = dentropy = None
     if all(g is None for g in (dlse, dmean, dentropy, dneighbor_logits)):
-        return (None,) * 6
-    dvectors = torch.ops.softcl.queue_statistics_backward(
-        vectors, queue, ctx.temperature, *saved, dlse, dmean, dentropy, dneighbor_logits
-    )
-    return dvectors.to(vectors.dtype), *(None,) * 5
+        return (None,) * 7
+    with_queue = ctx.needs_input_grad[1]
+    dvectors, dqueue = torch.ops.softcl.queue_statistics_backward(
+        vectors, queue, ctx.temperature, *saved,
+        dlse, dmean, dentropy, dneighbor_logits, excluded, with_queue,
+    )  # fmt: skip
+    dqueue = dqueue.to(queue.dtype) if with_queue else None
+    return dvectors.to(vectors.dtype), dqueue, *(None,) * 5
 
 
 # -------------------------------------------------------------------------------- soft_contrastive
@@ -109,9 +124,13 @@ def _soft_contrastive(
     gradient,
     diagnostics,
     backend,
+    excluded=None,
 ):
     label_rule = make_rule(rule, num_neighbors, positive_weight)
-    call = Call.of_loss(query, queue, label_rule, temperature, teacher_temperature)
+    options = _options_in_use(excluded=excluded)
+    call = Call.of_loss(
+        query, queue, label_rule, temperature, teacher_temperature, frozenset(options)
+    )
     module = load_backend(choose(call, backend).name)
     return module.soft_contrastive(
         query.contiguous(),
@@ -124,6 +143,7 @@ def _soft_contrastive(
         normalize=normalize,
         gradient=gradient,
         diagnostics=diagnostics,
+        **options,
     )
 
 
@@ -141,6 +161,7 @@ def _soft_contrastive_fake(
     gradient,
     diagnostics,
     backend,
+    excluded=None,
 ):
     label_rule = make_rule(rule, num_neighbors, positive_weight)
     n, d = query.shape
@@ -163,17 +184,18 @@ def _save_gradient(ctx, inputs, output):
     ctx.save_for_backward(dquery)
     ctx.dtype = inputs[0].dtype
     ctx.gradient = inputs[10]
+    ctx.num_inputs = len(inputs)  # a default at their end is left out
 
 
 def _scale_gradient(ctx, dloss, *_):
     # The gradient is known since the forward pass: nothing is visited again.
     _refuse_second_derivative()
     if dloss is None:
-        return (None,) * 13
+        return (None,) * ctx.num_inputs
     if not ctx.gradient:
         raise RuntimeError("soft_contrastive was called with gradient=False: no gradient was kept")
     (dquery,) = ctx.saved_tensors
-    return ((dloss[:, None] * dquery).to(ctx.dtype), *(None,) * 12)
+    return ((dloss[:, None] * dquery).to(ctx.dtype), *(None,) * (ctx.num_inputs - 1))
 
 
 def _refuse_second_derivative() -> None:

@@ -27,6 +27,8 @@ from softcl.ops.backends import Call
 PIECE_ELEMENTS = 1 << 22
 NORM_FLOOR = 1e-12
 
+OPTIONS = frozenset({"excluded"})  # all there are
+
 
 def unsupported(call: Call) -> str | None:
     """The reference runs everything."""
@@ -40,10 +42,12 @@ def queue_statistics(
     num_neighbors: int,
     *,
     sums: bool = True,
+    excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
 
     Without ``sums`` the first three have no rows: a search for neighbours alone.
+    Without its excluded row a vector's queue has one row less, of which at least one must be left.
     """
     dtype = sum_dtype(vectors, queue)
     vectors = vectors.to(dtype)
@@ -51,6 +55,7 @@ def queue_statistics(
     nearest = RunningTopk(vectors, num_neighbors)
     for start, rows in pieces(queue, vectors.shape[0], dtype):
         logits = (vectors @ rows.T).div_(temperature)  # (N, piece)
+        fill_excluded(logits, excluded, start, torch.finfo(dtype).min)
         nearest.add(logits, start)
         if sums:
             softmax.add(logits, rows)
@@ -70,36 +75,53 @@ def queue_statistics_backward(
     dmean: Tensor | None,  # (N, D)
     dentropy: Tensor | None,  # (N,)
     dneighbor_logits: Tensor | None,  # (N, k)
-) -> Tensor:
-    """Gradient of the statistics with respect to ``vectors`` (N, D).
+    excluded: Tensor | None = None,  # (N,)
+    with_queue: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the statistics with respect to ``vectors`` (N, D) and to ``queue`` (K, D).
 
     With x the logits and p their softmax, the chain rule through x is
 
         dx_j = p_j [dlse + (Q_j - mean).dmean - dentropy (x_j - lse + H)]  (+ dneighbor_logits)
         dv   = sum_j dx_j Q_j / temperature
+        dQ_j = sum_i dx_ij v_i / temperature + p_ij dmean_i
 
-    The part in ``dlse`` is ``dlse * mean``: free. Only ``dmean`` and ``dentropy`` need a second
-    pass over the queue, made here in pieces for every backend.
+    The part of dv in ``dlse`` is ``dlse * mean``: free. Only ``dmean``, ``dentropy`` and the
+    queue's gradient need a second pass over the queue, made here in pieces for every backend.
+    The queue's gradient comes back empty unless ``with_queue``.
     """
     dtype = mean.dtype
     gradient = mean.new_zeros(vectors.shape)
+    queue_gradient = mean.new_zeros(queue.shape if with_queue else (0,))
     if dlse is not None:
         gradient += dlse[:, None] * mean
-    if dmean is not None or dentropy is not None:
+    if dmean is not None or dentropy is not None or (with_queue and dlse is not None):
         vectors = vectors.to(dtype)
-        for _, rows in pieces(queue, vectors.shape[0], dtype):
+        for start, rows in pieces(queue, vectors.shape[0], dtype):
             logits = (vectors @ rows.T).div_(temperature)  # (N, piece)
+            fill_excluded(logits, excluded, start, torch.finfo(dtype).min)
             weights = torch.exp(logits - lse[:, None])
             slope = torch.zeros_like(logits)
             if dmean is not None:
                 slope += dmean @ rows.T - (dmean * mean).sum(1, keepdim=True)
             if dentropy is not None:
                 slope -= dentropy[:, None] * (logits - (lse - entropy)[:, None])
+            fill_excluded(slope, excluded, start, 0.0)
             gradient += (weights * slope) @ rows
+            if with_queue:
+                if dlse is not None:
+                    slope += dlse[:, None]
+                piece = (weights * slope).T @ vectors / temperature
+                if dmean is not None:
+                    piece += weights.T @ dmean
+                queue_gradient[start : start + len(rows)] = piece
     if dneighbor_logits is not None and neighbor_indices.shape[1] > 0:
-        rows = queue[neighbor_indices].to(dtype)  # (N, k, D)
-        gradient += torch.einsum("nk,nkd->nd", dneighbor_logits.to(dtype), rows)
-    return gradient / temperature
+        slope = dneighbor_logits.to(dtype)  # (N, k)
+        gradient += torch.einsum("nk,nkd->nd", slope, queue[neighbor_indices].to(dtype))
+        if with_queue:
+            products = slope[:, :, None] * vectors.to(dtype)[:, None] / temperature  # (N, k, D)
+            queue_gradient.index_add_(0, neighbor_indices.flatten(), products.flatten(0, 1))
+    return gradient / temperature, queue_gradient
 
 
 def soft_contrastive(
@@ -114,6 +136,7 @@ def soft_contrastive(
     normalize: bool,
     gradient: bool,
     diagnostics: bool,
+    excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (N,), dquery (N, D), confidence, entropy, positive_rank (N,), neighbor_indices (N, n).
 
@@ -131,13 +154,19 @@ def soft_contrastive(
     teacher = RunningSoftmax(t, with_mean=rule.needs_mean)
     nearest = RunningTopk(t, rule.num_neighbors)
     rank = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    lowest = torch.finfo(dtype).min
     for start, rows in pieces(queue, len(z), dtype):
         cosines = z @ rows.T  # (N, piece)
         if diagnostics:
-            rank += (cosines > positive_cosine[:, None]).sum(1)
-        student.add(cosines.div_(temperature), rows)
+            better = cosines > positive_cosine[:, None]
+            fill_excluded(better, excluded, start, False)
+            rank += better.sum(1)
+        logits = cosines.div_(temperature)
+        fill_excluded(logits, excluded, start, lowest)
+        student.add(logits, rows)
         if rule.needs_softmax or rule.num_neighbors > 0:
             teacher_logits = (t @ rows.T).div_(teacher_temperature)
+            fill_excluded(teacher_logits, excluded, start, lowest)
             nearest.add(teacher_logits, start)
             if rule.needs_softmax:
                 teacher.add(teacher_logits, rows)
@@ -146,8 +175,13 @@ def soft_contrastive(
     confidence = entropy = None
     if rule.needs_softmax:
         entropy = teacher.entropy()
-        confidence = confidence_of(entropy, len(queue))
-    label_mean = label_mean_of(rule, t, teacher, confidence, neighbor_logits, queue[neighbors])
+        confidence = confidence_of(entropy, len(queue), excluded)
+    label_mean = t
+    if rule.needs_softmax or rule.num_neighbors > 0:
+        teacher_mean = teacher.mean() if rule.needs_mean else None
+        label_mean = label_mean_of(
+            rule, t, teacher.lse(), teacher_mean, confidence, neighbor_logits, queue[neighbors]
+        )
 
     lse = student.lse().to(positive_cosine.dtype)
     positive_logit = positive_cosine / temperature
@@ -177,7 +211,8 @@ def soft_contrastive(
 def label_mean_of(
     rule: LabelRule,
     t: Tensor,  # (N, D)
-    teacher: RunningSoftmax,
+    lse: Tensor,  # (N,) of the teacher's softmax, as all that follow
+    mean: Tensor | None,  # (N, D)
     confidence: Tensor | None,  # (N,)
     neighbor_logits: Tensor,  # (N, n)
     neighbor_rows: Tensor,  # (N, n, D)
@@ -188,17 +223,17 @@ def label_mean_of(
     if rule.name == "hard":
         return t
     if rule.name == "relational":
-        return teacher.mean()
+        return mean
     if rule.name == "mixed":
         w = rule.positive_weight
-        return w * t + (1.0 - w) * teacher.mean()
+        return w * t + (1.0 - w) * mean
     if rule.name == "adaptive_soft":
         mass = (confidence * n)[:, None]  # (N, 1), the paper's c K
-        shares = torch.exp(neighbor_logits - teacher.lse()[:, None])  # (N, n)
+        shares = torch.exp(neighbor_logits - lse[:, None])  # (N, n)
         # min(1, a q) differs from a q only where a q > 1; those rows are all among the n nearest.
         excess = (1.0 - mass * shares).clamp(max=0.0)
         total = 1.0 + mass + excess.sum(1, keepdim=True)
-        return (t + mass * teacher.mean() + torch.einsum("nk,nkd->nd", excess, rows)) / total
+        return (t + mass * mean + torch.einsum("nk,nkd->nd", excess, rows)) / total
     if rule.name == "adaptive_neighbors":
         c = confidence[:, None]
         return (t + c * rows.sum(1)) / (1.0 + c * n)
@@ -207,11 +242,38 @@ def label_mean_of(
     raise ValueError(f"rule is not one the reference knows: {rule!r}")
 
 
-def confidence_of(entropy: Tensor, num_rows: int) -> Tensor:
-    """``clamp(1 - H / log K, 0, 1)``; a queue of one row says nothing about relations, so 0."""
-    if num_rows == 1:
-        return torch.zeros_like(entropy)
-    return (1.0 - entropy / math.log(num_rows)).clamp(0.0, 1.0)
+def confidence_of(entropy: Tensor, num_rows: int, excluded: Tensor | None = None) -> Tensor:
+    """``clamp(1 - H / log K, 0, 1)``, K the rows that take part; 0 for a queue of one row.
+
+    One row alone says nothing about relations.
+    """
+    if excluded is None:
+        if num_rows == 1:
+            return torch.zeros_like(entropy)
+        return (1.0 - entropy / math.log(num_rows)).clamp(0.0, 1.0)
+    rows = torch.where(excluded < 0, num_rows, num_rows - 1).to(entropy.dtype)
+    confidence = (1.0 - entropy / rows.log()).clamp(0.0, 1.0)
+    return torch.where(rows > 1, confidence, torch.zeros_like(entropy))
+
+
+def fill_excluded(
+    values: Tensor,  # (N, piece)
+    excluded: Tensor | None,  # (N,)
+    start: int,
+    value: float,
+) -> None:
+    """Write ``value`` at each row's excluded column, where the piece from ``start`` on has it.
+
+    Excluded logits are the lowest finite number and not -inf: their weight is 0 as soon as any
+    other column is seen, and 0 times a finite number stays 0.
+    """
+    if excluded is None:
+        return
+    column = (excluded - start)[:, None]
+    inside = (column >= 0) & (column < values.shape[1])
+    column = column.clamp(0, values.shape[1] - 1)
+    kept = values.gather(1, column)
+    values.scatter_(1, column, torch.where(inside, torch.full_like(kept, value), kept))
 
 
 def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from softcl.data import VIEWS, DataError, ImageSet, load_dataset
-from softcl.evaluate import KNN, NUM_NEIGHBORS
+from softcl.data import VIEWS, DataError, ImageSet, find_format, load_dataset, training_split
+from softcl.data.recipe import RECIPE
+from softcl.evaluation import KNN, NUM_NEIGHBORS
+from softcl.methods import method as methods
+from softcl.methods.method import Method
 from softcl.nn import (
     Encoder,
     MemoryQueue,
-    Projector,
     build_backbone,
+    build_head,
     convert_split_batch_norm,
     make_teacher,
 )
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean
+from softcl.training.optimizers import build_optimizer
 from softcl.training.settings import check_method_flags, fill
 from softcl.training.step import TrainState, View, derived_seed
 
@@ -40,7 +44,7 @@ class Parts:
         defaults: the name of the defaults that filled it.
         images: training set.
         evaluation: a line about the images of the k-NN evaluation.
-        state: networks, queue, optimiser.
+        state: networks, queues, optimiser.
         backend: of the operator, for every step.
         knn: evaluation.
     """
@@ -63,11 +67,12 @@ def assemble(config: TrainConfig) -> Parts:
     check_method_flags(config)
     check_arch(config.arch)
     device = resolve_device(config.device)
-    images, queries, evaluation = load_images(config)
+    images, bank, queries, evaluation = load_images(config)
     config, method, defaults = fill(config, images, image_side(images, config))
+    build_views(method, images, config.image_size)
     state = build_state(config, method, device)
-    backend = choose_run_backend(config, state)
-    knn = build_knn(config, images, queries, device)
+    backend = choose_run_backend(config, state, device)
+    knn = build_knn(config, bank, queries, device)
     return Parts(config, defaults, images, evaluation, state, backend, knn)
 
 
@@ -113,36 +118,46 @@ def check_arch(name: str | None) -> None:
         raise ConfigError("arch", name, f"unknown backbone{hint}")
 
 
-def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, str]:
-    """Training images, the queries of the k-NN evaluation, and a line about the latter.
+def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]:
+    """Training images, bank and queries of the k-NN evaluation, and a line about the latter.
 
-    Without a test split the queries are the training set itself, of which KNN holds images out.
+    The bank is the training set; where that has images without labels beside the labelled ones
+    (STL-10), the labelled ones. Without a test split the queries are the bank itself, of which KNN
+    holds images out.
 
     Raises:
         DataError: the training images, or the images of --eval-data, cannot be read.
     """
     options = {"image_size": config.image_size, "workers": config.workers}
+    own = {"data_format": config.data_format}
     try:
-        train = load_dataset(config.data, "train", **options)
+        split = config.split or training_split(config.data, config.data_format)
+        train = load_dataset(config.data, split, **own, **options)
     except DataError as error:
         hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
         raise DataError(f"{error}{hint}") from error
     options["image_size"] = image_side(train, config)
+    bank = train
+    if split in ("unlabeled", "train+unlabeled"):
+        bank = load_dataset(config.data, "train", **own, **options)
     if config.eval_data is not None:
         queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
-        return train, queries, queries.describe()
+        return train, bank, queries, queries.describe()
     try:
-        queries = load_dataset(config.data, "test", **options)
-        return train, queries, queries.describe()
+        queries = load_dataset(config.data, "test", **own, **options)
+        return train, bank, queries, queries.describe()
     except DataError as error:
-        return train, train, f"every tenth training image ({error})"
+        return train, bank, bank, f"every tenth training image ({error})"
 
 
 def _labelled_split(spec: str) -> str:
     """The split of --eval-data: its test images if it is divided, else all of it."""
     if spec.startswith("shapes") and not Path(spec).is_dir():
         return "test"
-    divided = any((Path(spec).expanduser() / name).is_dir() for name in ("test", "val"))
+    path = Path(spec).expanduser()
+    if find_format(path).format in ("cifar", "stl10", "tiny-imagenet"):
+        return "test"
+    divided = any((path / name).is_dir() for name in ("test", "val"))
     return "test" if divided else "all"
 
 
@@ -161,8 +176,8 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def build_state(config: TrainConfig, method: Any, device: torch.device) -> TrainState:
-    """Networks, queue and optimiser at step 0: a function of the configuration alone.
+def build_state(config: TrainConfig, method: Method, device: torch.device) -> TrainState:
+    """Networks, queues and optimiser at step 0: a function of the configuration alone.
 
     Raises:
         ConfigError: the backbone is unknown or cannot take images of this size.
@@ -172,32 +187,93 @@ def build_state(config: TrainConfig, method: Any, device: torch.device) -> Train
         backbone = build_backbone(config.arch, config.image_size)
     except ValueError as error:
         raise ConfigError("arch", config.arch, str(error)) from error
-    projector = Projector(backbone.num_features, method.projector_hidden, method.projection_dim)
+    check_crops(config, method, backbone)
+    projector = build_head(
+        backbone.num_features, method.projector_hidden, method.projection_dim,
+        layers=method.projector_layers, norm=method.projector_norm,
+    )  # fmt: skip
     student: nn.Module = Encoder(backbone, projector)
     if method.num_splits > 1:
         student = convert_split_batch_norm(student, method.num_splits)
     student = student.to(device).train()
-    queue = MemoryQueue(
-        method.queue_size, method.projection_dim, seed=derived_seed(config.seed, "queue")
-    )
-    optimizer = torch.optim.SGD(
-        student.parameters(),
+    heads = build_heads(method).to(device).train()
+    optimizer = build_optimizer(
+        nn.ModuleDict({"student": student, "heads": heads}),
+        config.optimizer,
         lr=config.lr,
-        momentum=config.sgd_momentum,
         weight_decay=config.weight_decay,
-        fused=True,
+        momentum=config.sgd_momentum,
+        decay_norms=config.decay_norms,
     )
-    return TrainState(method, student, make_teacher(student), queue.to(device), optimizer)
+    queues = nn.ModuleDict(
+        {
+            name: MemoryQueue(rows, method.projection_dim, seed=derived_seed(config.seed, name))
+            for name, rows in method.queues().items()
+        }
+    )
+    teacher = make_teacher(student) if method.teacher_sees() else nn.Identity()
+    return TrainState(method, student, teacher, queues.to(device), optimizer, heads)
 
 
-def build_views(method: Any, images: ImageSet, size: int) -> tuple[View, View]:
-    """The student's and the teacher's view of a batch."""
+@torch.no_grad()
+def check_crops(config: TrainConfig, method: Method, backbone: nn.Module) -> None:
+    """Refuse a backbone that takes images of one size alone where a method has smaller views.
 
-    def view(name: str) -> View:
-        make = VIEWS[name]
-        return lambda batch, generator: make(batch, size, images.mean, images.std, generator)
+    Raises:
+        ConfigError: naming the backbone and the first such size.
+    """
+    sides = {side_of(view, config.image_size) for view in method.views().values()}
+    training = backbone.training
+    backbone.eval()
+    for side in sorted(sides - {config.image_size}):
+        try:
+            backbone(torch.zeros(1, 3, side, side))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = f"cannot take the method's crops of {side} px"
+            raise ConfigError("arch", config.arch, reason) from error
+    backbone.train(training)
 
-    return view(method.student_view), view(method.teacher_view)
+
+def side_of(view: methods.View, image_size: int) -> int:
+    """Side of a view in pixels."""
+    return max(round(image_size * view.share), 1)
+
+
+def build_heads(method: Method) -> nn.ModuleDict:
+    """The predictor, and what else a method trains besides the student."""
+    heads = nn.ModuleDict(method.heads())
+    if method.predictor_hidden > 0:
+        heads["predictor"] = build_head(
+            method.projection_dim, method.predictor_hidden, method.projection_dim,
+            norm=method.predictor_norm,
+        )  # fmt: skip
+    return heads
+
+
+def build_views(method: Method, images: ImageSet, size: int) -> dict[str, View]:
+    """How each of the method's views is made of a batch.
+
+    Raises:
+        ConfigError: a recipe that there is not.
+    """
+
+    def make(view: methods.View, field: str) -> View:
+        if view.recipe not in VIEWS:
+            hint = did_you_mean(view.recipe, VIEWS)
+            raise ConfigError(field, view.recipe, f"must be one of {', '.join(VIEWS)}{hint}")
+        recipe, side, options = VIEWS[view.recipe], side_of(view, size), {}
+        if view.scale is not None:
+            whole = getattr(recipe, "keywords", {}).get("recipe", RECIPE)
+            options["recipe"] = dataclasses.replace(whole, scale=view.scale)
+        return lambda batch, generator: recipe(
+            batch, side, images.mean, images.std, generator, **options
+        )
+
+    teacher_only = set(method.teacher_sees()) - set(method.student_sees())
+    return {
+        name: make(view, "teacher_view" if name in teacher_only else "student_view")
+        for name, view in method.views().items()
+    }
 
 
 def build_knn(config: TrainConfig, train: ImageSet, queries: ImageSet, device: torch.device) -> KNN:
@@ -219,21 +295,27 @@ def build_knn(config: TrainConfig, train: ImageSet, queries: ImageSet, device: t
     return knn
 
 
-def choose_run_backend(config: TrainConfig, state: TrainState) -> BackendChoice:
+def choose_run_backend(
+    config: TrainConfig, state: TrainState, device: torch.device
+) -> BackendChoice:
     """The backend of every step of a run.
 
     Raises:
         RunError: none runs that the configuration allows, with each one's reason.
     """
-    method, rows = state.method, state.queue.rows
-    like_query = rows.new_empty((config.batch_size, method.projection_dim), dtype=torch.float32)
+    method = state.method
+    sizes = [queue.size for queue in state.queues.values()] or [config.batch_size]
+    query = torch.empty(config.batch_size, method.projection_dim, device=device)
+    rows = torch.empty(max(sizes), method.projection_dim, device=device)
     options = dict(
         rule=method.rule(),
         temperature=method.temperature,
-        teacher_temperature=method.teacher_temperature,
+        teacher_temperature=getattr(method, "teacher_temperature", method.temperature),
+        num_neighbors=getattr(method, "num_neighbors", 0),
+        options=method.options(),
     )
     try:
-        choice = choose_backend(like_query, rows, backend=config.wanted_backend, **options)
+        choice = choose_backend(query, rows, backend=config.wanted_backend, **options)
     except UnsupportedBackendError as error:
         raise RunError(f"--backend {config.wanted_backend}: {error}") from error
     if config.fused and choice.name not in FUSED_BACKENDS:

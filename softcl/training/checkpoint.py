@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,12 +29,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the path and the reason."""
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(
+    path: Path, data: bytes, before_replacing: Callable[[], None] | None = None
+) -> None:
     """Put `data` under the name `path` so that a crash leaves the old file or the new one.
 
     Writes ``.NAME.tmp`` beside it, fsyncs, renames, and fsyncs the folder (without which the rename
     itself may be lost with the power). On failure the temporary file is removed and the old file is
-    untouched.
+    untouched. `before_replacing` is called when the new data is on the disk and has no name yet.
 
     Raises:
         OSError: as the file system gave it, naming `path`.
@@ -44,6 +47,8 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if before_replacing is not None:
+            before_replacing()
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -92,8 +97,12 @@ def unseal(data: bytes) -> bytes:
     return body + b"\0\0"
 
 
-def write_checkpoint(path: Path, state: dict) -> None:
+def write_checkpoint(
+    path: Path, state: dict, before_replacing: Callable[[], None] | None = None
+) -> None:
     """Write `state` (nested dicts and lists of tensors, numbers and strings) to `path`, atomically.
+
+    `before_replacing` as in `replace_file`.
 
     Raises:
         CheckpointError: when the disk refuses it; whatever was under `path` is still there.
@@ -102,7 +111,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
     torch.save(state, buffer)
     kept = "; the checkpoint before it is kept" if path.exists() else ""
     try:
-        replace_file(path, seal(buffer.getvalue()))
+        replace_file(path, seal(buffer.getvalue()), before_replacing)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write: {error.strerror or error}{kept}") from error
 

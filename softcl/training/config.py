@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from softcl.data import FORMATS, SPLITS
+
 
 class ConfigError(ValueError):
     """A value that a run cannot use: one line naming the flag, its value and the reason."""
@@ -74,9 +76,13 @@ class TrainConfig:
 
     # fmt: off
     data: str = _flag(_DATA, "shapes", metavar="SPEC",
-        help="'shapes', 'shapes:N' (N generated images) or a folder of images")
+        help="'shapes', 'shapes:N' (N generated images) or a path: see --data-format")
+    data_format: str = _flag(_DATA, "auto", metavar="NAME", choices=FORMATS,
+        help="auto, shapes, cifar, stl10, tiny-imagenet, tar, parquet or folder (of images)")
+    split: str | None = _flag(_DATA, metavar="NAME", choices=SPLITS,
+        help="images to train on (default: train; STL-10: train+unlabeled)")
     eval_data: str | None = _flag(_DATA, metavar="SPEC",
-        help="labelled images for k-NN, same kinds (default: the test split of --data)")
+        help="labelled images for k-NN, any kind (default: the test split of --data)")
     image_size: int | None = _flag(_DATA, at_least=8, at_most=4096,
         help="side of the views in pixels (default: the images' own)")
     workers: int | None = _flag(_DATA, at_least=1, at_most=256, may_change=True,
@@ -86,23 +92,51 @@ class TrainConfig:
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
     projection_dim: int | None = _flag(_MODEL, at_least=1, at_most=65536,
         help="D, the length of the vectors compared")
+    projector_layers: int | None = _flag(_MODEL, at_least=1, at_most=8,
+        help="linear layers of the projector")
     projector_hidden: int | None = _flag(_MODEL, at_least=1, at_most=1 << 20,
-        help="width of the projector's hidden layer")
+        help="width of the projector's hidden layers")
+    projector_norm: str | None = _flag(_MODEL, metavar="NAME",
+        help="batch norm of the projector: none, hidden, all or plain (as MoCo v3)")
+    predictor_hidden: int | None = _flag(_MODEL, at_least=0, at_most=1 << 20,
+        help="width of the predictor's hidden layer; 0: no predictor")
+    predictor_norm: str | None = _flag(_MODEL, metavar="NAME",
+        help="batch norm of the predictor, as --projector-norm")
     num_splits: int | None = _flag(_MODEL, at_least=1,
         help="split batch norm: parts of a batch normalised apart; 1: plain")
 
     method: str = _flag(_METHOD, "ascl", metavar="NAME",
-        help="what is trained")
+        help="ascl, snclr, reco, moco, ressl, sce, nnclr or msf")
+    form: str | None = _flag(_METHOD, metavar="NAME",
+        help="ascl: moco or byol; snclr, sce: paper or code")
     labels: str | None = _flag(_METHOD, metavar="NAME",
         help="ascl: soft, ahcl, hard or normal labels")
     num_neighbors: int | None = _flag(_METHOD, at_least=0,
-        help="neighbours that share a label at full confidence")
+        help="ascl, snclr, nnclr, msf: nearest rows that share a label")
+    positive_weight: float | None = _flag(_METHOD, at_least=0.0, at_most=1.0,
+        help="sce: the positive's share of the labels")
+    global_weight: float | None = _flag(_METHOD, at_least=0.0,
+        help="reco: weight of the global relation")
+    local_weight: float | None = _flag(_METHOD, at_least=0.0,
+        help="reco: weight of the local relation")
+    mix: str | None = _flag(_METHOD, metavar="NAME",
+        help="reco: cutmix or mixup")
+    crops: int | None = _flag(_METHOD, at_least=1,
+        help="ressl: strong views for the student, at most 5")
+    symmetric: bool | None = _flag(_METHOD,
+        help="moco, ressl, sce, ascl: both views through both encoders, or not")
+    student_view: str | None = _flag(_METHOD, metavar="NAME",
+        help="recipe of the student's view")
+    teacher_view: str | None = _flag(_METHOD, metavar="NAME",
+        help="recipe of the teacher's view")
     queue_size: int | None = _flag(_METHOD, at_least=1,
         help="K, rows of the memory queue")
     temperature: float | None = _flag(_METHOD, above=0.0, at_most=100.0,
         help="of the student")
     teacher_temperature: float | None = _flag(_METHOD, above=0.0, at_most=100.0,
         help="of the teacher, for the labels")
+    global_temperature: float | None = _flag(_METHOD, above=0.0, at_most=100.0,
+        help="reco: of the student in the global relation")
     momentum: float | None = _flag(_METHOD, at_least=0.0, at_most=1.0,
         help="of the teacher: share of it kept at each step")
 
@@ -111,11 +145,21 @@ class TrainConfig:
     batch_size: int | None = _flag(_OPTIM, at_least=2,
         help="N, images in a step")
     lr: float | None = _flag(_OPTIM, above=0.0,
-        help="peak learning rate of SGD")
+        help="peak learning rate")
+    optimizer: str | None = _flag(_OPTIM, metavar="NAME", choices=("sgd", "lars", "adamw"),
+        help="sgd, lars or adamw; another than the method's comes with MoCo v3's lr and decay")
     sgd_momentum: float | None = _flag(_OPTIM, at_least=0.0, at_most=1.0,
-        help="of SGD")
+        help="of SGD and LARS")
     weight_decay: float | None = _flag(_OPTIM, at_least=0.0,
-        help="of SGD, on all parameters")
+        help="of the optimiser")
+    decay_norms: bool | None = _flag(_OPTIM,
+        help="weight decay on biases and norms too, or not")
+    clip_norm: float | None = _flag(_OPTIM, above=0.0,
+        help="largest norm of the gradient (default: no limit)")
+    accumulate: int = _flag(_OPTIM, 1, at_least=1,
+        help="parts of a batch computed one after the other, for one step")
+    momentum_schedule: str | None = _flag(_OPTIM, metavar="NAME", choices=("constant", "cosine"),
+        help="of the teacher's momentum: constant, or cosine to 1")
     warmup_epochs: float | None = _flag(_OPTIM, at_least=0.0,
         help="linear warm-up, then cosine to 0; may be a fraction")
     seed: int = _flag(_OPTIM, 1228, at_least=0, at_most=(1 << 63) - 1,
@@ -133,16 +177,22 @@ class TrainConfig:
     overwrite: bool = _flag(_RUN, False, may_change=True,
         help="delete the run that --out holds and start over")
     resume: str | None = _flag(_RUN, may_change=True, metavar="RUN",
-        help="continue a run: its folder or one of its checkpoints")
+        help="continue a run: its folder, a checkpoint, or auto: the run in --out if there is one")
+    dry_run: bool = _flag(_RUN, False, may_change=True,
+        help="print the configuration with every default filled in, and stop")
     max_steps: int | None = _flag(_RUN, at_least=1, may_change=True,
         help="stop after so many steps in all; the schedule stays that of --epochs")
     checkpoint_every: int | None = _flag(_RUN, at_least=0, may_change=True,
         help="steps between checkpoints (default: an epoch); 0: only at the end")
+    keep_checkpoints: int = _flag(_RUN, 2, at_least=1, at_most=1000, may_change=True,
+        help="newest checkpoints to keep, besides the best")
 
     knn_every: int | None = _flag(_EVAL, at_least=0, may_change=True,
         help="epochs between k-NN evaluations (default: five a run); 0: only at the end")
     knn_k: int | None = _flag(_EVAL, at_least=1, at_most=4096, may_change=True,
         help="neighbours that vote (default: 200, or fewer on a small set)")
+    show_views: int | None = _flag(_EVAL, at_least=1, at_most=256, may_change=True,
+        help="write views.png: so many images and what the networks see of them")
     log_every: int = _flag(_EVAL, 10, at_least=1, may_change=True,
         help="steps per line of metrics.jsonl; the first 50 have one each")
     # fmt: on

@@ -21,9 +21,10 @@ class Diverged(RuntimeError):
 class Meter:
     """Collects the measures of each step and makes them into rows.
 
-    Measures stay on the device until a row is due, so on a GPU the host waits once per row and not
-    once per step. The rows depend on the steps alone, not on where a run was interrupted: what is
-    pending goes into the checkpoint.
+    Measures stay on the device until a row is due. On a GPU the host looks at each loss one step
+    late, when the next step has been launched, so that it never waits for an idle device. The rows
+    depend on the steps alone, not on where a run was interrupted: what is pending goes into the
+    checkpoint.
 
     Args:
         every: steps per row after the first FIRST_STEPS.
@@ -32,14 +33,15 @@ class Meter:
 
     def __init__(self, every: int, batch_size: int) -> None:
         self.every, self.batch_size = every, batch_size
-        self._pending: list[tuple[int, float, Tensor]] = []  # step, lr, measures (4,)
+        self._pending: list[tuple[int, float, Tensor]] = []  # step, lr, measures (5,)
+        self._watched: tuple[int, Tensor, Any] | None = None  # step, its loss's copy, its arrival
         self._since, self._waited = time.perf_counter(), 0.0
         self._timed_steps = 0
         self.images_per_s = self.data_wait = math.nan
         self.loss = math.nan
 
     def add(self, step: int, lr: float, measures: Tensor) -> None:
-        """Record a step; on the CPU, where looking is free, check its loss too.
+        """Record a step and check its loss; on a GPU that of the step before.
 
         Raises:
             Diverged: naming the step.
@@ -48,6 +50,16 @@ class Meter:
         self._timed_steps += 1
         if measures.device.type == "cpu":
             _check_loss(step, float(measures[0]))
+        else:
+            self._watch(step, *_copy_to_host(measures[0]))
+
+    def _watch(self, step: int, loss: Tensor, arrival: Any) -> None:
+        """Check the loss that was on its way to the host during the last step."""
+        watched, self._watched = self._watched, (step, loss, arrival)
+        if watched is not None:
+            before, loss, arrival = watched
+            arrival.synchronize()
+            _check_loss(before, float(loss))
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether rows are due after this many steps."""
@@ -117,6 +129,15 @@ class Meter:
             (step, lr, torch.tensor(measures, device=device))
             for step, lr, measures in state["pending"]
         ]
+
+
+def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy under way to the host, and the event after which it is there."""
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    copy.copy_(value, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return copy, arrival
 
 
 def _check_loss(step: int, loss: float) -> None:

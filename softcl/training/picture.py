@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcl.evaluate import KNN, TEMPERATURE
+from softcl.evaluation import KNN, TEMPERATURE
 from softcl.ops import queue_statistics
 
 ROWS, COLUMNS = 10, 8  # queries, neighbours of each

@@ -16,10 +16,21 @@ from softcl.training.config import (
     flag_name,
     identity_hash,
 )
-from softcl.training.run_folder import CHECKPOINT, CONFIG, RESULT, RunFolderError, read_json
+from softcl.training.rotation import LAST, read_newest
+from softcl.training.run_folder import (
+    CONFIG,
+    RESULT,
+    RunFolderError,
+    holds_checkpoint,
+    read_json,
+)
 
-FORMAT = 1  # of a checkpoint's content
-_PARTS = ("step", "student", "teacher", "queue", "optimizer", "config", "config_hash", "meter")
+FORMAT = 2  # of a checkpoint's content
+AUTO = "auto"
+_PARTS = (
+    *("step", "student", "teacher", "queues", "optimizer", "heads"),
+    *("config", "config_hash", "meter"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,36 @@ class StoredRun:
     Attributes:
         folder: of the run.
         config: to go on with: the stored one and what the flags may change.
-        content: of the checkpoint.
+        checkpoint, content: the file and what is in it.
         finished: the run has nothing left to do.
+        warnings: lines about newer checkpoints that could not be read.
     """
 
     folder: Path
     config: TrainConfig
+    checkpoint: Path
     content: dict[str, Any]
     finished: bool
+    warnings: list[str]
+
+
+def settle_auto(given: dict[str, Any]) -> dict[str, Any]:
+    """What ``--resume auto`` means: continue the run in --out if there is one, else start it.
+
+    Raises:
+        ConfigError: there is no --out.
+    """
+    if given.get("resume") != AUTO:
+        return given
+    if "out" not in given:
+        raise ConfigError("resume", AUTO, "needs --out, the folder to continue or to start in")
+    rest = {name: value for name, value in given.items() if name not in ("resume", "out")}
+    path = Path(given["out"]).expanduser()
+    if holds_checkpoint(path):
+        return {**rest, "resume": given["out"]}
+    # Killed before its first checkpoint: nothing is lost by starting over.
+    stub = {"overwrite": True} if (path / CONFIG).exists() else {}
+    return {**rest, "out": given["out"], **stub}
 
 
 def read_run(given: dict[str, Any]) -> StoredRun:
@@ -49,13 +82,7 @@ def read_run(given: dict[str, Any]) -> StoredRun:
     if "out" in given:
         raise ConfigError("out", given["out"], "cannot be combined with --resume")
     path = Path(given["resume"]).expanduser()
-    file = path / CHECKPOINT if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        if (path / CONFIG).exists():
-            reason = "stopped before its first checkpoint; start it again with --overwrite"
-            raise RunFolderError(f"{path}: {reason}")
-        raise RunFolderError(f"{path}: holds no run to resume (no {CHECKPOINT})")
-    content = read_checkpoint(file)
+    file, content, warnings = _read(path)
     _check_content(file, content)
     stored = TrainConfig.from_dict(content["config"])
     _check_config_file(file.parent / CONFIG, stored)
@@ -69,7 +96,20 @@ def read_run(given: dict[str, Any]) -> StoredRun:
         changes |= {"fused": None, "backend": "auto"}
     changes |= {name: value for name, value in given.items() if name not in IDENTITY}
     config = dataclasses.replace(stored, **changes)
-    return StoredRun(file.parent, config, content, (file.parent / RESULT).exists())
+    finished = (file.parent / RESULT).exists() and not warnings
+    return StoredRun(file.parent, config, file, content, finished, warnings)
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The checkpoint that --resume names: the file, or the newest of the folder that is whole."""
+    if not path.is_dir():
+        return path, read_checkpoint(path), []
+    if not holds_checkpoint(path):
+        if (path / CONFIG).exists():
+            reason = "stopped before its first checkpoint; start it again with --overwrite"
+            raise RunFolderError(f"{path}: {reason}")
+        raise RunFolderError(f"{path}: holds no run to resume (no {LAST})")
+    return read_newest(path)
 
 
 def _check_content(file: Path, content: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import torch
 import softcl
 from softcl.data import ImageSet
 from softcl.training.build import Parts, build_views, fingerprint
-from softcl.training.checkpoint import write_checkpoint
 from softcl.training.config import identity_hash
+from softcl.training.diagnose import first_damaged, first_non_finite
 from softcl.training.feed import BatchFeed
 from softcl.training.interrupt import StopRequest
 from softcl.training.meter import Diverged, Meter
@@ -21,7 +21,11 @@ from softcl.training.picture import choose_queries, draw_neighbors, nearest
 from softcl.training.progress import Progress, Status, clock
 from softcl.training.resume import FORMAT
 from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
-from softcl.training.step import learning_rate, train_step
+from softcl.training.schedules import learning_rate, teacher_momentum
+from softcl.training.step import query_spread, train_step
+from softcl.training.view_sheet import SHEET, draw_views
+
+COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
 
 class Run:
@@ -48,6 +52,9 @@ class Run:
         self.total_steps = config.epochs * self.feed.steps_per_epoch
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
+        self.best_accuracy, self.best_step = -1.0, -1
+        self._warned_of_collapse = False
+        self._listed = 0  # unreadable images in skipped.txt
         self.evaluated_step = self.saved_step = -1
         self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -72,6 +79,11 @@ class Run:
             if self._checkpoint_is_due():
                 self.save()
 
+    def _diverged(self, images: torch.Tensor, what: str) -> Diverged:
+        seed = self.config.seed
+        tensor = first_non_finite(self.state, images, self.views, seed)
+        return Diverged(f"{what}: {tensor}")
+
     def _one_step(self, images: torch.Tensor) -> None:
         config, state = self.config, self.state
         lr = learning_rate(
@@ -85,18 +97,35 @@ class Run:
             group["lr"] = lr
         try:
             measures = train_step(
-                state, images, *self.views, seed=config.seed, backend=self.backend.name
+                state,
+                images,
+                self.views,
+                seed=config.seed,
+                backend=self.backend.name,
+                momentum=teacher_momentum(
+                    state.step,
+                    start=state.method.momentum,
+                    schedule=config.momentum_schedule,
+                    total_steps=self.total_steps,
+                ),
+                accumulate=config.accumulate,
+                clip_norm=config.clip_norm,
             )
         except ValueError as error:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
-            raise Diverged(f"step {state.step + 1} failed: {error}") from error
-        self.meter.add(state.step, lr, measures)
+            what = f"step {state.step + 1} failed ({error})"
+            raise self._diverged(images, what) from error
+        try:
+            self.meter.add(state.step, lr, measures)
+        except Diverged as error:
+            raise self._diverged(images, str(error)) from error
 
     def _log(self, last: int) -> None:
         for row in self.meter.rows(self.feed.waited):
             row["epoch"] = row["step"] / self.feed.steps_per_epoch
             self.folder.log(row)
+            self._warn_of_collapse(row)
         done, left = self.state.step - self._first_step, last - self.state.step
         pace = (time.perf_counter() - self._loop_started) / max(done, 1)
         self.progress.show(
@@ -112,6 +141,18 @@ class Run:
                 seconds_left=pace * left,
             )
         )
+
+    def _warn_of_collapse(self, row: dict[str, Any]) -> None:
+        """Once, when the student's outputs all point the same way; again after a recovery."""
+        spread = row["query_spread"]
+        if spread >= 2 * COLLAPSED:
+            self._warned_of_collapse = False
+        if spread < COLLAPSED and not self._warned_of_collapse:
+            self._warned_of_collapse = True
+            self.progress.say(
+                f"warning    collapse: at step {row['step']} the student's outputs point the same "
+                f"way (spread {spread:.3f}; 1 would fill the sphere)"
+            )
 
     # ------------------------------------------------------------------------------- evaluation
 
@@ -161,6 +202,8 @@ class Run:
         paused = time.perf_counter()
         features = self.knn.encoder_features(self.state.student)
         self.accuracy = self.knn.accuracy(*features)
+        if self.accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = self.accuracy, self.state.step
         if self.state.step == self.total_steps:
             self._final_features = features
         self.evaluated_step = self.state.step
@@ -170,6 +213,8 @@ class Run:
                 "step": self.state.step,
                 "epoch": epoch,
                 "knn_top1": self.accuracy,
+                "knn_purity": self.knn.purity(*features),
+                "feature_spread": float(query_spread(features[0])),
                 "seconds": self.seconds(),
             }
         )
@@ -185,13 +230,15 @@ class Run:
         result = {
             "step": self.state.step,
             "knn_top1": self.accuracy,
+            "knn_best": self.best_accuracy if self.best_step >= 0 else None,
+            "knn_best_step": self.best_step if self.best_step >= 0 else None,
             "knn_neighbors": self.knn.num_neighbors,
             "knn_pixels": self.baselines.get("pixels"),
             "knn_untrained": self.baselines.get("untrained"),
             "loss": self.meter.loss,
             "seconds": self.seconds(),
             "backend": self.backend.name,
-            "refused_keys": self.state.queue.refused,
+            "refused_keys": sum(queue.refused for queue in self.state.queues.values()),
         }
         self.progress.close()
         if self.accuracy is not None:
@@ -221,7 +268,8 @@ class Run:
         every = self.config.checkpoint_every
         if every is None:
             every = self.feed.steps_per_epoch
-        return every > 0 and self.state.step % every == 0
+        improved = self.best_step == self.state.step
+        return every > 0 and (self.state.step % every == 0 or improved)
 
     def save(self) -> None:
         """Write the checkpoint of this step, unless it is there already.
@@ -233,20 +281,28 @@ class Run:
         if self.saved_step == self.state.step:
             return
         started = time.perf_counter()
+        self._list_skipped()
         self.meter.check()
+        damaged = first_damaged(self.state)
+        if damaged is not None:
+            raise Diverged(f"after step {self.state.step} {damaged} is not finite")
         content = {
             "format": FORMAT,
             **self.state.state_dict(),
             "config": self.config.to_dict(),
             "config_hash": identity_hash(self.config),
             "fingerprint": self.fingerprint,
+            "normalisation": [list(self.images.mean), list(self.images.std)],
             "meter": self.meter.state_dict(),
             "accuracy": self.accuracy,
+            "best": [self.best_accuracy, self.best_step],
             "evaluated_step": self.evaluated_step,
             "seconds": self.seconds(),
             "versions": versions(),
         }
-        write_checkpoint(self.folder.checkpoint, content)
+        self.folder.write_checkpoint(content, keep=self.config.keep_checkpoints)
+        if self.best_step == self.state.step:
+            self.folder.mark_best()
         self.saved_step = self.state.step
         self.meter.skip(time.perf_counter() - started)
 
@@ -255,6 +311,7 @@ class Run:
         self.state.load_state_dict(content)
         self.meter.load_state_dict(content["meter"], self.device)
         self.accuracy, self.evaluated_step = content["accuracy"], content["evaluated_step"]
+        self.best_accuracy, self.best_step = content["best"]
         self._seconds_before = content["seconds"]
         self._started = time.perf_counter()
         self.saved_step = self.state.step
@@ -285,7 +342,22 @@ class Run:
             "versions": versions(),
         }
         self.folder.write_json(CONFIG, content)
-        if self.images.skipped:
+        self._list_skipped()
+
+    def show_views(self) -> None:
+        """views.png, where it was asked for."""
+        config = self.config
+        if config.show_views is None:
+            return
+        path = self.folder.path / SHEET
+        images = self.parts.images
+        draw_views(path, images, self.views, config.image_size, config.show_views, config.seed)
+        self.progress.say(f"views      {path}")
+
+    def _list_skipped(self) -> None:
+        """skipped.txt; a set decoded on demand finds its unreadable images while it is read."""
+        if len(self.images.skipped) > self._listed:
+            self._listed = len(self.images.skipped)
             self.folder.write_text(SKIPPED, "".join(f"{line}\n" for line in self.images.skipped))
 
     def close(self) -> None:
@@ -319,7 +391,8 @@ def describe(run: Run) -> None:
     """Say what will run: the data, the settings and where each default comes from, the backend."""
     config, say = run.config, run.progress.say
     module = run.state.student
-    parameters = sum(p.numel() for p in module.parameters())
+    trained = [*module.parameters(), *run.state.heads.parameters()]
+    parameters = sum(p.numel() for p in trained)
     say(f"softcl     {softcl.__version__}, torch {torch.__version__}, {device_name(run.device)}")
     say(f"data       {run.images.describe()}")
     for note in run.images.notes:
@@ -329,19 +402,28 @@ def describe(run: Run) -> None:
     say(f"evaluation {run.parts.evaluation}")
     say(
         f"model      {config.arch} at {config.image_size} px ({module.backbone.stem_rule}), "
-        f"{module.backbone.num_features} features, projector {config.projector_hidden} -> "
-        f"{config.projection_dim}, {parameters / 1e6:.2f} M parameters"
+        f"{module.backbone.num_features} features, {parameters / 1e6:.2f} M parameters"
     )
-    say(
-        f"method     {config.method} with {config.labels} labels, "
-        f"{config.num_neighbors} neighbour(s), queue of {config.queue_size}, "
-        f"temperatures {config.temperature:g} and {config.teacher_temperature:g}, "
-        f"momentum {config.momentum:g} (defaults of {run.parts.defaults!r})"
-    )
+    say(f"method     {config.method} (defaults of {run.parts.defaults!r})")
+    for line in wrapped(dataclasses.asdict(run.state.method)):
+        say(f"           {line}")
     say(
         f"training   {config.epochs} epochs of {run.feed.steps_per_epoch} steps, "
-        f"batch {config.batch_size}, lr {config.lr:g} after {config.warmup_epochs:g} epochs of "
-        f"warm-up, weight decay {config.weight_decay:g}, seed {config.seed}"
+        f"batch {config.batch_size}, {config.optimizer}, lr {config.lr:g} after "
+        f"{config.warmup_epochs:g} epochs of warm-up, weight decay {config.weight_decay:g}, "
+        f"seed {config.seed}"
     )
     say(f"backend    {run.backend}")
     say(f"run        {run.folder.path}")
+
+
+def wrapped(numbers: dict[str, Any], width: int = 85) -> list[str]:
+    """``name value`` of each number, in lines of at most `width` columns."""
+    lines = [""]
+    for name, value in numbers.items():
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        word = f"{name.replace('_', ' ')} {shown}"
+        if lines[-1] and len(lines[-1]) + len(word) + 2 > width:
+            lines.append("")
+        lines[-1] += f", {word}" if lines[-1] else word
+    return lines

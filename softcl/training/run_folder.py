@@ -3,10 +3,11 @@
 config.json      the configuration, defaults filled in, and where it ran
 metrics.jsonl    one JSON object per line, see RunFolder.log
 events.*         the same numbers for TensorBoard
-last.pt          the newest checkpoint (softcl/checkpoint.py)
+last.pt          the newest checkpoint (checkpoint.py); last-1.pt and best.pt: see rotation.py
 baselines.json   k-NN accuracy of raw pixels and of the untrained backbone
 skipped.txt      unreadable images, if there were any
 neighbors.png    images and their nearest training images
+views.png        images and what the networks see of them, with --show-views
 result.json      the final numbers; its presence says that the run is finished
 """
 
@@ -21,10 +22,21 @@ from typing import Any
 
 from softcl.training.checkpoint import replace_file
 from softcl.training.events import EventFile
+from softcl.training.lock import FolderLock
+from softcl.training.rotation import (
+    BEST,
+    LAST,
+    SET_ASIDE,
+    earlier,
+    name_too,
+    put_back,
+    write_rotating,
+)
+from softcl.training.view_sheet import SHEET
 
-CONFIG, METRICS, CHECKPOINT, RESULT = "config.json", "metrics.jsonl", "last.pt", "result.json"
+CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 BASELINES, PICTURE, SKIPPED = "baselines.json", "neighbors.png", "skipped.txt"
-_FILES = (CONFIG, METRICS, CHECKPOINT, RESULT, BASELINES, PICTURE, SKIPPED)
+_FILES = (CONFIG, METRICS, LAST, BEST, SET_ASIDE, RESULT, BASELINES, PICTURE, SKIPPED, SHEET)
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -33,13 +45,28 @@ class RunFolderError(RuntimeError):
 
 
 class RunFolder:
-    """Paths and files of one run. Make one with `create` or `reopen`."""
+    """Paths and files of one run, which no other process may write to until it is closed.
+
+    Make one with `create`, `create_next` or `reopen`; a context closes it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metrics: int | None = None
         self._events: EventFile | None = None
         self._resumed_at: int | None = None
+        self._lock = FolderLock()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take_lock(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self._lock.take(self.path):
+            raise RunFolderError(f"{self.path}: another process is writing to this run")
 
     @classmethod
     def check_free(cls, path: Path, *, overwrite: bool = False) -> None:
@@ -64,15 +91,17 @@ class RunFolder:
         Overwriting removes the files of a run and no others.
 
         Raises:
-            RunFolderError: as `check_free`.
+            RunFolderError: as `check_free`; or another process writes to it.
         """
         cls.check_free(path, overwrite=overwrite)
         folder = cls(path)
+        folder._take_lock()
+        for _, checkpoint in earlier(path):
+            checkpoint.unlink(missing_ok=True)
         # config.json, which marks a run, goes last: an interrupted removal can be repeated.
         for name in (*(name for name in _FILES if name != CONFIG), CONFIG):
             (path / name).unlink(missing_ok=True)
         folder._remove_events()
-        path.mkdir(parents=True, exist_ok=True)
         return folder
 
     @classmethod
@@ -84,15 +113,22 @@ class RunFolder:
             path = parent / f"{stem}-{number:02d}"
             try:
                 path.mkdir()
-                return cls(path)
+                folder = cls(path)
+                folder._take_lock()
+                return folder
             except FileExistsError:
                 number += 1
 
     @classmethod
-    def reopen(cls, path: Path, step: int) -> RunFolder:
-        """An existing run, continued after `step`: what it logged later is dropped."""
+    def reopen(cls, path: Path, step: int, checkpoint: Path) -> RunFolder:
+        """An existing run, continued from a checkpoint of `step`: what it logged later is dropped.
+
+        Raises:
+            RunFolderError: another process writes to it.
+        """
         folder = cls(path)
-        path.mkdir(parents=True, exist_ok=True)
+        folder._take_lock()
+        put_back(path, checkpoint)
         folder._drop_metrics_after(step)
         folder._resumed_at = step
         for name in (RESULT, PICTURE):
@@ -102,7 +138,7 @@ class RunFolder:
     def _taken(self) -> str:
         if (self.path / RESULT).exists():
             return f"{self.path}: holds a finished run; name another --out or add --overwrite"
-        if (self.path / CHECKPOINT).exists():
+        if holds_checkpoint(self.path):
             return (
                 f"{self.path}: holds an unfinished run; continue it with --resume {self.path}, "
                 "or add --overwrite"
@@ -115,7 +151,15 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
+        return self.path / LAST
+
+    def write_checkpoint(self, content: dict[str, Any], *, keep: int) -> None:
+        """Make it the newest of `keep` checkpoints; see `rotation.write_rotating`."""
+        write_rotating(self.path, content, keep=keep)
+
+    def mark_best(self) -> None:
+        """Give the newest checkpoint the name of the best as well."""
+        name_too(self.path / LAST, self.path / BEST)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
@@ -172,6 +216,12 @@ class RunFolder:
         if self._events is not None:
             self._events.close()
             self._events = None
+        self._lock.release()
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether a folder has a checkpoint to go on from."""
+    return (path / LAST).exists() or bool(earlier(path))
 
 
 def _json_number(value: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 from softcl.data import ImageSet
 from softcl.methods import METHODS, Defaults
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean, field_names
+from softcl.training.optimizers import standard_settings
 
 # Settings of a method's defaults that are fields of the configuration under the same name.
-_TRAINING = ("arch", "epochs", "batch_size", "lr", "sgd_momentum", "weight_decay", "warmup_epochs")
+_TRAINING = ("arch", "epochs", "batch_size", "warmup_epochs")
 _METHOD_GROUPS = ("model", "method")
 SMALL_IMAGE = 64  # sets without defaults of their own: up to here CIFAR-10's, above it ImageNet's
 
@@ -44,19 +45,27 @@ def check_method_flags(config: TrainConfig) -> None:
         if value is not None and field.name not in own:
             reason = f"does not apply to method {config.method}"
             raise ConfigError(field.name, value, reason)
-    known = getattr(importlib.import_module(kind.__module__), "LABELS", None)
-    if config.labels is not None and known is not None and config.labels not in known:
-        hint = did_you_mean(config.labels, known)
-        raise ConfigError("labels", config.labels, f"must be one of {', '.join(known)}{hint}")
+    for name, known in kind.choices().items():
+        value = getattr(config, name, None)
+        if value is not None and value not in known:
+            hint = did_you_mean(value, known)
+            raise ConfigError(name, value, f"must be one of {', '.join(known)}{hint}")
 
 
-def defaults_for(method: str, images: ImageSet, image_size: int) -> tuple[str, Defaults]:
-    """A method's defaults for a set of images, and the name they go by."""
+def defaults_for(
+    method: str, images: ImageSet, image_size: int, arch: str | None = None
+) -> tuple[str, Defaults]:
+    """A method's defaults for a set of images, and the name they go by.
+
+    Where a method has a recipe of its own for vision transformers, ``arch`` picks it.
+    """
     known = importlib.import_module(method_class(method).__module__).DEFAULTS
     name = {"tiny": "tiny_imagenet"}.get(images.statistics, images.statistics)
     # "imagenet" is also the normalisation of sets that nobody published constants for.
     if name not in known or name == "imagenet":
         name = "cifar10" if image_size <= SMALL_IMAGE else "imagenet"
+    if arch is not None and "vit" in arch and f"{name}:vit" in known:
+        name = f"{name}:vit"
     return name, known[name]
 
 
@@ -71,10 +80,12 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
     """
     check_method_flags(config)
     kind = method_class(config.method)
-    defaults_name, defaults = defaults_for(config.method, images, image_size)
+    defaults_name, defaults = defaults_for(config.method, images, image_size, config.arch)
     filled: dict[str, Any] = {"image_size": image_size}
     for name in _TRAINING:
         filled[name] = _first(getattr(config, name), getattr(defaults, name))
+    schedule = getattr(defaults.method, "momentum_schedule", "constant")
+    filled["momentum_schedule"] = _first(config.momentum_schedule, schedule)
     settings = {}
     for field in dataclasses.fields(kind):
         settings[field.name] = getattr(defaults.method, field.name)
@@ -82,7 +93,8 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
             settings[field.name] = _first(getattr(config, field.name), settings[field.name])
             filled[field.name] = settings[field.name]
     _fit_to_data(config, filled, len(images))
-    _check_together(filled)
+    filled.update(_optimizer_settings(config, defaults, filled["batch_size"]))
+    _check_together(filled, config.accumulate)
     try:
         method = kind(**settings)
     except ValueError as error:
@@ -91,6 +103,19 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
             raise
         raise ConfigError(name, filled[name], str(error)) from error
     return dataclasses.replace(config, **filled), method, defaults_name
+
+
+def _optimizer_settings(config: TrainConfig, defaults: Defaults, batch_size: int) -> dict[str, Any]:
+    """The optimiser and its numbers: given, or of the method, or the standard ones of another."""
+    name = _first(config.optimizer, defaults.optimizer)
+    usual = {key: getattr(defaults, key) for key in ("lr", "weight_decay", "decay_norms")}
+    if name != defaults.optimizer:
+        usual = {**standard_settings(name, batch_size), "decay_norms": name == "sgd"}
+    settings = {key: _first(getattr(config, key), value) for key, value in usual.items()}
+    if name == "adamw" and config.sgd_momentum is not None:
+        raise ConfigError("sgd_momentum", config.sgd_momentum, "does not apply to AdamW")
+    momentum = None if name == "adamw" else _first(config.sgd_momentum, defaults.sgd_momentum)
+    return {"optimizer": name, "sgd_momentum": momentum, **settings}
 
 
 def _first(given: Any, default: Any) -> Any:
@@ -110,7 +135,7 @@ def _fit_to_data(config: TrainConfig, filled: dict[str, Any], count: int) -> Non
         filled["warmup_epochs"] = min(float(filled["warmup_epochs"]), filled["epochs"] / 10)
 
 
-def _check_together(filled: dict[str, Any]) -> None:
+def _check_together(filled: dict[str, Any], accumulate: int) -> None:
     batch, splits = filled["batch_size"], filled.get("num_splits", 1)
     if batch % splits:
         raise ConfigError(
@@ -119,6 +144,11 @@ def _check_together(filled: dict[str, Any]) -> None:
     if batch < 2 * splits:
         reason = f"leaves one image in each of --num-splits {splits}; batch norm needs two"
         raise ConfigError("batch_size", batch, reason)
+    part, rest = divmod(batch, accumulate)
+    if accumulate > 1 and (rest or part % splits or part < 2 * splits):
+        norm = f" a multiple of --num-splits {splits} and" if splits > 1 else ""
+        reason = f"--batch-size {batch} must divide into equal parts of{norm} two images or more"
+        raise ConfigError("accumulate", accumulate, reason)
     if filled["warmup_epochs"] > filled["epochs"]:
         reason = f"longer than the run of --epochs {filled['epochs']}"
         raise ConfigError("warmup_epochs", filled["warmup_epochs"], reason)

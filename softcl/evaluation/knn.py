@@ -1,0 +1,168 @@
+"""Weighted k-NN classification in a feature space, and the two baselines that give it meaning.
+
+The vote of the nearest neighbours (Wu et al., arXiv 1805.01978, as ASCL's code does it): a labelled
+bank of unit rows, cosines with a query, the k largest, each voting for its class with weight
+exp(cosine / temperature). `softcl.queue_statistics` finds the k largest, so no matrix of queries
+by bank is made; a bank that is not on the queries' device comes there in pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softcl.data import ImageSet
+from softcl.evaluation.features import FeatureFunction, eval_mode, extract, thinned
+from softcl.ops import queue_statistics
+
+TEMPERATURE = 0.1
+NUM_NEIGHBORS = 200
+BANK_LIMIT = 100_000  # larger sets are thinned evenly: the bank's features stay in memory
+QUERY_LIMIT = 10_000
+PIXEL_QUERY_LIMIT = 2_000  # pixels have many more dimensions than features
+PURITY_NEIGHBORS = 10
+_PIECE = 1024  # queries per call
+BANK_PIECE = 1 << 18  # rows of the bank per call
+_PIXELS = 32  # side to which images are reduced before their pixels are compared
+
+
+@torch.no_grad()
+def nearest_rows(
+    queries: Tensor,  # (N, F) unit rows
+    bank: Tensor,  # (M, F) unit rows, on any device
+    num_neighbors: int,
+    *,
+    temperature: float = TEMPERATURE,
+    bank_piece: int = BANK_PIECE,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The nearest rows of the bank: logits (N, k) = cosine / temperature, descending; rows (N, k).
+
+    The k of each piece of the bank are merged into the k of all; equal logits go by lowest row.
+    """
+    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in queries.split(_PIECE)]
+    for start in range(0, len(bank), bank_piece):
+        piece = bank[start : start + bank_piece].to(queries.device)
+        k = min(num_neighbors, len(piece))
+        for place, rows in enumerate(queries.split(_PIECE)):
+            found = queue_statistics(
+                rows, piece, temperature, num_neighbors=k, sums=False, backend=backend
+            )
+            kept[place].append((found.neighbor_logits, found.neighbor_indices + start))
+    results = []
+    for parts in kept:
+        logits = torch.cat([logits for logits, _ in parts], dim=1)
+        indices = torch.cat([indices for _, indices in parts], dim=1)
+        if len(parts) > 1:
+            # Stable, and the pieces are in the order of their rows.
+            logits, order = logits.sort(dim=1, descending=True, stable=True)
+            logits, indices = logits[:, :num_neighbors], indices.gather(1, order)[:, :num_neighbors]
+        results.append((logits, indices))
+    return torch.cat([logits for logits, _ in results]), torch.cat([rows for _, rows in results])
+
+
+def vote(
+    neighbor_logits: Tensor,  # (N, k) cosine / temperature, descending
+    neighbor_labels: Tensor,  # (N, k) int64
+    num_classes: int,
+) -> Tensor:
+    """The class with the largest sum of exp(neighbor_logits), (N,) int64; ties by lowest class."""
+    # Dividing all weights of a row by the largest changes no vote and cannot overflow.
+    weights = (neighbor_logits - neighbor_logits[:, :1]).exp()
+    votes = weights.new_zeros(weights.shape[0], num_classes)
+    return votes.scatter_add_(1, neighbor_labels, weights).argmax(1)
+
+
+def knn_predict(
+    features: Tensor,  # (N, F) unit rows
+    bank: Tensor,  # (M, F) unit rows
+    bank_labels: Tensor,  # (M,) int64
+    num_classes: int,
+    *,
+    num_neighbors: int = NUM_NEIGHBORS,
+    temperature: float = TEMPERATURE,
+    bank_piece: int = BANK_PIECE,
+    backend: str = "auto",
+) -> Tensor:
+    """Predicted classes (N,) by the weighted vote of the nearest rows of the bank."""
+    logits, rows = nearest_rows(
+        features,
+        bank,
+        num_neighbors,
+        temperature=temperature,
+        bank_piece=bank_piece,
+        backend=backend,
+    )
+    return vote(logits, bank_labels.to(rows.device)[rows], num_classes)
+
+
+@dataclass
+class KNN:
+    """k-NN evaluation of one run: a labelled bank and queries, thinned to the limits above.
+
+    Args:
+        bank: training images.
+        queries: test images with the same classes. The bank itself (``queries is bank``) when there
+            is no test set: each tenth image is then compared with the other nine tenths.
+        size: of the images the backbone takes.
+        num_neighbors: k.
+    """
+
+    bank: ImageSet
+    queries: ImageSet
+    size: int
+    device: torch.device
+    num_neighbors: int = NUM_NEIGHBORS
+
+    def __post_init__(self) -> None:
+        self.bank_indices = thinned(len(self.bank), BANK_LIMIT)
+        self.query_indices = thinned(len(self.queries), QUERY_LIMIT)
+        if self.queries is self.bank:
+            held_out = torch.arange(len(self.bank_indices)) % 10 == 0
+            self.query_indices = self.bank_indices[held_out][:QUERY_LIMIT]
+            self.bank_indices = self.bank_indices[~held_out]
+        self.num_neighbors = min(self.num_neighbors, len(self.bank_indices))
+
+    @property
+    def labelled(self) -> bool:
+        return self.bank.labels is not None and self.queries.labels is not None
+
+    def features(self, function: FeatureFunction, size: int | None = None) -> tuple[Tensor, Tensor]:
+        """Unit rows of the queries and of the bank."""
+        size = size or self.size
+        queries = extract(self.queries, self.query_indices, function, size, self.device)
+        return queries, extract(self.bank, self.bank_indices, function, size, self.device)
+
+    def accuracy(self, queries: Tensor, bank: Tensor, places: Tensor | None = None) -> float:
+        """Share of the queries (of those at `places`) whose class the vote finds, in [0, 1]."""
+        indices = self.query_indices
+        if places is not None:
+            queries, indices = queries[places], indices[places]
+        labels = self.queries.labels[indices].to(self.device)
+        bank_labels = self.bank.labels[self.bank_indices].to(self.device)
+        predictions = knn_predict(
+            queries, bank, bank_labels, len(self.bank.classes), num_neighbors=self.num_neighbors
+        )
+        return float((predictions == labels).float().mean())
+
+    def purity(self, queries: Tensor, bank: Tensor) -> float:
+        """Share of the PURITY_NEIGHBORS nearest rows of the bank that are of a query's class."""
+        labels = self.queries.labels[self.query_indices].to(self.device)
+        bank_labels = self.bank.labels[self.bank_indices].to(self.device)
+        _, rows = nearest_rows(queries, bank, min(PURITY_NEIGHBORS, len(bank)))
+        return float((bank_labels[rows] == labels[:, None]).float().mean())
+
+    def encoder_features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
+        """Unit rows of an encoder's backbone in eval mode, for the queries and for the bank."""
+        with eval_mode(encoder):
+            return self.features(encoder.features)
+
+    def pixel_accuracy(self) -> float:
+        """The accuracy where the features are the normalised pixels.
+
+        Of images reduced to 32 pixels a side, and of at most PIXEL_QUERY_LIMIT queries.
+        """
+        rows = self.features(lambda images: images.flatten(1), min(self.size, _PIXELS))
+        return self.accuracy(*rows, thinned(len(self.query_indices), PIXEL_QUERY_LIMIT))

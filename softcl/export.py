@@ -1,0 +1,202 @@
+"""``python -m softcl.export RUN FILE``: the backbone of a checkpoint, for other programs.
+
+    timm          safetensors with timm's keys, for timm.create_model(..., checkpoint_path=FILE)
+    torchvision   torchvision's keys, for ResNets that both have: .safetensors, else torch.save
+    onnx          a graph with any batch size; needs onnx and onnxscript
+
+RUN is a run folder (its best.pt, or else its newest checkpoint) or a checkpoint. A backbone trained
+on small images has another stem than timm's and torchvision's models: the printed line builds it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import softcl
+from softcl.evaluation.backbone import NETWORKS, Stored, load_backbone
+from softcl.nn.backbones import ALIASES, OWN_RESNETS
+from softcl.training.checkpoint import CheckpointError, replace_file
+from softcl.training.config import ConfigError
+from softcl.training.flags import CommandParser, report_for
+
+FORMATS = ("timm", "torchvision", "onnx")
+PROG = "softcl.export"
+
+
+class ExportError(RuntimeError):
+    """A backbone that cannot be written in the format asked for; the message is one line."""
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(PROG, "RUN FILE [flags]", __doc__.splitlines()[0].partition(": ")[2])
+    add = parser.add_argument
+    # fmt: off
+    add("run", metavar="RUN", help="a run folder or a checkpoint")
+    add("file", metavar="FILE", help="to write; replaced in one moment if it exists")
+    add("--format", choices=FORMATS, metavar="NAME",
+        help="timm, torchvision or onnx (default: onnx for *.onnx, else timm)")
+    add("--network", choices=NETWORKS, default="student", metavar="NAME",
+        help="student or teacher (default: student)")
+    # fmt: on
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; every expected failure is one line on stderr.
+
+    Returns:
+        0 done, 1 could not run, 2 wrong flags.
+    """
+    report = report_for(PROG)
+    try:
+        options = build_parser().read(sys.argv[1:] if argv is None else argv)
+        stored = load_backbone(Path(options.run).expanduser(), options.network)
+        file = Path(options.file).expanduser()
+        kind = options.format or ("onnx" if file.suffix == ".onnx" else "timm")
+        data = {"timm": to_timm, "torchvision": to_torchvision, "onnx": to_onnx}[kind](stored, file)
+        replace_file(file, data)
+    except ConfigError as error:
+        return report(str(error), 2)
+    except (CheckpointError, ExportError, ImportError) as error:
+        return report(str(error), 1)
+    except OSError as error:
+        path = f"{error.filename}: " if error.filename else ""
+        return report(f"{path}{error.strerror or error}", 1)
+    print(f"checkpoint {stored.path}, step {stored.content['step']}, {options.network}")
+    print(f"written    {file}, {len(data) / 1e6:.1f} MB, {kind}")
+    print(f"load       {loading_line(stored, file, kind)}")
+    return 0
+
+
+def weights_of(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
+
+
+def metadata_of(stored: Stored) -> dict[str, str]:
+    """What a reader of the file should know, as safetensors keeps it: text."""
+    config = stored.config
+    found = {
+        "format": "pt",
+        "softcl": softcl.__version__,
+        "arch": config.arch,
+        "image_size": str(config.image_size),
+        "stem": stored.backbone.stem_rule,
+        "num_features": str(stored.backbone.num_features),
+        "method": config.method,
+        "step": str(stored.content["step"]),
+    }
+    if "normalisation" in stored.content:
+        mean, std = stored.content["normalisation"]
+        found.update(mean=str(list(mean)), std=str(list(std)))
+    return found
+
+
+def to_timm(stored: Stored, file: Path) -> bytes:
+    """A safetensors file; the backbone is timm's, and so are its keys."""
+    return _safetensors(weights_of(stored.backbone), stored)
+
+
+def _safetensors(weights: dict[str, Tensor], stored: Stored) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ExportError('needs safetensors: pip install "softcl[train]"') from error
+    return save(weights, metadata_of(stored))
+
+
+def to_torchvision(stored: Stored, file: Path) -> bytes:
+    """The same weights under torchvision's keys, which for its ResNets are timm's.
+
+    Raises:
+        ExportError: torchvision has no such model.
+    """
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ExportError('needs torchvision: pip install "softcl[train]"') from error
+    name = stored.config.arch.split(".")[0]
+    if name not in models.list_models(models):
+        raise ExportError(f"torchvision has no model {name!r}; --format timm writes it")
+    with torch.device("meta"):
+        expected = models.get_model(name).state_dict()
+    weights = weights_of(stored.backbone)
+    classifier = {key for key in expected if key.startswith(("fc.", "heads.", "classifier."))}
+    if expected.keys() - classifier != weights.keys():
+        raise ExportError(f"torchvision's {name!r} has other parts; --format timm writes it")
+    if file.suffix == ".safetensors":
+        return _safetensors(weights, stored)
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
+def to_onnx(stored: Stored, file: Path) -> bytes:
+    """images (N, 3, S, S), normalised, -> features (N, F).
+
+    Raises:
+        ExportError: onnx or onnxscript is absent, or the backbone has an operation ONNX lacks.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript"
+        )
+    size = stored.config.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "backbone.onnx"
+        try:
+            torch.onnx.export(
+                stored.backbone,
+                (torch.zeros(2, 3, size, size),),
+                str(path),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: "N"},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises many kinds: the reason matters
+            reason = " ".join(str(error).split())[:300]
+            raise ExportError(f"cannot export {stored.config.arch} to ONNX: {reason}") from error
+        return path.read_bytes()
+
+
+def loading_line(stored: Stored, file: Path, kind: str) -> str:
+    """Python that loads the file."""
+    if kind == "onnx":
+        return f"onnxruntime.InferenceSession({str(file)!r})"
+    name, size, stem = stored.config.arch, stored.config.image_size, stored.backbone.stem_rule
+    as_defined = stem in ("as defined", "ImageNet stem") and name not in OWN_RESNETS
+    if kind == "torchvision" and as_defined:
+        return f"torchvision.models.{name}().load_state_dict(WEIGHTS, strict=False)  # but for fc"
+    if kind == "timm" and as_defined:
+        return _timm_line(name, file)
+    if kind == "timm" and stem.startswith("built for"):
+        patch = re.search(r"patches of (\d+) px", stem)
+        sizes = {"img_size": size} | ({"patch_size": int(patch[1])} if patch else {})
+        return _timm_line(name, file, **sizes)
+    if file.suffix == ".safetensors" or kind == "timm":
+        weights = f"safetensors.torch.load_file({str(file)!r})"
+    else:
+        weights = f"torch.load({str(file)!r})"
+    return f"softcl.nn.build_backbone({name!r}, {size}).load_state_dict({weights})  # {stem}"
+
+
+def _timm_line(name: str, file: Path, **sizes: int) -> str:
+    options = "".join(f", {key}={value}" for key, value in sizes.items())
+    name = ALIASES.get(name, name)
+    return f"timm.create_model({name!r}, num_classes=0{options}, checkpoint_path={str(file)!r})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What a method is: the views it wants, the vectors and queues it compares, and its loss.
+
+A method is a frozen dataclass of numbers, derived from `Method` or, for those that compare two
+views with one queue under a label rule, from `QueueMethod`. It holds no network, no queue and no
+loop: `softcl.training.step.train_step` does for every method
+
+    views     = views() of the images, then prepare() (CutMix, for one)
+    EMA         of the teacher, if teacher_follows is "before"
+    batch     = student's vectors of student_sees(), teacher's of teacher_sees()
+    queues    <- keys(batch), if enqueue is "before"
+    loss      = mean of loss(batch).rows; backward; optimiser
+    EMA         if teacher_follows is "after"
+    queues    <- keys(batch), if enqueue is "after"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softcl.labels import LabelRule
+from softcl.ops import Diagnostics, soft_contrastive_loss
+
+NORMS = ("none", "hidden", "all", "plain")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class View:
+    """One random view of a batch of images.
+
+    Attributes:
+        recipe: of ``softcl.data.VIEWS``, such as "strong" or "weak".
+        share: its side as a share of the run's image size, rounded (multi-crop).
+        scale: area of its crop as a share of the image's, from .. to; None for the recipe's own.
+    """
+
+    recipe: str
+    share: float = 1.0
+    scale: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees. Vectors are (N, D) and not normalised.
+
+    Attributes:
+        student: the student's projection of each view that it saw, with gradient.
+        predicted: what the predictor makes of it; the projection itself where there is none.
+        teacher: the teacher's projection of each view that it saw, constant.
+        queues: the queues (``softcl.nn.MemoryQueue``), or their rows (K, D).
+        heads: trained modules besides the student, by name.
+        notes: what `prepare` left for the loss.
+        backend: of the operator.
+    """
+
+    student: Mapping[str, Tensor]
+    predicted: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor]
+    queues: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+
+    def rows(self, name: str = "queue") -> Tensor:
+        """The rows of a queue that may take part in a loss, (K, D)."""
+        queue = self.queues[name]
+        return queue if isinstance(queue, Tensor) else queue.rows[: queue.filled]
+
+
+class Result(NamedTuple):
+    """The loss of every row, and what the operator saw on the way (or None)."""
+
+    rows: Tensor
+    shown: Diagnostics | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """Numbers that methods share; each has its own defaults.
+
+    Attributes:
+        temperature: of the student's softmax.
+        momentum: of the teacher.
+        momentum_schedule: "constant", or "cosine" to 1 at the end of the run.
+        queue_size: K.
+        projection_dim: D.
+        projector_layers, projector_hidden: linear layers of the projector, width between them.
+        projector_norm: its batch norm: "none"; "hidden", after the hidden layers; "all", after the
+            last one too; "plain", as "all" with no bias and the last one not affine (MoCo v3).
+        predictor_hidden: width of the predictor's hidden layer; 0 for no predictor.
+        predictor_norm: as `projector_norm`.
+        num_splits: splits of the batch norm in both encoders, with the teacher's batch shuffled;
+            1 for plain batch norm.
+        student_view, teacher_view: recipes of the views "query" and "key".
+    """
+
+    temperature: float = 0.1
+    momentum: float = 0.99
+    momentum_schedule: str = "constant"
+    queue_size: int = 4096
+    projection_dim: int = 128
+    projector_layers: int = 2
+    projector_hidden: int = 2048
+    projector_norm: str = "none"
+    predictor_hidden: int = 0
+    predictor_norm: str = "hidden"
+    num_splits: int = 8
+    student_view: str = "strong"
+    teacher_view: str = "weak"
+
+    teacher_follows: ClassVar[str] = "before"  # the forward passes; or "after" the optimiser's step
+    enqueue: ClassVar[str] = "after"  # the loss; or "before" it
+    # Values that a field may have; a field that is not here is checked by its range.
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        for name, allowed in self.choices().items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("queue_size", "projection_dim", "projector_hidden", "num_splits"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("projector_layers", 1 <= self.projector_layers <= 8, "in [1, 8]")
+        self._check("predictor_hidden", self.predictor_hidden >= 0, "at least 0")
+        self._check("momentum", 0.0 <= self.momentum <= 1.0, "in [0, 1]")
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name.endswith("temperature"):
+                self._check(name, 0.0 < value < math.inf, "positive and finite")
+            elif name.endswith("weight"):
+                self._check(name, 0.0 <= value < math.inf, "at least 0 and finite")
+            elif name == "num_neighbors":
+                allowed = f"in [0, queue_size={self.queue_size}]"
+                self._check(name, 0 <= value <= self.queue_size, allowed)
+
+    def _check(self, name: str, good: bool, allowed: str) -> None:
+        if not good:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The values that fields of words may have."""
+        common = {"projector_norm": NORMS, "predictor_norm": NORMS, "momentum_schedule": SCHEDULES}
+        return {**common, **cls.CHOICES}
+
+    # What follows is the common case: one view for the student, one for the teacher, one queue.
+
+    def views(self) -> dict[str, View]:
+        """The views of a step, by name."""
+        return {"query": View(self.student_view), "key": View(self.teacher_view)}
+
+    def student_sees(self) -> tuple[str, ...]:
+        """The views that the student encodes."""
+        return ("query",)
+
+    def teacher_sees(self) -> tuple[str, ...]:
+        """The views that the teacher encodes; () for a method without a teacher."""
+        return ("key",)
+
+    def queues(self) -> dict[str, int]:
+        """The rows K of each queue, by name."""
+        return {"queue": self.queue_size}
+
+    def keys(self, batch: Batch) -> dict[str, Tensor]:
+        """What enters each queue, (N, D)."""
+        return {"queue": batch.teacher["key"]}
+
+    def prepare(
+        self, views: dict[str, Tensor], generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The views, perhaps with more made of them, and notes for the loss.
+
+        The generator is on the CPU, so that its numbers can be read without waiting for a device.
+        """
+        return views, {}
+
+    def heads(self) -> dict[str, nn.Module]:
+        """Trained modules besides backbone, projector and predictor; the teacher has none."""
+        return {}
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the teacher sees the batch in another order than the student."""
+        return self.num_splits > 1
+
+    def rule(self) -> LabelRule | None:
+        """The label rule, where the loss is `soft_contrastive_loss` with one."""
+        return None
+
+    def options(self) -> frozenset[str]:
+        """Options of the operator that not every backend has (see ``softcl.ops``)."""
+        return frozenset()
+
+    def loss(self, batch: Batch) -> Result:
+        """The loss of every row; the step takes their mean."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class QueueMethod(Method):
+    """A method whose loss is a label rule's over one queue.
+
+    Attributes:
+        teacher_temperature: of the teacher's softmax over the queue.
+        symmetric: both views go through both encoders, and the loss is the mean of the two
+            directions against one snapshot of the queue; all keys enter it afterwards.
+    """
+
+    teacher_temperature: float = 0.05
+    symmetric: bool = False
+
+    positive: ClassVar[bool] = True  # whether the positive is in the student's denominator
+
+    def student_sees(self) -> tuple[str, ...]:
+        return ("query", "key") if self.symmetric else ("query",)
+
+    def teacher_sees(self) -> tuple[str, ...]:
+        return ("key", "query") if self.symmetric else ("key",)
+
+    def keys(self, batch: Batch) -> dict[str, Tensor]:
+        return {"queue": torch.cat([batch.teacher[name] for name in self.teacher_sees()])}
+
+    def loss(self, batch: Batch) -> Result:
+        return self.queue_loss(batch)
+
+    def queue_loss(self, batch: Batch, **options: Any) -> Result:
+        """The loss of the views stacked as rows of one call."""
+        query = torch.cat([batch.predicted[name] for name in self.student_sees()])
+        key = torch.cat([batch.teacher[name] for name in self.teacher_sees()])
+        rows, shown = soft_contrastive_loss(
+            query,
+            key,
+            batch.rows(),
+            self.rule(),
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            positive=self.positive,
+            reduction="none",
+            normalize=True,
+            diagnostics=True,
+            backend=batch.backend,
+            **options,
+        )
+        return Result(rows, shown)

@@ -1,0 +1,85 @@
+"""SCE: similarity contrastive estimation, as in the paper and as in the released code.
+
+Denize et al., WACV 2023, arXiv 2111.14585. "Code" below is github.com/CEA-LIST/SCE and
+github.com/juliendenize/eztorch.
+
+    student   z = normalise(predictor(projector(backbone(strong view))))   gradient
+    teacher   t = normalise(projector(EMA backbone(weak view)))            no gradient
+    q_j  = softmax_j(t . Q_j / teacher_temperature)                   over the queue rows only
+    y    = w on the positive, (1 - w) q_j on queue row j              w = positive_weight
+    p    = softmax([z . t, z . Q_1 .. z . Q_K] / temperature)
+    loss = - mean over the batch of sum_j y_j log p_j
+
+form = "paper" is this. form = "code": with a queue, the code's teacher softmax keeps a place for
+the positive, of logit 0 and not -infinity: over [0, t.Q_1 .. t.Q_K] / teacher_temperature. A share
+1 / (1 + sum_j exp(t.Q_j / teacher_temperature)) of the mass 1 - w so leaks to the positive.
+
+Order: forward passes, loss, optimiser, then the EMA of the teacher (after the step, other than
+MoCo), keys into the queue. Symmetric: both directions against one snapshot of the queue, then both
+views' keys enter it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softcl.labels import LabelRule, MixedLabels
+from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
+from softcl.methods.method import Batch, QueueMethod, Result
+
+
+@dataclass(frozen=True)
+class SCE(QueueMethod):
+    """The method's numbers; the defaults are the code's for CIFAR-10.
+
+    Attributes:
+        form: "paper" or "code", see the module's text.
+        positive_weight: w, the positive's share of the labels, in [0, 1].
+    """
+
+    form: str = "paper"
+    positive_weight: float = 0.5
+    projector_hidden: int = 512
+    projector_norm: str = "hidden"
+    num_splits: int = 1
+
+    teacher_follows = "after"
+    CHOICES = {"form": ("paper", "code")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rule()  # checks the weight
+
+    def rule(self) -> LabelRule:
+        return MixedLabels(self.positive_weight)
+
+    def loss(self, batch: Batch) -> Result:
+        return self.queue_loss(batch, virtual_logit=self.form == "code")
+
+
+DEFAULTS: dict[str, Defaults] = {
+    # Code, CIFAR-10: head 512-512-128, K 4096, m 0.99, temperatures 0.1 and 0.05, lr 0.06.
+    "cifar10": Defaults(SCE(), "resnet18", 32, 200, 256, 0.06, 0.9, 5e-4, 5),
+    "cifar100": Defaults(SCE(), "resnet18", 32, 200, 256, 0.06, 0.9, 5e-4, 5),
+    # MNN bench: D 256, head of width 2048 without batch norm, K 16384, m 0.996.
+    "tiny_imagenet": mnn_bench_defaults(
+        SCE(
+            queue_size=16384, momentum=0.996, projection_dim=256, projector_hidden=2048,
+            projector_norm="none", num_splits=8, symmetric=True,
+        ),
+        image_size=64,
+    ),
+    # Code, ImageNet: projector 2048-2048-2048-256 with batch norm, predictor 256-4096-256, LARS
+    # with 0.3 x 4096 / 256, m 0.99 -> 1. Its two views are the asymmetric pair of MoCo v3, whose
+    # LARS leaves biases and norms alone.
+    "imagenet": Defaults(
+        SCE(
+            queue_size=65536, momentum=0.99, momentum_schedule="cosine", teacher_temperature=0.07,
+            projection_dim=256, projector_layers=3, projector_hidden=2048, projector_norm="plain",
+            predictor_hidden=4096, symmetric=True,
+            student_view="byol_first", teacher_view="byol_second",
+        ),
+        "resnet50", 224, 200, 4096, 4.8, 0.9, 1e-6, 10, "lars", False,
+    ),
+    "shapes": shapes_defaults(SCE(queue_size=512)),
+}  # fmt: skip

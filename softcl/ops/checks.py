@@ -1,0 +1,119 @@
+"""What the operator's arguments must satisfy: each unusable one gets one error that names it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must be a matrix of row vectors, got shape {shape_of(tensor)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor, got dtype {tensor.dtype}")
+    if tensor.shape[0] < 1 or tensor.shape[1] < 1:
+        raise ValueError(f"{name} must not be empty, got shape {shape_of(tensor)}")
+
+
+def check_rows_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    check_rows(name, tensor)
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but {like_name} is on {like.device}")
+    if tensor.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"{name} must have {like_name}'s dimension D={like.shape[1]}, "
+            f"got shape {shape_of(tensor)}"
+        )
+
+
+def check_constant_rows(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    check_rows_like(name, tensor, like, like_name)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but only {like_name} has a gradient here: the labels and the "
+            f"softmax treat {name} as constant; pass {name}.detach()"
+        )
+
+
+def check_excluded(excluded: Tensor | None, like: Tensor, num_rows: int) -> None:
+    if excluded is None:
+        return
+    if not isinstance(excluded, Tensor):
+        raise TypeError(f"excluded must be a tensor or None, got {type(excluded).__name__}")
+    if excluded.dtype != torch.int64 or excluded.shape != like.shape[:1]:
+        raise ValueError(
+            f"excluded must be int64 of shape ({like.shape[0]},), one queue row or -1 for each "
+            f"vector, got {excluded.dtype} of shape {shape_of(excluded)}"
+        )
+    if excluded.device != like.device:
+        raise ValueError(f"excluded is on {excluded.device}, the vectors are on {like.device}")
+    if num_rows < 2:
+        raise ValueError(f"excluded needs a queue of at least 2 rows, got {num_rows}")
+    if values_are_at_hand(excluded):
+        low, high = int(excluded.min()), int(excluded.max())
+        if low < -1 or high >= num_rows:
+            raise ValueError(
+                f"excluded must be between -1 and {num_rows - 1}, got {low if low < -1 else high}"
+            )
+
+
+def check_temperature(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (value > 0.0 and value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def check_count(name: str, value: int, limit: int, *, least: int = 0, what: str = "rows") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least or value > limit:
+        whose = "queue's " if what == "rows" else ""
+        raise ValueError(
+            f"{name} must be between {least} and the {whose}{limit} {what}, got {value}"
+        )
+
+
+def check_filled(filled: int, limit: int) -> None:
+    if isinstance(filled, bool) or not isinstance(filled, int):
+        raise TypeError(f"filled must be an integer or None, got {filled!r}")
+    if filled < 1 or filled > limit:
+        raise ValueError(f"filled must be between 1 and the queue's {limit} rows, got {filled}")
+
+
+def values_are_at_hand(tensor: Tensor) -> bool:
+    # A fake or traced tensor has no values, and a GPU's would have to be waited for.
+    if torch.compiler.is_compiling():
+        return False
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.detach()).all())
+
+
+def explain_non_finite(**tensors: Tensor) -> None:
+    """Raise with the argument, and its first row, that made a result NaN or infinite."""
+    for name, tensor in tensors.items():
+        bad = (~torch.isfinite(tensor.detach()).all(1)).nonzero()
+        if len(bad) > 0:
+            raise ValueError(
+                f"{name} has {len(bad)} row(s) that are not finite, the first is row {int(bad[0])}"
+            )
+    norms = {name: float(x.detach().double().norm(dim=1).max()) for name, x in tensors.items()}
+    largest = max(norms, key=norms.get)
+    raise ValueError(
+        f"the result is not finite although every input is: {largest} has a row of norm "
+        f"{norms[largest]:.3g}, and rows must have unit norm"
+    )

@@ -1,0 +1,1 @@
+"""The parts of the report: what runs wrote (runs), pictures of it (figures, maps), the page."""

@@ -1,0 +1,150 @@
+"""``python -m softcl.evaluate`` and its measures: probes, retrieval, backbones from checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from softcl.evaluate import main
+from softcl.evaluation.backbone import load_backbone
+from softcl.evaluation.probe import Labelled, fit_logistic, lbfgs_probe, sgd_probe
+from softcl.evaluation.retrieval import retrieval_precision
+from softcl.train import main as train
+from softcl.training.build import build_state
+from softcl.training.checkpoint import read_checkpoint
+from softcl.training.config import TrainConfig
+
+
+def blobs(count: int, seed: int, spread: float = 0.5, classes: int = 4) -> Labelled:
+    """Gaussian rows around a centre for each class; the centres do not depend on the seed."""
+    centers = torch.randn(classes, 12, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    return Labelled(centers[labels] + spread * torch.randn(count, 12, generator=generator), labels)
+
+
+@pytest.mark.parametrize("probe", [sgd_probe, lbfgs_probe])
+def test_probes_learn_what_is_there_and_nothing_else(probe):
+    options = {"epochs": 10, "rate": 0.1} if probe is sgd_probe else {}
+    assert probe(blobs(400, 0), blobs(200, 1), 4, **options)["top1"] > 0.97
+    train = blobs(400, 0)
+    shuffled = Labelled(train.rows, train.labels[torch.randperm(400)])
+    assert probe(shuffled, blobs(200, 1), 4, **options)["top1"] < 0.6
+    first, again = (probe(train, blobs(200, 1, 2.0), 4, **options) for _ in range(2))
+    assert first == again
+
+
+def test_logistic_regression_is_at_its_minimum():
+    train = blobs(150, 0, 2.0)
+    weights = fit_logistic(train.rows.double(), train.labels, 4, 1e-2, 200, None)
+
+    def loss(w: Tensor) -> Tensor:
+        scores = train.rows.double() @ w[:-1] + w[-1]
+        return F.cross_entropy(scores, train.labels) + 0.005 * w[:-1].square().sum()
+
+    gradient = torch.autograd.functional.jacobian(loss, weights)
+    assert float(gradient.abs().max()) < 1e-4
+    from sklearn.linear_model import LogisticRegression
+
+    known = LogisticRegression(C=1 / (1e-2 * 150), tol=1e-8, max_iter=1000)
+    known.fit(train.rows.double().numpy(), train.labels.numpy())
+    torch.testing.assert_close(weights[:-1].T, torch.from_numpy(known.coef_), rtol=1e-2, atol=1e-3)
+
+
+def test_the_best_epoch_is_reported_beside_the_last():
+    found = sgd_probe(blobs(100, 0, 3.0), blobs(100, 1, 3.0), 4, epochs=20, rate=1.0)
+    assert found["best_top1"] >= found["top1"] and 1 <= found["best_epoch"] <= 20
+
+
+def test_retrieval_precision_is_the_share_of_the_class():
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(60, 5, generator=generator), dim=1)
+    queries = F.normalize(torch.randn(7, 5, generator=generator), dim=1)
+    bank_labels, labels = torch.arange(60) % 3, torch.arange(7) % 3
+    found = retrieval_precision(queries, labels, bank, bank_labels, bank_piece=13)
+    assert list(found) == ["precision_at_1", "precision_at_5", "precision_at_10", "precision_at_50"]
+    for name, value in found.items():
+        depth = int(name.rpartition("_")[2])
+        nearest = (queries.double() @ bank.double().T).topk(depth, dim=1).indices
+        expected = (bank_labels[nearest] == labels[:, None]).double().mean()
+        assert value == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.fixture
+def run(flags: list[str], tmp_path: Path, capsys) -> Path:
+    assert train([*flags, "--out", "run"]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_a_backbone_comes_back_as_it_was(run: Path):
+    content = read_checkpoint(run / "best.pt")
+    config = TrainConfig.from_dict(content["config"])
+    for network in ("student", "teacher"):
+        stored = load_backbone(run, network)
+        assert stored.path == run / "best.pt" and not stored.backbone.training
+        images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        state = build_state(config, *_method(config))
+        state.student.load_state_dict(content[network])
+        with torch.no_grad():
+            expected = state.student.eval().features(images)
+        assert torch.equal(stored.backbone(images), expected)
+
+
+def _method(config: TrainConfig):
+    from softcl.methods import METHODS
+
+    kind = METHODS[config.method]
+    names = [name for name in kind.__dataclass_fields__ if hasattr(config, name)]
+    return kind(**{name: getattr(config, name) for name in names}), torch.device("cpu")
+
+
+def test_the_command_measures_prints_and_writes(run: Path, tmp_path: Path, capsys):
+    line = [str(run), "--epochs", "5", "--lr", "0.1", "--device", "cpu", "--out", "found.json"]
+    assert main(line) == 0
+    text = capsys.readouterr().out
+    for word in ("k-NN       top-1", "SGD top-1", "L-BFGS top-1", "retrieval  precision @1"):
+        assert word in text
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["train"]["images"] == 128 and found["test"]["images"] == 32
+    assert found["knn"]["num_neighbors"] == 128 and 0 <= found["knn"]["top1"] <= 1
+    # The driver's own last evaluation had the same features, bank and votes.
+    best = read_checkpoint(run / "best.pt")
+    assert found["step"] == best["step"]
+    assert found["knn"]["top1"] == pytest.approx(best["accuracy"], abs=1e-6)
+    assert found["lbfgs"]["top1"] > 0.3 and found["retrieval"]["precision_at_1"] > 0.25
+
+
+def test_other_sets_other_checkpoints_and_one_measure(run: Path, folder: Path, capsys):
+    other = ["--data", "shapes:300", "--measure", "knn", "--limit", "100", "--device", "cpu"]
+    assert main([str(run / "last.pt"), *other, "--network", "teacher"]) == 0
+    text = capsys.readouterr().out
+    assert "last.pt, step 8, teacher" in text and "shapes (test)" in text and "linear" not in text
+    assert main([str(run), "--test-data", "shapes"]) == 1
+    assert "its classes are not those of" in capsys.readouterr().err
+
+
+WRONG = [
+    ("", "RUN", 2),
+    ("run --measur knn", "unknown flag --measur; did you mean --measure?", 2),
+    ("run --measure kn", "must be one of", 2),
+    ("run --knn-k 0", "--knn-k 0: must be at least 1", 2),
+    ("run --lr -1", "--lr -1.0: must be positive", 2),
+    ("run --device gpu", "--device gpu: must be auto, cpu, cuda", 2),
+    ("nowhere", "nowhere: cannot read: No such file", 1),
+    ("run --data nowhere", "nowhere: no such folder", 1),
+    ("run/config.json", "config.json: it has no checksum", 1),
+]
+
+
+def test_wrong_calls_are_told_in_three_lines(run: Path, capsys):
+    for line, message, code in WRONG:
+        flags = line.split() if "--device" in line else [*line.split(), "--device", "cpu"]
+        assert main(flags) == code
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) <= 3, line

@@ -1,0 +1,77 @@
+"""The table of methods: its rows, its control, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "bench" / "methods_table.py"
+FLAGS = "--data shapes:64 --eval-data shapes:64 --image-size 16 --epochs 1 --batch-size 16 "
+FLAGS += "--queue-size 48 --projector-hidden 16 --projection-dim 8 --device cpu"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("methods_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_table(tmp_path: Path, *only: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", "runs", "--only", *only, *FLAGS.split()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rows_and_control(tmp_path: Path):
+    table = load()
+    text = make_table(tmp_path, "moco", table.CONTROL)
+    rows = [line for line in text.splitlines() if line.startswith("| moco")]
+    result = json.loads((tmp_path / "runs/moco/result.json").read_text())
+    assert rows and f"| moco | {result['knn_top1']:.1%} |" in rows[0] and "MiB" in rows[0]
+    assert f"| {table.CONTROL} |" in text and "Untrained backbone" in text
+    assert (tmp_path / "runs/table.md").read_text() in text + "\n"
+    # A second call repeats nothing; an unfinished run is continued.
+    before = (tmp_path / "runs/moco/last.pt").stat().st_mtime_ns
+    (tmp_path / "runs/control--shuffled-pairs/result.json").unlink()
+    assert make_table(tmp_path, "moco", table.CONTROL).count("| moco |") == 2
+    assert (tmp_path / "runs/moco/last.pt").stat().st_mtime_ns == before
+
+
+def test_every_method_has_a_row():
+    from softcl.methods import METHODS
+
+    table = load()
+    named = {flags[1] for flags in table.ROWS.values()}
+    assert named == set(METHODS)
+
+
+def test_the_controls_pairs_do_not_belong_together(monkeypatch):
+    from softcl import train
+    from softcl.training import run
+
+    seen = {}
+    monkeypatch.setattr(run, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
+    monkeypatch.setattr(train, "main", lambda _: seen.update(run.build_views(None, None, 0)) or 0)
+    assert load().control([]) == 0
+    batch = torch.arange(4)
+    assert torch.equal(seen["query"](batch, None), batch)
+    assert torch.equal(seen["key"](batch, None), torch.tensor([3, 0, 1, 2]))
+
+
+def echo(batch, generator):
+    return batch

@@ -1,0 +1,241 @@
+"""What a run survives: damage, a second process, numbers that fail; and what it says then."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same_run
+
+from softcl.evaluation import KNN
+from softcl.train import main
+from softcl.training import diagnose, meter, run
+from softcl.training.checkpoint import read_checkpoint
+from softcl.training.lock import FolderLock
+from softcl.training.meter import Diverged, Meter
+from softcl.training.run_folder import RunFolder, read_metrics
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(flags, tmp_path, capsys):
+    flags = [*flags, "--checkpoint-every", "2"]
+    assert main([*flags, "--out", "whole"]) == 0
+    assert main([*flags, "--out", "parts", "--max-steps", "6"]) == 0
+    damage(tmp_path / "parts/last.pt")
+    capsys.readouterr()
+    assert main(["--resume", "parts"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "softcl.train: warning: parts/last.pt: its checksum does not match its content (damaged); "
+        "going on from parts/last-1.pt\n"
+    )
+    assert "resumed    at step 4 of 8" in captured.out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    names = [path.name for path in (tmp_path / "parts").glob("*.pt")]
+    assert sorted(names) == ["best.pt", "last-1.pt", "last.pt", "set-aside.pt"]
+    # Where none is whole, the newest is the one that is spoken of.
+    for path in (tmp_path / "parts").glob("last*.pt"):
+        damage(path)
+    assert main(["--resume", "parts"]) == 1
+    assert "parts/last.pt: its checksum" in capsys.readouterr().err
+
+
+def test_best_is_the_checkpoint_of_the_highest_accuracy(flags, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.25, 0.75, 0.75, 0.5])
+    monkeypatch.setattr(KNN, "accuracy", lambda *_: next(scores))
+    assert main([*flags, "--epochs", "3", "--knn-every", "1", "--out", "run"]) == 0
+    # The first two are the baselines; the tie of epoch 2 does not replace epoch 1.
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "knn_top1" in row]
+    assert [row["knn_top1"] for row in rows] == [0.75, 0.75, 0.5]
+    best = read_checkpoint(tmp_path / "run/best.pt")
+    assert best["step"] == 4 and best["accuracy"] == 0.75 and best["best"] == [0.75, 4]
+    assert read_checkpoint(tmp_path / "run/last.pt")["best"] == [0.75, 4]
+
+
+def test_resume_auto_starts_continues_and_ends(flags, tmp_path, capsys):
+    assert main([*flags, "--out", "whole"]) == 0
+    line = [*flags, "--resume", "auto", "--out", "auto"]
+    assert main([*line, "--max-steps", "3"]) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert main([*line, "--max-steps", "5"]) == 0
+    assert "resumed    at step 3" in capsys.readouterr().out
+    assert main(line) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "auto")
+    assert main(line) == 0
+    assert "auto: finished, nothing to resume" in capsys.readouterr().out
+    # Another configuration is another run.
+    assert main([*line, "--lr", "0.01"]) == 2
+    assert "the run to resume has --lr 0.05" in capsys.readouterr().err
+
+
+def test_resume_auto_after_a_kill_before_the_first_checkpoint(flags, tmp_path, capsys):
+    line = [*flags, "--resume", "auto", "--out", "run", "--max-steps", "2"]
+    assert main(line) == 0
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.unlink()
+    assert main(line) == 0
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 2
+    capsys.readouterr()
+    assert main([*flags, "--resume", "auto"]) == 2
+    assert "--resume auto: needs --out" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+def poison_after(step: int, monkeypatch, change) -> None:
+    """Let `change(state)` happen behind the run's back, after so many steps."""
+    original = run.train_step
+
+    def poisoned(state, *rest, **options):
+        measures = original(state, *rest, **options)
+        if state.step == step:
+            change(state)
+        return measures
+
+    monkeypatch.setattr(run, "train_step", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_fail_are_named_within_two_steps(
+    flags,
+    tmp_path,
+    monkeypatch,
+    capsys,
+    value: float,
+):
+    def change(state):
+        state.student.backbone.layer2[0].conv1.weight.data[0, 0, 0, 0] = value
+
+    poison_after(5, monkeypatch, change)
+    assert main([*flags, "--checkpoint-every", "3", "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "step 6 " in error
+    assert "parameter backbone.layer2.0.conv1.weight of the student is not finite" in error
+    assert "the last checkpoint is run/last.pt, of step 4" in error
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 4  # after an evaluation
+
+
+def test_a_checkpoint_with_such_numbers_is_not_written(flags, tmp_path, monkeypatch, capsys):
+    def change(state):
+        state.teacher.projector[2].bias.data[1] = math.nan
+
+    poison_after(4, monkeypatch, change)
+    assert main([*flags, "--checkpoint-every", "2", "--knn-every", "0", "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert "after step 4 parameter projector.2.bias of the teacher is not finite" in error
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+
+
+def test_the_first_bad_output_is_named(flags, tmp_path, monkeypatch, capsys):
+    def change(state):  # finite weights whose products are not
+        for parameter in state.student.projector[0].parameters():
+            parameter.data.fill_(3e38)
+
+    poison_after(2, monkeypatch, change)
+    assert main([*flags, "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert "step 3 " in error
+    assert "the output of projector.0 of the student is not finite" in error
+
+
+def test_a_gradient_is_named_before_what_it_broke():
+    state = type("State", (), {})()
+    state.student, state.teacher, state.step = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), 0
+    state.student.weight.grad = torch.full((2, 3), math.nan)
+    state.student.weight.data.fill_(math.nan)
+    message = diagnose.first_non_finite(state, torch.zeros(1), lambda *_: None, 0)
+    assert message == "the gradient of weight is not finite"
+
+
+def test_where_looking_costs_the_loss_is_checked_one_step_late(monkeypatch):
+    class Arrival:
+        def synchronize(self) -> None:
+            arrived.append(True)
+
+    arrived: list[bool] = []
+    watcher = Meter(every=100, batch_size=4)
+    losses = [1.0, 2.0, math.nan, 3.0]
+    watcher._watch(1, torch.tensor(losses[0]), Arrival())
+    assert arrived == []  # nothing is waited for in the first step
+    watcher._watch(2, torch.tensor(losses[1]), Arrival())
+    watcher._watch(3, torch.tensor(losses[2]), Arrival())
+    with pytest.raises(Diverged, match="the loss of step 3 is nan"):
+        watcher._watch(4, torch.tensor(losses[3]), Arrival())
+    assert len(arrived) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_loss_is_checked_one_step_late():
+    watcher = meter.Meter(every=100, batch_size=4)
+    for step in (1, 2):
+        loss = math.nan if step == 2 else 1.0
+        watcher.add(step, 0.1, torch.tensor([loss, 0.0, 0.0, 0.0, 1.0], device="cuda"))
+    with pytest.raises(Diverged, match="the loss of step 2 is nan"):
+        watcher.add(3, 0.1, torch.ones(5, device="cuda"))
+
+
+def test_collapse_is_warned_of_once(flags, monkeypatch, tmp_path, capsys):
+    original, spreads = run.train_step, [0.9, 0.04, 0.03, 0.5, 0.01, 0.02, 0.9, 0.9]
+
+    def collapsing(state, *rest, **options):
+        measures = original(state, *rest, **options)
+        measures[4] = spreads[state.step - 1]
+        return measures
+
+    monkeypatch.setattr(run, "train_step", collapsing)
+    assert main([*flags, "--out", "run"]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
+    assert len(lines) == 2
+    assert "collapse: at step 2 " in lines[0] and "spread 0.040" in lines[0]
+    assert "collapse: at step 5 " in lines[1]
+
+
+# ------------------------------------------------------------------------------------------- locks
+
+
+def test_two_processes_do_not_write_to_one_folder(flags, tmp_path, capsys):
+    assert main([*flags, "--out", "run", "--max-steps", "2"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    other = FolderLock()  # a lock belongs to an open file: as good as another process
+    assert other.take(tmp_path / "run")
+    for line in (["--resume", "run"], [*flags, "--out", "run", "--overwrite"]):
+        capsys.readouterr()
+        assert main(line) == 1
+        assert "run: another process is writing to this run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    other.release()
+    assert main(["--resume", "run"]) == 0
+
+
+def test_a_failing_start_lets_go_of_its_folder(flags, tmp_path, monkeypatch):
+    def fail(_self):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "measure_baselines", fail)
+        assert main([*flags, "--out", "run"]) == 1
+    lock = FolderLock()
+    assert lock.take(tmp_path / "run")
+    lock.release()
+
+
+def test_a_folder_without_locks_still_works(tmp_path, monkeypatch):
+    from softcl.training import lock as lock_module
+
+    def refuse(*_):
+        raise OSError(77, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", refuse)
+    with RunFolder.create(tmp_path / "run") as made:
+        made.write_json("config.json", {})
+    shutil.rmtree(tmp_path / "run")
