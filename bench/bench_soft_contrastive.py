@@ -1,72 +1,192 @@
-"""Loss and gradient of ASCL: every backend that runs here, and the N x K formula in eager PyTorch.
+"""Loss and gradient of every label rule: the backends that run here, and their peers.
 
-    pytest bench/ --benchmark-only
+    pytest bench/bench_soft_contrastive.py --benchmark-only [--shapes main] [--rule NAME] ...
 
-Each contender is first held to the float64 oracle on the same inputs, then timed.
+Each contender is first held to the float64 oracle, on some rows of the same inputs (rows do not
+depend on each other), then timed: forward and backward, through the public function. All of them
+run with malloc told to keep its pages, which favours those that make N x K matrices; "eager as it
+comes" is the eager formula in a process without that (see memory.py).
 """
 
 from __future__ import annotations
 
-import math
+import time
 
 import pytest
 import torch
 
+from bench.memory import available_memory, fresh_process, peak_increase
+from bench.peers import PEERS
+from bench.shapes import GRID, MAIN, QUICK, Shape, cpu_floor, eager_bytes, loss_cost
+from bench.table import Row
 from softcl import AdaptiveSoftLabels, soft_contrastive_loss
-from softcl.testing import assert_loss_close, available_backends, loss_oracle, make_problem
+from softcl.testing import (
+    RULES,
+    Problem,
+    assert_loss_close,
+    available_backends,
+    loss_oracle,
+    make_problem,
+)
+from softcl.training.allocator import keep_freed_pages
 
-SHAPES = [(256, 4096, 128), (256, 16384, 128)]  # N, K, D
-RULE = AdaptiveSoftLabels(5)
 TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
-CONTENDERS = [*available_backends(make_problem(2, 8, 4), RULE), "eager"]
+AS_IT_COMES = "eager as it comes"
+DENSE = AdaptiveSoftLabels(5)  # the rule that needs everything
+
+# Peers are not bound by this project's promises: they must agree, not excel.
+PEER_SCALE = 10.0
+CHECKED_ROWS = 64
+SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 3.0, 30, 3
 
 
-def eager_loss(query, key, queue):
-    """ASCL with every N x K matrix written out, as its authors' formula reads; rows (N,)."""
-    with torch.no_grad():
-        soft = (key @ queue.T / TEACHER_TEMPERATURE).softmax(1)
-        entropy = -(soft * soft.clamp(min=1e-30).log()).sum(1, keepdim=True)
-        confidence = 1 - entropy / math.log(len(queue))
-        labels = (confidence * RULE.num_neighbors * soft).clamp(max=1.0)
-        labels = torch.cat([torch.ones_like(entropy), labels], 1)
-        labels /= labels.sum(1, keepdim=True)
-    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / TEMPERATURE
-    return -(labels * logits.log_softmax(1)).sum(1)
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    full, wanted = option("--full"), option("--shapes")
+    shapes = {"quick": QUICK, "main": MAIN, "grid": GRID}[wanted or ("grid" if full else "quick")]
+    rules = (*RULES, DENSE) if full else (DENSE,)
+    if option("--rule"):
+        rules = [r for r in (*RULES, DENSE) if r.name in option("--rule")]
+    backends = option("--backend") or available_backends(make_problem(2, 8, 4), DENSE)
+    peers = option("--peer") or (*PEERS, AS_IT_COMES)
+    contenders = [x for x in (*backends, *peers) if x != "none"]
+    metafunc.parametrize("shape", shapes, ids=str)
+    metafunc.parametrize("rule", rules, ids=lambda r: f"{r.name}-{r.num_neighbors}")
+    metafunc.parametrize("contender", contenders, ids=lambda x: x.replace(" ", "-"))
 
 
-def loss_rows(contender, query, key, queue):
-    if contender == "eager":
-        return eager_loss(query, key, queue)
+class Step:
+    """Forward and backward of one contender on the inputs of a shape, which are kept for the next.
+
+    Global state, so that the other process can be told which step to do by its arguments alone.
+    """
+
+    inputs: tuple[Shape, Problem] | None = None
+
+    def __init__(self, shape: Shape, rule, contender: str) -> None:
+        if Step.inputs is None or Step.inputs[0] != shape:
+            Step.inputs = None  # before there are new ones
+            Step.inputs = shape, make_problem(*shape)
+        self.problem = Step.inputs[1]
+        self.query = self.problem.query.detach().requires_grad_()
+        self.rule, self.contender = rule, contender
+
+    def __call__(self) -> torch.Tensor:
+        self.query.grad = None
+        rows = loss_rows(
+            self.contender, self.query, self.problem.key, self.problem.queue, self.rule
+        )
+        rows.sum().backward()
+        return rows
+
+
+def loss_rows(contender, query, key, queue, rule):
+    positive = rule.name != "relational"  # as ReSSL has it
+    temperatures = (TEMPERATURE, TEACHER_TEMPERATURE)
+    peer = "eager" if contender == AS_IT_COMES else contender
+    if peer in PEERS:
+        return PEERS[peer](query, key, queue, rule, *temperatures, positive)
     return soft_contrastive_loss(
         query,
         key,
         queue,
-        RULE,
+        rule,
         temperature=TEMPERATURE,
         teacher_temperature=TEACHER_TEMPERATURE,
+        positive=positive,
         reduction="none",
         backend=contender,
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("contender", CONTENDERS)
-def bench_loss_and_gradient(benchmark, contender, shape):
-    problem = make_problem(*shape)
-    query = problem.query.requires_grad_()
-
-    def step():
-        query.grad = None
-        rows = loss_rows(contender, query, problem.key, problem.queue)
-        rows.sum().backward()
-        return rows
-
-    rows = step()
-    oracle = loss_oracle(problem, RULE, diagnostics=False)
-    assert_loss_close(rows, query.grad, oracle, torch.float32)
-    N, K, D = shape
-    benchmark.group = str(shape)
-    benchmark.extra_info.update(
-        threads=torch.get_num_threads(), torch=torch.__version__, flop=8 * N * K * D
+def check(step: Step, rows: torch.Tensor) -> None:
+    """Hold some rows of a step's results to the oracle."""
+    p, is_peer = step.problem, step.contender in PEERS or step.contender == AS_IT_COMES
+    some = torch.arange(0, len(rows), max(1, len(rows) // CHECKED_ROWS))
+    part = Problem(p.query[some], p.key[some], p.queue)
+    oracle = loss_oracle(part, step.rule, positive=step.rule.name != "relational")
+    assert_loss_close(
+        rows[some],
+        step.query.grad[some],
+        oracle,
+        torch.float32,
+        temperature=TEMPERATURE,
+        scale=PEER_SCALE if is_peer else 1.0,
     )
-    benchmark.pedantic(step, rounds=7, warmup_rounds=1)
+
+
+_step: Step | None = None  # of the other process
+
+
+def prepare_elsewhere(*arguments) -> int | None:
+    """In the other process: make and check a step; returns its peak memory in bytes."""
+    global _step
+    _step = Step(*arguments)
+    check(_step, _step())
+    return peak_increase(_step)
+
+
+def step_elsewhere() -> None:
+    _step()
+
+
+@pytest.fixture(scope="module")
+def spare():
+    """A process to measure memory in; this one's malloc keeps its pages from here on."""
+    keep_freed_pages()
+    with fresh_process() as pool:
+        yield pool
+
+
+@pytest.fixture
+def elsewhere(contender, spare):
+    """Where to prepare a step. glibc adjusts itself to the blocks that a process has freed, so what
+    comes as it comes needs a process that has done nothing else."""
+    if contender != AS_IT_COMES:
+        yield spare
+        return
+    with fresh_process() as pool:
+        yield pool
+
+
+def bench_loss_and_gradient(benchmark, report, ceilings, elsewhere, shape, rule, contender):
+    group = f"{shape} {rule.name}" + (f"({rule.num_neighbors})" if rule.num_neighbors else "")
+    cost = loss_cost(shape, rule)
+    needed, free = eager_bytes(shape, rule), available_memory()
+    if contender in ("eager", "compiled", AS_IT_COMES) and needed > 0.7 * free:
+        note = f"not run: needs about {needed / 1e9:.0f} GB"
+        report(Row(group, contender, note=note))
+        pytest.skip(note)
+
+    peak = None
+    if contender != "compiled":  # the compiler's own memory would count
+        peak = elsewhere.submit(prepare_elsewhere, shape, rule, contender).result()
+    if contender == AS_IT_COMES:
+
+        def step():
+            elsewhere.submit(step_elsewhere).result()
+    else:
+        step = Step(shape, rule, contender)
+        check(step, step())
+    start = time.perf_counter()
+    step()
+    rounds = int(SECONDS / (time.perf_counter() - start))
+    benchmark.group = group
+    benchmark.pedantic(step, rounds=max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds)))
+    if benchmark.stats is None:  # --benchmark-disable: the check alone
+        return
+    limits = ceilings(group)
+    seconds = benchmark.stats.stats.median
+    floor = cpu_floor(cost, limits) if limits else None
+    report(Row(group, contender, seconds, cost.flop, floor, peak))
+    benchmark.extra_info.update(
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        flop=cost.flop,
+        gflops=cost.flop / seconds / 1e9,
+        exponentials=cost.exponentials,
+        ceilings=limits,
+        floor_seconds=floor,
+        percent_of_floor=None if floor is None else 100 * floor / seconds,
+        peak_bytes=peak,
+    )

@@ -27,6 +27,8 @@ for N, K, D in ((1, 1, 1), (17, 97, 65), (70, 2000, 130)):
     k = min(K, 100)
     *_, logits, indices = cpu.queue_statistics(p.query, p.queue, 0.1, k)
     assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+    *_, logits, indices = cpu.queue_statistics(p.query, p.queue, 0.1, k, sums=False)
+    assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
 print(cpu._load()[0].isa())
 """
 

@@ -44,6 +44,16 @@ const SweepKernels& sweep_kernels() {
                               ", must be one of those available here: " + names);
 }
 
+const ScreenKernels* screen_kernels() {
+#if defined(SOFTCL_X86)
+  const SweepKernels* kernels = &sweep_kernels();
+  if (kernels == &kAvx512Kernels && __builtin_cpu_supports("avx512vnni")) return &kAvx512Screen;
+  // A processor with AVX-512 has AVX2.
+  if (kernels != &kPortableKernels) return &kAvx2Screen;
+#endif
+  return nullptr;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const SweepKernels* kernels : available_kernels()) names.emplace_back(kernels->name);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "screen.h"
 #include "sweep.h"
 
 namespace softcl::cpu {
@@ -12,6 +13,9 @@ namespace softcl::cpu {
 /// The kernels in use. SOFTCL_CPU_ISA ("portable", "avx2", "avx512") is read at the first call;
 /// throws std::invalid_argument, at every call, if it names none or one that this processor lacks.
 const SweepKernels& sweep_kernels();
+
+/// The screen that goes with them; null where there is none.
+const ScreenKernels* screen_kernels();
 
 /// Names of the instruction sets that run here, best first.
 std::vector<std::string> available_isas();

@@ -67,6 +67,13 @@ void reset(const NeighborLists& lists, std::int64_t rows) {
 void push(const NeighborLists& lists, std::int64_t row, float value, std::int64_t index) {
   Neighbor* items = lists.items + row * lists.capacity;
   std::int64_t& count = lists.count[row];
+  if (lists.k <= kSortedNeighbors) {
+    std::int64_t place = count < lists.capacity ? count++ : count - 1;
+    for (; place > 0 && items[place - 1].value < value; --place) items[place] = items[place - 1];
+    items[place] = {value, index};
+    if (count == lists.k) lists.threshold[row] = items[count - 1].value;
+    return;
+  }
   items[count++] = {value, index};
   // A capacity of k or less means that every queue row fits.
   if (count == lists.capacity && lists.capacity > lists.k) cut(lists, row, items, count);

@@ -1,10 +1,11 @@
 // The nearest rows of every vector, collected while their similarities stream past.
 //
-// A list holds up to 2k candidates. A candidate enters if its value is above the list's threshold;
-// when the list is full it is cut to its k best or a few more, and the threshold rises to below the
-// worst of them. So a list is visited about 1.4 k ln(K/k) times on a queue in random order,
-// whatever k is, and each visit costs O(1) amortised; on a queue in ascending order it is visited K
-// times.
+// A candidate enters a list if its value is above the list's threshold. Up to k = kSortedNeighbors
+// a list is its k best in order, and the threshold is the worst of them. Beyond, a list holds up to
+// 2k candidates; when it is full it is cut to its k best or a few more, and the threshold rises to
+// below the worst of them. So a list is visited between k ln(K/k) and 1.4 times as often on a queue
+// in random order, and each visit costs little, whatever k is; on a queue in ascending order it is
+// visited K times.
 //
 // Queue rows arrive in ascending order, so a later equal value need not enter: among equal values
 // the lowest row wins.
@@ -20,9 +21,17 @@ struct Neighbor {
   std::int64_t index;  // j
 };
 
+inline constexpr std::int64_t kSortedNeighbors = 16;
+
+/// Candidates that a list has room for, where `rows` queue rows pass by.
+inline std::int64_t list_capacity(std::int64_t k, std::int64_t rows) {
+  const std::int64_t wanted = k <= kSortedNeighbors ? k : 2 * k;
+  return wanted < rows ? wanted : rows;
+}
+
 struct NeighborLists {
   std::int64_t k = 0;             // 0: nothing is collected
-  std::int64_t capacity = 0;      // of a list: min(2k, queue rows that pass by)
+  std::int64_t capacity = 0;      // of a list: see list_capacity
   float* threshold = nullptr;     // (rows,) a value must be above it to enter
   std::int64_t* count = nullptr;  // (rows,)
   Neighbor* items = nullptr;      // (rows, capacity)

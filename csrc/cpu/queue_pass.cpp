@@ -7,6 +7,7 @@
 #include "arena.h"
 #include "isa.h"
 #include "parallel.h"
+#include "pieces.h"
 
 namespace softcl::cpu {
 
@@ -21,13 +22,6 @@ constexpr std::int64_t kBlockBytes = 256 << 10;
 constexpr std::int64_t kListBytes = 16 << 20;
 // A split is at least so long, or merging its sums would show.
 constexpr std::int64_t kMinSplitRows = 768;
-// Pieces of work per thread when the queue is split: a thread that is held up does less.
-constexpr std::int64_t kPiecesPerThread = 2;
-
-std::int64_t divide_up(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-
 struct Plan {
   int lanes;
   std::int64_t strips;  // of all rows
@@ -44,21 +38,6 @@ struct Plan {
   }
 };
 
-// How often to split the queue: a few pieces of work for every thread, and few threads idle while
-// the last pieces run.
-std::int64_t best_splits(std::int64_t blocks, std::int64_t threads) {
-  if (threads == 1 || blocks >= threads * kPiecesPerThread) return 1;
-  const std::int64_t least = divide_up(threads * kPiecesPerThread, blocks);
-  std::int64_t best = least;
-  double best_use = 0.0;
-  for (std::int64_t splits = least; splits <= 2 * least; ++splits) {
-    const std::int64_t pieces = blocks * splits;
-    const double use = double(pieces) / double(divide_up(pieces, threads) * threads);
-    if (use > best_use) best = splits, best_use = use;
-  }
-  return best;
-}
-
 Plan make_plan(const PassRequest& request, int lanes) {
   Plan plan;
   plan.lanes = lanes;
@@ -71,15 +50,12 @@ Plan make_plan(const PassRequest& request, int lanes) {
     const ReductionRequest& r = request.reductions[i];
     strip_bytes += lanes * D * 4 * (r.has_mean ? 2 : 1);
     if (r.has_mean) block_bytes = kBlockBytes;
-    list_bytes += lanes * std::min(2 * r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
+    list_bytes += lanes * list_capacity(r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
   }
   plan.strips = divide_up(request.num_rows, lanes);
   const std::int64_t largest =
       std::max<std::int64_t>(1, std::min(block_bytes / strip_bytes, kListBytes / list_bytes));
-  // Blocks of nearly equal size, an equal number for every thread if there are enough.
-  plan.blocks = divide_up(plan.strips, largest);
-  if (plan.blocks > threads) plan.blocks = divide_up(plan.blocks, threads) * threads;
-  plan.strips_per_block = divide_up(plan.strips, std::min(plan.blocks, plan.strips));
+  plan.strips_per_block = even_blocks(plan.strips, largest, threads);
   plan.blocks = divide_up(plan.strips, plan.strips_per_block);
 
   const std::int64_t splits = std::min(best_splits(plan.blocks, threads), K / kMinSplitRows);
@@ -157,7 +133,7 @@ class Pass {
         if (wanted.positive != nullptr) r.rank = arena.take<std::int64_t>(rows);
         if (wanted.num_neighbors > 0) {
           r.neighbors.k = wanted.num_neighbors;
-          r.neighbors.capacity = list_capacity(wanted);
+          r.neighbors.capacity = capacity_of(wanted);
           r.neighbors.threshold = arena.take<float>(rows);
           r.neighbors.count = arena.take<std::int64_t>(rows);
           r.neighbors.items = arena.take<Neighbor>(rows * r.neighbors.capacity);
@@ -174,15 +150,14 @@ class Pass {
           w.mean[i] = arena.take<double>(plan_.lanes * D);
         }
         if (wanted.num_neighbors > 0 && plan_.is_split()) {
-          w.candidates[i] =
-              arena.take<Neighbor>(plan_.lanes * plan_.splits * list_capacity(wanted));
+          w.candidates[i] = arena.take<Neighbor>(plan_.lanes * plan_.splits * capacity_of(wanted));
         }
       }
     }
   }
 
-  std::int64_t list_capacity(const ReductionRequest& wanted) const {
-    return std::min(2 * wanted.num_neighbors, std::min(request_.queue_size, plan_.split_rows));
+  std::int64_t capacity_of(const ReductionRequest& wanted) const {
+    return list_capacity(wanted.num_neighbors, std::min(request_.queue_size, plan_.split_rows));
   }
 
   void sweep(std::int64_t block, std::int64_t split, Piece& piece, Workspace& workspace) const {

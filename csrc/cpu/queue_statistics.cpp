@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "queue_pass.h"
+#include "search.h"
 #include "softcl/params.h"
 
 namespace softcl::cpu {
@@ -59,6 +60,8 @@ void write_row(const QueueStatisticsParams& p, std::int64_t row, int lane, int l
 
 void queue_statistics(const QueueStatisticsParams& p) {
   check(p);
+  const bool is_search = p.lse == nullptr && p.entropy == nullptr && p.mean == nullptr;
+  if (is_search && p.num_neighbors > 0 && screened_search(p)) return;
   const int lanes = sweep_kernels().lanes;
   const std::int64_t strips = (p.num_vectors + lanes - 1) / lanes;
   Rows rows;

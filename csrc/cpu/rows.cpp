@@ -7,8 +7,6 @@
 
 namespace softcl::cpu {
 
-namespace {
-
 void read_row(const void* matrix, ElementType type, std::int64_t row, std::int64_t dim,
               float* out) {
   if (type == ElementType::kFloat32) {
@@ -22,6 +20,8 @@ void read_row(const void* matrix, ElementType type, std::int64_t row, std::int64
     for (std::int64_t d = 0; d < dim; ++d) out[d] = from_float16(halves[d]);
   }
 }
+
+namespace {
 
 // Sum of squares, in double, where no finite fp32 row overflows. Four chains: one would wait for
 // every addition.

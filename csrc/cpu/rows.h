@@ -17,6 +17,9 @@ struct Rows {
   bool* finite = nullptr;   // (strips * lanes,) every element read is finite
 };
 
+/// Row `row` of a matrix (N, D) in fp32.
+void read_row(const void* matrix, ElementType type, std::int64_t row, std::int64_t dim, float* out);
+
 /// Reads rows [first, first + lanes) of a matrix (N, D) into one strip, fewer at its end.
 /// `scratch` holds D floats.
 /// normalize: divides by max(norm, kNormFloor) and rounds to fp32, then to `type`.

@@ -49,6 +49,32 @@ inline unsigned greater_lanes(Vector x, Vector y) {
 #endif
 }
 
+/// Bit i: x[i] > y[i].
+inline unsigned greater_int_lanes(IntVector x, IntVector y) {
+#if defined(__AVX512F__)
+  return _mm512_cmpgt_epi32_mask((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+  const __m256i mask = _mm256_cmpgt_epi32((__m256i)x, (__m256i)y);
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#else
+  const IntVector mask = x > y;
+  unsigned lanes = 0;
+  for (int i = 0; i < kWidth; ++i) lanes |= static_cast<unsigned>(mask[i] & 1) << i;
+  return lanes;
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+/// sum + a.low b.low + a.high b.high in every lane, of the signed 16-bit halves of a and b.
+inline IntVector multiply_add_pairs(IntVector sum, IntVector a, IntVector b) {
+  return (IntVector)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+inline IntVector multiply_add_pairs(IntVector sum, IntVector a, IntVector b) {
+  return sum + (IntVector)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+#endif
+
 /// Some x[i] > y[i].
 inline bool any_greater(Vector x, Vector y) {
   return greater_lanes(x, y) != 0;

@@ -47,7 +47,9 @@ def nearest_rows(
         piece = bank[start : start + bank_piece].to(queries.device)
         k = min(num_neighbors, len(piece))
         for place, rows in enumerate(queries.split(_PIECE)):
-            found = queue_statistics(rows, piece, temperature, num_neighbors=k, backend=backend)
+            found = queue_statistics(
+                rows, piece, temperature, num_neighbors=k, sums=False, backend=backend
+            )
             kept[place].append((found.neighbor_logits, found.neighbor_indices + start))
     results = []
     for parts in kept:

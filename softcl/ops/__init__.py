@@ -116,6 +116,7 @@ def queue_statistics(
     *,
     num_neighbors: int = 0,
     excluded: Tensor | None = None,
+    sums: bool = True,
     backend: str = "auto",
 ) -> QueueStatistics:
     """Softmax statistics of every vector over a queue, and its nearest rows, in one pass.
@@ -135,6 +136,8 @@ def queue_statistics(
         num_neighbors: k, 0 <= k <= K.
         excluded: (N,) int64, for each vector a queue row that takes no part in its statistics
             (its own, where the queue is the batch), or -1 for none. K is then one less.
+        sums: False searches neighbours alone, at less than half the work; ``lse``, ``mean`` and
+            ``entropy`` then have no rows.
         backend: "auto" or the name of one backend, which then runs or raises.
 
     Returns:
@@ -152,10 +155,11 @@ def queue_statistics(
     check_backend_name(backend)
     statistics = QueueStatistics(
         *torch.ops.softcl.queue_statistics(
-            vectors, queue, float(temperature), num_neighbors, backend, excluded
+            vectors, queue, float(temperature), num_neighbors, bool(sums), backend, excluded
         )
     )
-    if values_are_at_hand(statistics.lse) and not all_finite(statistics.lse):
+    shown = statistics.lse if sums else statistics.neighbor_logits
+    if values_are_at_hand(shown) and not all_finite(shown):
         explain_non_finite(vectors=vectors, queue=queue)
     return statistics
 

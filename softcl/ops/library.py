@@ -20,7 +20,7 @@ LIBRARY = torch.library.Library("softcl", "DEF")
 
 LIBRARY.define(
     "queue_statistics(Tensor vectors, Tensor queue, float temperature, SymInt num_neighbors, "
-    "str backend, Tensor? excluded=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool sums, str backend, Tensor? excluded=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "queue_statistics_backward(Tensor vectors, Tensor queue, float temperature, Tensor lse, "
@@ -43,12 +43,12 @@ def _without_autocast(device: torch.device):
 # -------------------------------------------------------------------------------- queue_statistics
 
 
-def _queue_statistics(vectors, queue, temperature, num_neighbors, backend, excluded=None):
+def _queue_statistics(vectors, queue, temperature, num_neighbors, sums, backend, excluded=None):
     options = _options_in_use(excluded=excluded)
     call = Call.of_statistics(vectors, queue, temperature, num_neighbors, frozenset(options))
     module = load_backend(choose(call, backend).name)
     return module.queue_statistics(
-        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors, **options
+        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors, sums=sums, **options
     )
 
 
@@ -56,13 +56,15 @@ def _options_in_use(**options):
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _queue_statistics_fake(vectors, queue, temperature, num_neighbors, backend, excluded=None):
+def _queue_statistics_fake(
+    vectors, queue, temperature, num_neighbors, sums, backend, excluded=None
+):
     n, d = vectors.shape
     dtype = reference.sum_dtype(vectors, queue)
     return (
-        vectors.new_empty((n,), dtype=dtype),
-        vectors.new_empty((n, d), dtype=dtype),
-        vectors.new_empty((n,), dtype=dtype),
+        vectors.new_empty((n if sums else 0,), dtype=dtype),
+        vectors.new_empty((n if sums else 0, d), dtype=dtype),
+        vectors.new_empty((n if sums else 0,), dtype=dtype),
         vectors.new_empty((n, num_neighbors), dtype=dtype),
         vectors.new_empty((n, num_neighbors), dtype=torch.int64),
     )
@@ -77,30 +79,32 @@ def _queue_statistics_backward_fake(
     dneighbor_logits, excluded=None, with_queue=False,
 ):  # fmt: skip
     shape = queue.shape if with_queue else (0,)
-    return torch.empty_like(mean), mean.new_empty(shape)
+    return vectors.new_empty(vectors.shape, dtype=mean.dtype), mean.new_empty(shape)
 
 
 def _save_statistics(ctx, inputs, output):
-    vectors, queue, temperature, _, _, excluded = inputs
+    vectors, queue, temperature, _, sums, _, excluded = inputs
     lse, mean, entropy, _, neighbor_indices = output
     ctx.mark_non_differentiable(neighbor_indices)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(vectors, queue, lse, mean, entropy, neighbor_indices, excluded)
-    ctx.temperature = temperature
+    ctx.temperature, ctx.sums = temperature, sums
 
 
 def _differentiate_statistics(ctx, dlse, dmean, dentropy, dneighbor_logits, _):
     _refuse_second_derivative()
     vectors, queue, *saved, excluded = ctx.saved_tensors
+    if not ctx.sums:  # outputs without rows can have gradients without rows
+        dlse = dmean = dentropy = None
     if all(g is None for g in (dlse, dmean, dentropy, dneighbor_logits)):
-        return (None,) * 6
+        return (None,) * 7
     with_queue = ctx.needs_input_grad[1]
     dvectors, dqueue = torch.ops.softcl.queue_statistics_backward(
         vectors, queue, ctx.temperature, *saved,
         dlse, dmean, dentropy, dneighbor_logits, excluded, with_queue,
     )  # fmt: skip
     dqueue = dqueue.to(queue.dtype) if with_queue else None
-    return dvectors.to(vectors.dtype), dqueue, None, None, None, None
+    return dvectors.to(vectors.dtype), dqueue, *(None,) * 5
 
 
 # -------------------------------------------------------------------------------- soft_contrastive
@@ -231,9 +235,27 @@ torch.library.register_autograd(
     setup_context=_save_statistics,
     lib=LIBRARY,
 )
-torch.library.register_autograd(
-    "softcl::soft_contrastive",
-    _scale_gradient,
-    setup_context=_save_gradient,
-    lib=LIBRARY,
-)
+
+
+class _SoftContrastive(torch.autograd.Function):
+    """What torch.library.register_autograd makes of the two functions above, without reading the
+    schema anew at every call, which would take longer than everything else in Python together."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.softcl.soft_contrastive.default(*args)
+        _save_gradient(ctx, args, output)
+        return output
+
+    backward = staticmethod(_scale_gradient)
+
+
+def _soft_contrastive_autograd(*args):
+    if args[0].requires_grad and torch.is_grad_enabled():
+        return _SoftContrastive.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.softcl.soft_contrastive.default(*args)
+
+
+LIBRARY.impl("soft_contrastive", _soft_contrastive_autograd, "Autograd")

@@ -41,21 +41,24 @@ def queue_statistics(
     temperature: float,
     num_neighbors: int,
     *,
+    sums: bool = True,
     excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
 
-    Without its excluded row a vector's queue has one row less, of which at least one must be left.
+    Without ``sums`` the first three have no rows: a search for neighbours alone. Without its
+    excluded row a vector's queue has one row less, of which at least one must be left.
     """
     dtype = sum_dtype(vectors, queue)
     vectors = vectors.to(dtype)
-    softmax = RunningSoftmax(vectors, with_mean=True)
+    softmax = RunningSoftmax(vectors if sums else vectors[:0], with_mean=True)
     nearest = RunningTopk(vectors, num_neighbors)
     for start, rows in pieces(queue, vectors.shape[0], dtype):
         logits = (vectors @ rows.T).div_(temperature)  # (N, piece)
         fill_excluded(logits, excluded, start, torch.finfo(dtype).min)
         nearest.add(logits, start)
-        softmax.add(logits, rows)
+        if sums:
+            softmax.add(logits, rows)
     values, indices = nearest.result()
     return softmax.lse(), softmax.mean(), softmax.entropy(), values, indices
 
@@ -88,7 +91,7 @@ def queue_statistics_backward(
     The queue's gradient comes back empty unless ``with_queue``.
     """
     dtype = mean.dtype
-    gradient = torch.zeros_like(mean)
+    gradient = mean.new_zeros(vectors.shape)
     queue_gradient = mean.new_zeros(queue.shape if with_queue else (0,))
     if dlse is not None:
         gradient += dlse[:, None] * mean

@@ -192,8 +192,8 @@ KINDS = (
     Kind(
         "teacher",
         "Confidence and entropy of the teacher",
-        "Of its softmax over the queue: the confidence is 1 - entropy / log K. Methods without such "
-        "a softmax have neither.",
+        "Of its softmax over the queue: the confidence is 1 - entropy / log K. Methods without "
+        "such a softmax have neither.",
         draw_teacher,
     ),
     Kind(

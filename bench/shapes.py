@@ -1,0 +1,72 @@
+"""Named shapes, and what they cost: the arithmetic that a measurement is compared with.
+
+    product of the student's or the teacher's rows with the queue    2 N K D flop each
+    sum of queue rows weighted by a softmax                          2 N K D flop each
+    softmax weights                                                  N K exponentials each
+
+Hard labels need the first two for the student, neighbours one product for the teacher as well, and
+rules that read the teacher's mean all four. The floor of a call is that many multiply-adds and
+exponentials at the rates this machine reaches with nothing else to do: on a CPU both take the same
+units, so the times add.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from softcl.labels import LabelRule
+
+
+class Shape(NamedTuple):
+    """N rows against K queue rows of dimension D."""
+
+    N: int
+    K: int
+    D: int
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.K}x{self.D}"
+
+
+SMALL = Shape(256, 4096, 128)  # CIFAR: MoCo's and ASCL's queue
+LONG = Shape(256, 65536, 128)  # ImageNet: MoCo's queue, one GPU's share of the batch
+LARGE = Shape(1024, 65536, 128)
+
+QUICK = (SMALL, Shape(256, 16384, 128))
+MAIN = (SMALL, LONG, LARGE)
+GRID = tuple(
+    Shape(N, K, D)
+    for D, N, K in itertools.product((128, 256), (256, 1024, 4096), (4096, 16384, 65536, 131072))
+)
+
+KNN = Shape(10_000, 50_000, 512)  # CIFAR's test images against its training images, ResNet-18
+
+
+class Cost(NamedTuple):
+    flop: float
+    exponentials: float
+
+
+def loss_cost(shape: Shape, rule: LabelRule) -> Cost:
+    """Of the loss with its gradient."""
+    teacher = 2 if rule.needs_mean else 1 if rule.needs_softmax or rule.num_neighbors > 0 else 0
+    softmaxes = 2 if rule.needs_softmax else 1
+    pairs = float(shape.N) * shape.K
+    return Cost(2.0 * pairs * shape.D * (2 + teacher), pairs * softmaxes)
+
+
+def search_cost(shape: Shape) -> Cost:
+    """Of the nearest rows alone."""
+    return Cost(2.0 * shape.N * shape.K * shape.D, 0.0)
+
+
+def cpu_floor(cost: Cost, ceilings: tuple[float, float]) -> float:
+    """Seconds, given multiply-adds and exponentials per second."""
+    multiply_adds, exponentials = ceilings
+    return cost.flop / 2.0 / multiply_adds + cost.exponentials / exponentials
+
+
+def eager_bytes(shape: Shape, rule: LabelRule) -> float:
+    """About the peak memory of the N x K formula: so many float32 matrices live at once."""
+    return 4.0 * shape.N * shape.K * (4 if rule.name == "hard" else 8)
