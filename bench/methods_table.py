@@ -33,6 +33,7 @@ ROWS = {
     "msf": ["--method", "msf"],
 }
 CONTROL = "control: shuffled pairs"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -66,7 +67,12 @@ def run(name: str, folder: Path, flags: list[str]) -> Path:
         command = ["--data", "shapes", *ROWS.get(name, ROWS["ascl"]), "--knn-every", "0"]
         command += [*flags, "--out", str(folder), "--overwrite"]
     program = [__file__, "--control"] if name == CONTROL else ["-m", "softcl.train"]
-    process = subprocess.Popen([sys.executable, *program, *command], stdout=subprocess.PIPE)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, *program, *command],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)  # the memory of this child alone
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -28,7 +28,7 @@ def load():
 
 
 def make_table(tmp_path: Path, *only: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--out", "runs", "--only", *only, *FLAGS.split()],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250,

@@ -117,10 +117,8 @@ def test_opcheck_with_an_excluded_row():
     arguments = ("adaptive_soft", 3, 1.0, 0.1, 0.05, True, True, True, True, "reference", EXCLUDED)
     opcheck(torch.ops.softcl.soft_contrastive.default, (query, p.key, p.queue, *arguments))
     for q in (p.queue, queue):
-        opcheck(
-            torch.ops.softcl.queue_statistics.default,
-            (query, q, 0.1, 3, True, "reference", EXCLUDED),
-        )
+        arguments = (query, q, 0.1, 3, True, "reference", EXCLUDED)
+        opcheck(torch.ops.softcl.queue_statistics.default, arguments)
 
 
 # ---- the queue's gradient ----
@@ -332,7 +330,7 @@ def test_a_backend_without_the_constant_never_sees_an_option(monkeypatch):
             return None
 
         @staticmethod
-        def queue_statistics(vectors, queue, temperature, num_neighbors):
+        def queue_statistics(vectors, queue, temperature, num_neighbors, *, sums):
             seen["called"] = True
             return reference.queue_statistics(vectors, queue, temperature, num_neighbors)
 

@@ -51,6 +51,8 @@ DEFAULTS: dict[str, Defaults] = {
         "resnet50", 224, 200, 256, 0.03, 0.9, 1e-4, 0,
     ),
     "shapes": shapes_defaults(
-        MoCo(queue_size=512, projector_layers=2, projector_hidden=512, num_splits=1)
+        MoCo(
+            temperature=0.2, queue_size=512, projector_layers=2, projector_hidden=512, num_splits=1
+        )
     ),
 }  # fmt: skip

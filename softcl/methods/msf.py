@@ -43,9 +43,9 @@ class MSF(Method):
         with torch.no_grad():
             key = normalize(batch.teacher["key"], dim=1)
             found = queue_statistics(
-                key, queue, 1.0, num_neighbors=self.num_neighbors, backend=batch.backend
+                key, queue, 1.0, num_neighbors=self.num_neighbors, sums=False, backend=batch.backend
             )
-            mean = queue[found.neighbor_indices].to(found.lse.dtype).mean(1)  # (N, D)
+            mean = queue[found.neighbor_indices].to(found.neighbor_logits.dtype).mean(1)  # (N, D)
         z = normalize(batch.predicted["query"], dim=1)
         return Result(2.0 - 2.0 * (z.to(mean.dtype) * mean).sum(1))
 

@@ -62,7 +62,9 @@ class NNCLR(Method):
         queue, k = batch.rows(), self.num_neighbors
         with torch.no_grad():
             z = normalize(batch.student[view], dim=1)
-            found = queue_statistics(z, queue, 1.0, num_neighbors=k, backend=batch.backend)
+            found = queue_statistics(
+                z, queue, 1.0, num_neighbors=k, sums=False, backend=batch.backend
+            )
             rows = queue[found.neighbor_indices].to(z.dtype)  # (N, k, D)
         predictions = normalize(batch.predicted[other], dim=1)  # (N, D)
         lse = queue_statistics(

@@ -124,7 +124,7 @@ class SNCLR(Method):
             return key[:, None]
         queue = batch.rows()
         found = queue_statistics(
-            key, queue, 1.0, num_neighbors=self.num_neighbors, backend=batch.backend
+            key, queue, 1.0, num_neighbors=self.num_neighbors, sums=False, backend=batch.backend
         )
         return torch.cat([key[:, None], queue[found.neighbor_indices].to(key.dtype)], 1)
 

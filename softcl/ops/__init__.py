@@ -115,8 +115,8 @@ def queue_statistics(
     temperature: float,
     *,
     num_neighbors: int = 0,
-    sums: bool = True,
     excluded: Tensor | None = None,
+    sums: bool = True,
     backend: str = "auto",
 ) -> QueueStatistics:
     """Softmax statistics of every vector over a queue, and its nearest rows, in one pass.
@@ -134,10 +134,10 @@ def queue_statistics(
         queue: (K, D) rows of unit norm; its dtype may differ from the vectors'.
         temperature: > 0, divides the cosines.
         num_neighbors: k, 0 <= k <= K.
-        sums: False searches neighbours alone, at less than half the work; ``lse``, ``mean`` and
-            ``entropy`` then have no rows.
         excluded: (N,) int64, for each vector a queue row that takes no part in its statistics
             (its own, where the queue is the batch), or -1 for none. K is then one less.
+        sums: False searches neighbours alone, at less than half the work; ``lse``, ``mean`` and
+            ``entropy`` then have no rows.
         backend: "auto" or the name of one backend, which then runs or raises.
 
     Returns:

@@ -50,8 +50,9 @@ def compose_label_mean(
     if not (rule.needs_softmax or rule.num_neighbors > 0):
         return LabelMean(t, None, None, None)
     lse, mean, entropy, logits, indices = torch.ops.softcl.queue_statistics(
-        key, queue, float(teacher_temperature), rule.num_neighbors, True, backend, excluded
-    )
+        key, queue, float(teacher_temperature), rule.num_neighbors, rule.needs_softmax, backend,
+        excluded,
+    )  # fmt: skip
     confidence = None
     if rule.needs_softmax:
         confidence = reference.confidence_of(entropy, queue.shape[0], excluded)

@@ -46,8 +46,8 @@ def queue_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
 
-    Without ``sums`` the first three have no rows: a search for neighbours alone.
-    Without its excluded row a vector's queue has one row less, of which at least one must be left.
+    Without ``sums`` the first three have no rows: a search for neighbours alone. Without its
+    excluded row a vector's queue has one row less, of which at least one must be left.
     """
     dtype = sum_dtype(vectors, queue)
     vectors = vectors.to(dtype)
