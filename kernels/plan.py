@@ -25,6 +25,7 @@ MOST_CHUNKS = 8192
 MOST_SPLITS = 64
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+PRECISIONS = {1: "bf16", 2: "fp16", 3: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Work:
 
     @property
     def precision(self) -> str:
-        """One of "half" (rows and queue 16 bits wide, of one dtype) and "parts"."""
-        same = self.row_dtype == self.queue_dtype
-        return "half" if same and self.row_dtype != torch.float32 else "parts"
+        """The widest dtype among rows and queue, by its parts: "bf16", "fp16" or "fp32"."""
+        return PRECISIONS[max(PARTS[self.row_dtype], PARTS[self.queue_dtype])]
 
 
 @dataclass(frozen=True)

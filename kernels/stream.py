@@ -32,6 +32,7 @@ import triton.language as tl
 from .numerics import (
     fold_max,
     fold_sum,
+    load_rows,
     multiply_parts,
     parts,
     transposed,
@@ -82,20 +83,35 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def load_rows(pointers, mask, unit_pointers, dtype: tl.constexpr, C: tl.constexpr):
-    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide.
+def row_operand(raw, C: tl.constexpr):
+    """Loaded rows as a left operand: three bf16 parts, or one if they are 16 bits wide."""
+    if C.ROW_PARTS == 1:
+        return raw, raw, raw
+    else:
+        return parts(widen(raw), C.ROW_PARTS)
 
-    With NORMALIZE they are divided by their norms first and left at ``unit_pointers``: by every
-    split, all the same bits. The finishing kernel must see the very rows that are multiplied here.
+
+@triton.jit
+def normalize_rows(rows_ptr, unit_ptr, N, C: tl.constexpr):
+    """Divide the block's rows by their norms and leave them at ``unit_ptr``.
+
+    Every split does so, with the same bits. The finishing kernel must see the very rows that are
+    multiplied here. A few rows at a time: all of them in fp32 would not fit in the registers.
     """
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    AT_ONCE: tl.constexpr = min(C.BLOCK_N, max(1, 8192 // C.BLOCK_D))
+    d = tl.arange(0, C.BLOCK_D)
+    for start in tl.range(0, C.BLOCK_N, AT_ONCE):
+        n = tl.program_id(0) * C.BLOCK_N + start + tl.arange(0, AT_ONCE)
+        unit = unit_rows(load_rows(rows_ptr, n, n < N, C.D, C.BLOCK_D), dtype)
+        offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
+        tl.store(unit_ptr + offsets, unit.to(dtype), mask=(n < N)[:, None] & (d < C.D)[None, :])
+
+
+@triton.jit
+def row_operand(pointers, mask, C: tl.constexpr):
+    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide."""
     raw = tl.load(pointers, mask=mask, other=0.0)
-    if C.NORMALIZE:
-        unit = unit_rows(widen(raw), dtype)
-        tl.store(unit_pointers, unit.to(dtype), mask=mask)
-        # Read back: tensor cores take what was loaded from shared memory, and what was computed
-        # from registers, where there is no room for it.
-        tl.debug_barrier()
-        raw = tl.load(unit_pointers, mask=mask, other=0.0)
     if C.ROW_PARTS == 1:
         return raw, raw, raw
     else:
@@ -151,7 +167,8 @@ def visit_tile(
     positive,  # (M,) z.t, read if RANKS
     queue_ptr,
     K,
-    maxima_ptrs,  # (M, CHUNK_GROUPS, 4), chunk 0 of each row
+    maxima_ptr,  # of the row block's first row
+    maxima_offsets,  # (M, CHUNK_GROUPS, 4), chunk 0 of each row
     maxima_mask,
     C: tl.constexpr,
 ):
@@ -180,7 +197,7 @@ def visit_tile(
             maxima = tl.where(fresh, maxima, tl.maximum(maxima, chunk_maxima))
             chunk_maxima = maxima
         chunk = tile // C.TILES_PER_CHUNK * (4 * C.CHUNK_GROUPS)
-        tl.store(maxima_ptrs + chunk, maxima, mask=maxima_mask)
+        tl.store(maxima_ptr + chunk + maxima_offsets, maxima, mask=maxima_mask)
 
     STACKED_STUDENT: tl.constexpr = C.STUDENT and C.LAYOUT == STACKED
     first_sums = add_tile(
@@ -226,8 +243,16 @@ def stream_kernel(
     C: tl.constexpr,  # Config
 ):
     M: tl.constexpr = 2 * C.BLOCK_N if C.LAYOUT == STACKED else C.BLOCK_N
-    dtype: tl.constexpr = first_ptr.dtype.element_ty
     split = tl.program_id(1)
+    if C.NORMALIZE:
+        unit_second_ptr = unit_ptr + tl.cast(N, tl.int64) * C.D
+        normalize_rows(first_ptr, unit_ptr, N, C)
+        if C.HAS_KEY:
+            normalize_rows(second_ptr, unit_second_ptr, N, C)
+        tl.debug_barrier()  # read back by other threads than wrote them
+        first_ptr = unit_ptr
+        second_ptr = unit_second_ptr
+
     r = tl.arange(0, M)
     samples = r // 16 * 8 + r % 8 if C.LAYOUT == STACKED else r
     is_second = r // 8 % 2 == 1 if C.LAYOUT == STACKED else r < 0
@@ -236,34 +261,32 @@ def stream_kernel(
     d = tl.arange(0, C.BLOCK_D)
     mask = n_mask[:, None] & (d < C.D)[None, :]
     offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
-    unit_offset = tl.cast(N, tl.int64) * C.D
 
-    num_rows = N
+    num_rows = N if C.LAYOUT == SINGLE else 2 * N
     scale = first_scale
     pointers = first_ptr + offsets
-    unit_pointers = unit_ptr + offsets
     if C.LAYOUT == STACKED:
         scale = tl.where(is_second, second_scale, first_scale)[:, None]
         pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
-        unit_pointers += tl.where(is_second, unit_offset, 0)[:, None]
-    if C.LAYOUT != SINGLE:
-        num_rows = 2 * N
-    first = load_rows(pointers, mask, unit_pointers, dtype, C)
+    first = row_operand(pointers, mask, C)
     second = first
-    if C.LAYOUT == PAIRED or (C.LAYOUT == SINGLE and C.HAS_KEY and C.NORMALIZE):
-        second = load_rows(second_ptr + offsets, mask, unit_pointers + unit_offset, dtype, C)
+    if C.LAYOUT == PAIRED:
+        second = row_operand(second_ptr + offsets, mask, C)
 
     positive = tl.zeros([M], tl.float32)
     if C.RANKS:
-        n_key = tl.program_id(0) * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
-        offsets = n_key.to(tl.int64)[:, None] * C.D + d[None, :]
-        mask = (n_key < N)[:, None] & (d < C.D)[None, :]
-        key = load_rows(second_ptr + offsets, mask, unit_ptr + unit_offset + offsets, dtype, C)
+        key = second
+        if C.LAYOUT != PAIRED:
+            n_key = tl.program_id(0) * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
+            key_mask = (n_key < N)[:, None] & (d < C.D)[None, :]
+            key_offsets = n_key.to(tl.int64)[:, None] * C.D + d[None, :]
+            key = row_operand(second_ptr + key_offsets, key_mask, C)
         positive = positive_cosines(first, key, samples, is_second, C)
     g = tl.arange(0, C.CHUNK_GROUPS)
     four = tl.arange(0, 4)
-    chunks = n.to(tl.int64)[:, None, None] * (4 * chunk_quads)
-    maxima_ptrs = maxima_ptr + chunks + g[None, :, None] * 4 + four[None, None, :]
+    maxima_ptr += tl.cast(tl.program_id(0) * C.BLOCK_N, tl.int64) * (4 * chunk_quads)
+    maxima_offsets = samples[:, None, None] * (4 * chunk_quads)
+    maxima_offsets += g[None, :, None] * 4 + four[None, None, :]
     maxima_mask = n_mask & is_second if C.LAYOUT == STACKED else n_mask
 
     state = (
@@ -277,7 +300,7 @@ def stream_kernel(
     for tile in tl.range(start, end, num_stages=C.NUM_STAGES):
         state = visit_tile(
             state, tile, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
-            maxima_ptrs, maxima_mask[:, None, None], C,
+            maxima_ptr, maxima_offsets, maxima_mask[:, None, None], C,
         )  # fmt: skip
 
     first_sums, second_sums, _, ranks = state
