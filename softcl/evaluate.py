@@ -96,7 +96,7 @@ def knn_predict(
     predictions = []
     for rows in features.split(_PIECE):
         found = queue_statistics(
-            rows, bank, temperature, num_neighbors=num_neighbors, backend=backend
+            rows, bank, temperature, num_neighbors=num_neighbors, sums=False, backend=backend
         )
         labels = bank_labels[found.neighbor_indices]
         predictions.append(vote(found.neighbor_logits, labels, num_classes))

@@ -35,10 +35,10 @@ def test_opcheck_loss(backend, rule, diagnostics):
 def test_opcheck_statistics(backend):
     p = make_problem(5, 37, 16)
     query = p.query.requires_grad_()
-    for num_neighbors in (0, 3):
+    for num_neighbors, sums in ((0, True), (3, True), (3, False)):
         opcheck(
             torch.ops.softcl.queue_statistics.default,
-            (query, p.queue, 0.1, num_neighbors, backend),
+            (query, p.queue, 0.1, num_neighbors, sums, backend),
         )
 
 

@@ -134,6 +134,22 @@ def test_gradcheck_of_queue_statistics():
         assert torch.autograd.gradcheck(lambda x, i=i: statistics(x)[i], vectors)
 
 
+def test_a_search_without_sums():
+    """The same neighbours with the same gradient, and no sums."""
+    p = make_problem(4, 23, 6, dtype=torch.float64)
+    vectors = p.query.clone().requires_grad_()
+
+    def search(x, sums):
+        return queue_statistics(x, p.queue, 0.3, num_neighbors=3, sums=sums, backend="reference")
+
+    alone, full = search(vectors, False), search(vectors, True)
+    assert alone.lse.shape == alone.entropy.shape == (0,)
+    assert alone.mean.shape == (0, 6)
+    assert torch.equal(alone.neighbor_logits, full.neighbor_logits)
+    assert torch.equal(alone.neighbor_indices, full.neighbor_indices)
+    assert torch.autograd.gradcheck(lambda x: search(x, False).neighbor_logits, vectors)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_queue_statistics_equal_dense(shape):
     p = make_problem(*shape, kind="clustered", dtype=torch.float64)

@@ -49,7 +49,8 @@ class SoftContrastive {
       : p_(params),
         kernels_(sweep_kernels()),
         strips_((params.num_queries + kernels_.lanes - 1) / kernels_.lanes),
-        log_queue_size_(std::log(double(params.queue_size))) {}
+        log_queue_size_(std::log(double(params.queue_size))),
+        num_neighbors_(neighbors_to_find(params)) {}
 
   void run() {
     Arena measure;
@@ -71,6 +72,13 @@ class SoftContrastive {
   }
 
  private:
+  // Clipped labels are all among the n - 1 nearest; the n-th is found only to be shown.
+  static std::int64_t neighbors_to_find(const SoftContrastiveParams& p) {
+    const std::int64_t n = p.rule.num_neighbors;
+    const bool clips = p.rule.kind == LabelKind::kAdaptiveSoft;
+    return clips && n > 0 && p.neighbor_indices == nullptr ? n - 1 : n;
+  }
+
   void lay_out(Arena& arena) {
     const std::int64_t rows = strips_ * kernels_.lanes;
     for (Rows* half : {&z_, &t_}) {
@@ -100,7 +108,7 @@ class SoftContrastive {
     request.queue_size = p_.queue_size;
     request.dim = p_.dim;
     request.num_threads = p_.num_threads;
-    request.num_reductions = has_teacher_softmax() || p_.rule.num_neighbors > 0 ? 2 : 1;
+    request.num_reductions = has_teacher_softmax() || num_neighbors_ > 0 ? 2 : 1;
     ReductionRequest& student = request.reductions[0];
     student.rows = &z_;
     student.positive = positive_;
@@ -112,7 +120,7 @@ class SoftContrastive {
     teacher.temperature = p_.teacher_temperature;
     teacher.has_softmax = has_teacher_softmax();
     teacher.has_mean = reads_mean(p_.rule);
-    teacher.num_neighbors = p_.rule.num_neighbors;
+    teacher.num_neighbors = num_neighbors_;
     return request;
   }
 
@@ -172,7 +180,7 @@ class SoftContrastive {
       const std::int64_t row = first + lane;
       const bool finite =
           queue_is_finite && z_.finite[row] && t_.finite[row] &&
-          (p_.rule.num_neighbors == 0 || results[1].num_neighbors[lane] == p_.rule.num_neighbors);
+          (num_neighbors_ == 0 || results[1].num_neighbors[lane] == num_neighbors_);
       write_row(row, lane, results, finite, loss[lane], confidence[lane]);
     }
   }
@@ -196,7 +204,7 @@ class SoftContrastive {
         if (has_mean) m[x] += mean_weight[lane] * teacher.mean[x];
       }
     }
-    if (p_.rule.num_neighbors > 0) add_neighbors(teacher, confidence, m, total);
+    if (num_neighbors_ > 0) add_neighbors(teacher, confidence, m, total);
     for (int lane = 0; lane < lanes; ++lane) total[lane] = 1.0 / total[lane];
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) m[d * lanes + lane] *= total[lane];
@@ -284,6 +292,7 @@ class SoftContrastive {
   const SweepKernels& kernels_;
   const std::int64_t strips_;
   const double log_queue_size_;
+  const std::int64_t num_neighbors_;
   Rows z_, t_;
   float* row_scratch_ = nullptr;   // (threads, D)
   double* label_means_ = nullptr;  // (threads, D, lanes)

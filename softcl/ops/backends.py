@@ -3,7 +3,7 @@
 A backend is one module ``softcl/ops/<name>.py`` with three functions:
 
     unsupported(call) -> None, or one clause that says why this call cannot run here
-    queue_statistics(vectors, queue, temperature, num_neighbors)
+    queue_statistics(vectors, queue, temperature, num_neighbors, *, sums)
     soft_contrastive(query, key, queue, rule, temperature, teacher_temperature, *,
                      positive, normalize, gradient, diagnostics)
 

@@ -58,12 +58,12 @@ def queue_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
 
-    Without ``sums`` the first three come back empty: a search for neighbours alone, at less than
-    half the work.
+    Without ``sums`` the first three have no rows: a search for neighbours alone, at less than half
+    the work.
     """
     module, _ = _load()
     (n, d), k = vectors.shape, num_neighbors
-    shapes = ((n,), (n, d), (n,)) if sums else ((0,),) * 3
+    shapes = ((n,), (n, d), (n,)) if sums else ((0,), (0, d), (0,))
     lse, mean, entropy = (vectors.new_empty(shape, dtype=torch.float32) for shape in shapes)
     neighbor_logits = vectors.new_empty((n, k), dtype=torch.float32)
     neighbor_indices = vectors.new_empty((n, k), dtype=torch.int64)

@@ -20,7 +20,7 @@ LIBRARY = torch.library.Library("softcl", "DEF")
 
 LIBRARY.define(
     "queue_statistics(Tensor vectors, Tensor queue, float temperature, SymInt num_neighbors, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool sums, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "queue_statistics_backward(Tensor vectors, Tensor queue, float temperature, Tensor lse, "
@@ -42,21 +42,21 @@ def _without_autocast(device: torch.device):
 # -------------------------------------------------------------------------------- queue_statistics
 
 
-def _queue_statistics(vectors, queue, temperature, num_neighbors, backend):
+def _queue_statistics(vectors, queue, temperature, num_neighbors, sums, backend):
     call = Call.of_statistics(vectors, queue, temperature, num_neighbors)
     module = load_backend(choose(call, backend).name)
     return module.queue_statistics(
-        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors
+        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors, sums=sums
     )
 
 
-def _queue_statistics_fake(vectors, queue, temperature, num_neighbors, backend):
+def _queue_statistics_fake(vectors, queue, temperature, num_neighbors, sums, backend):
     n, d = vectors.shape
     dtype = reference.sum_dtype(vectors, queue)
     return (
-        vectors.new_empty((n,), dtype=dtype),
-        vectors.new_empty((n, d), dtype=dtype),
-        vectors.new_empty((n,), dtype=dtype),
+        vectors.new_empty((n if sums else 0,), dtype=dtype),
+        vectors.new_empty((n if sums else 0, d), dtype=dtype),
+        vectors.new_empty((n if sums else 0,), dtype=dtype),
         vectors.new_empty((n, num_neighbors), dtype=dtype),
         vectors.new_empty((n, num_neighbors), dtype=torch.int64),
     )
@@ -67,27 +67,29 @@ def _queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients
 
 
 def _queue_statistics_backward_fake(vectors, queue, temperature, lse, mean, *rest):
-    return torch.empty_like(mean)
+    return vectors.new_empty(vectors.shape, dtype=mean.dtype)
 
 
 def _save_statistics(ctx, inputs, output):
-    vectors, queue, temperature, _, _ = inputs
+    vectors, queue, temperature, _, sums, _ = inputs
     lse, mean, entropy, _, neighbor_indices = output
     ctx.mark_non_differentiable(neighbor_indices)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(vectors, queue, lse, mean, entropy, neighbor_indices)
-    ctx.temperature = temperature
+    ctx.temperature, ctx.sums = temperature, sums
 
 
 def _differentiate_statistics(ctx, dlse, dmean, dentropy, dneighbor_logits, _):
     _refuse_second_derivative()
     vectors, queue, *saved = ctx.saved_tensors
+    if not ctx.sums:  # outputs without rows can have gradients without rows
+        dlse = dmean = dentropy = None
     if all(g is None for g in (dlse, dmean, dentropy, dneighbor_logits)):
-        return (None,) * 5
+        return (None,) * 6
     dvectors = torch.ops.softcl.queue_statistics_backward(
         vectors, queue, ctx.temperature, *saved, dlse, dmean, dentropy, dneighbor_logits
     )
-    return dvectors.to(vectors.dtype), None, None, None, None
+    return dvectors.to(vectors.dtype), *(None,) * 5
 
 
 # -------------------------------------------------------------------------------- soft_contrastive

@@ -38,16 +38,22 @@ def queue_statistics(
     queue: Tensor,  # (K, D)
     temperature: float,
     num_neighbors: int,
+    *,
+    sums: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k)."""
+    """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
+
+    Without ``sums`` the first three have no rows: a search for neighbours alone.
+    """
     dtype = sum_dtype(vectors, queue)
     vectors = vectors.to(dtype)
-    softmax = RunningSoftmax(vectors, with_mean=True)
+    softmax = RunningSoftmax(vectors if sums else vectors[:0], with_mean=True)
     nearest = RunningTopk(vectors, num_neighbors)
     for start, rows in pieces(queue, vectors.shape[0], dtype):
         logits = (vectors @ rows.T).div_(temperature)  # (N, piece)
         nearest.add(logits, start)
-        softmax.add(logits, rows)
+        if sums:
+            softmax.add(logits, rows)
     values, indices = nearest.result()
     return softmax.lse(), softmax.mean(), softmax.entropy(), values, indices
 
@@ -76,7 +82,7 @@ def queue_statistics_backward(
     pass over the queue, made here in pieces for every backend.
     """
     dtype = mean.dtype
-    gradient = torch.zeros_like(mean)
+    gradient = mean.new_zeros(vectors.shape)
     if dlse is not None:
         gradient += dlse[:, None] * mean
     if dmean is not None or dentropy is not None:

@@ -55,14 +55,19 @@ def queue_statistics(
     queue: Tensor,  # (K, D)
     temperature: float,
     num_neighbors: int,
+    *,
+    sums: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k)."""
+    """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
+
+    Without ``sums`` the first three have no rows: a search for neighbours alone.
+    """
     from softcl.kernels import finish, plan, select, stream
 
     (N, D), K = vectors.shape, queue.shape[0]
     work = plan.Work(
         N, K, D, vectors.dtype, queue.dtype,
-        entropy=True, num_neighbors=num_neighbors, coldest=temperature,
+        mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
     )  # fmt: skip
     how = plan.make_plan(work, *target_of(vectors.device))
     scale = plan.LOG2_E / temperature
@@ -73,6 +78,9 @@ def queue_statistics(
             neighbors = select.launch(
                 vectors, queue, streamed.maxima, num_neighbors, 1.0 / temperature, how
             )
+        if not sums:
+            empty = neighbors[0].new_empty
+            return empty(0), empty((0, D)), empty(0), *neighbors
         return *finish.finish_statistics(streamed, scale, N, how), *neighbors
 
 

@@ -1,0 +1,198 @@
+"""The peers: what else computes these losses with PyTorch, each as good as its idea allows.
+
+    eager       the formula as the papers print it, every N x K matrix written out
+    compiled    the same through torch.compile
+    chunked     blocks of rows through in-place operations and the analytic gradient
+    attention   PyTorch's fused attention on stacked rows [z / tau_s; t / tau_t], keys = values =
+                queue, for the sums; a product and torch.topk in blocks of rows for neighbours
+
+A peer takes (query, key, queue, rule, temperature, teacher_temperature, positive) and returns the
+losses (N,), with a gradient for the query. Same formulas as :mod:`softcl.labels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softcl.labels import LabelRule
+from softcl.ops import reference
+
+# Elements of a block of logits of "chunked" and of the search of "attention": 32 MB in float32, the
+# fastest of 1 to 32 MB on two cores of an EPYC; a GPU wants larger ones.
+BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+
+
+def dense_labels(
+    teacher_logits: Tensor,  # (N, K) t . Q_j / teacher_temperature
+    rule: LabelRule,
+) -> tuple[Tensor, Tensor]:
+    """Labels of the positive (N, 1) and of the queue rows (N, K); each row sums to one."""
+    K = teacher_logits.shape[1]
+    n = rule.num_neighbors
+    soft = teacher_logits.softmax(1)
+    positive = torch.ones_like(soft[:, :1])
+    if rule.name == "relational":
+        return torch.zeros_like(positive), soft
+    if rule.name == "mixed":
+        w = rule.positive_weight
+        return w * positive, (1.0 - w) * soft
+    if rule.name in ("adaptive_soft", "adaptive_neighbors"):
+        entropy = -torch.special.xlogy(soft, soft).sum(1, keepdim=True)
+        confidence = (1.0 - entropy / math.log(K)).clamp(0.0, 1.0)
+    if rule.name == "adaptive_soft":
+        labels = (confidence * n * soft).clamp(max=1.0)
+    elif rule.name == "adaptive_neighbors":
+        nearest = teacher_logits.topk(n, dim=1).indices
+        labels = torch.zeros_like(soft).scatter_(1, nearest, confidence.expand(-1, n))
+    elif rule.name == "neighbors":
+        nearest = teacher_logits.topk(n, dim=1).indices
+        labels = torch.zeros_like(soft).scatter_(1, nearest, 1.0)
+    else:
+        raise ValueError(f"rule is not one the peers know: {rule!r}")
+    total = 1.0 + labels.sum(1, keepdim=True)
+    return positive / total, labels / total
+
+
+def eager(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+    logits = query @ queue.T / temperature
+    if positive:
+        logits = torch.cat([(query * key).sum(1, keepdim=True) / temperature, logits], 1)
+    log_p = logits.log_softmax(1)
+    if rule.name == "hard":
+        return -log_p[:, 0]
+    with torch.no_grad():
+        first, rest = dense_labels(key @ queue.T / teacher_temperature, rule)
+        labels = torch.cat([first, rest], 1) if positive else rest
+    return -(labels * log_p).sum(1)
+
+
+@functools.cache
+def _compiled(rule: LabelRule, positive: bool) -> Callable[..., Tensor]:
+    def loss(query, key, queue, temperature, teacher_temperature):
+        return eager(query, key, queue, rule, temperature, teacher_temperature, positive)
+
+    return torch.compile(loss, dynamic=False)
+
+
+def compiled(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+    return _compiled(rule, positive)(query, key, queue, temperature, teacher_temperature)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """The losses (N,), whose gradient for the query (N, D) is known already."""
+
+    @staticmethod
+    def forward(ctx, query, loss, dquery):
+        ctx.save_for_backward(dquery)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        (dquery,) = ctx.saved_tensors
+        return dloss[:, None] * dquery, None, None
+
+
+def chunked(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+    z, t = query.detach(), key
+    loss = z.new_empty(len(z))
+    dquery = torch.empty_like(z)
+    for rows in _row_blocks(z, queue):
+        p = torch.mm(z[rows], queue.T).div_(temperature)  # (block, K) logits, then softmax
+        own = (z[rows] * t[rows]).sum(1, keepdim=True).div_(temperature)
+        lse = p.logsumexp(1, keepdim=True)
+        if positive:
+            lse = torch.logaddexp(lse, own)
+        p.sub_(lse)
+        if rule.name == "hard":
+            first, log_likelihood = torch.ones_like(own), 0.0
+            difference = p.exp_()
+        else:
+            first, y = dense_labels(torch.mm(t[rows], queue.T).div_(teacher_temperature), rule)
+            log_likelihood = torch.einsum("nk,nk->n", y, p)
+            difference = p.exp_().sub_(y)
+        gradient = difference @ queue
+        if positive:
+            loss[rows] = -(log_likelihood + (first * (own - lse)).squeeze(1))
+            gradient += ((own - lse).exp_() - first) * t[rows]
+        else:
+            loss[rows] = -log_likelihood
+        dquery[rows] = gradient.div_(temperature)
+    return _KnownGradient.apply(query, loss, dquery)
+
+
+@dataclass
+class _Softmax:
+    """A finished softmax reduction, in the form that the label rules of the reference read."""
+
+    values: tuple[Tensor, Tensor]  # lse (N,), mean (N, D)
+
+    def lse(self) -> Tensor:
+        return self.values[0]
+
+    def mean(self) -> Tensor:
+        return self.values[1]
+
+
+def attention(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+    z, t = query.detach(), key
+    rows = [z / temperature]
+    if rule.needs_softmax:
+        rows.append(t / teacher_temperature)
+    lse, mean = _attention_statistics(torch.cat(rows), queue)
+    student, teacher = (_Softmax(x) for x in ((lse[: len(z)], mean[: len(z)]), (lse, mean)))
+    confidence = None
+    if rule.needs_softmax:
+        teacher = _Softmax((lse[len(z) :], mean[len(z) :]))
+        entropy = teacher.lse() - (t * teacher.mean()).sum(1) / teacher_temperature
+        confidence = reference.confidence_of(entropy, len(queue))
+    neighbor_logits, neighbors = _search(t, queue, rule.num_neighbors)
+    label_mean = reference.label_mean_of(
+        rule, t, teacher, confidence, neighbor_logits / teacher_temperature, queue[neighbors]
+    )
+    own = (z * t).sum(1) / temperature
+    total = torch.logaddexp(student.lse(), own) if positive else student.lse()
+    expected = student.mean() * (student.lse() - total).exp()[:, None]
+    if positive:
+        expected = expected + t * (own - total).exp()[:, None]
+    loss = total - (z * label_mean).sum(1) / temperature
+    return _KnownGradient.apply(query, loss, (expected - label_mean) / temperature)
+
+
+def _attention_statistics(rows: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+    """lse (M,) and mean (M, D) of the softmax of rows . Q_j."""
+    q, kv = rows.to(queue.dtype)[None, None], queue[None, None]
+    aten = torch.ops.aten
+    if rows.is_cuda:
+        mean, lse = aten._scaled_dot_product_flash_attention(q, kv, kv, scale=1.0)[:2]
+    else:
+        mean, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, kv, kv, scale=1.0)
+    return lse.reshape(-1).float(), mean[0, 0].float()
+
+
+def _search(t: Tensor, queue: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest t . Q_j of every row and their places: (N, k), (N, k)."""
+    found = [
+        torch.topk(t[rows] @ queue.T, k, dim=1) if k else t[rows, :0].topk(0, dim=1)
+        for rows in _row_blocks(t, queue)
+    ]
+    return torch.cat([x.values for x in found]).float(), torch.cat([x.indices for x in found])
+
+
+def _row_blocks(rows: Tensor, queue: Tensor):
+    size = max(32, BLOCK_ELEMENTS[rows.device.type] // len(queue))
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
+
+
+PEERS: dict[str, Callable[..., Tensor]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "chunked": chunked,
+    "attention": attention,
+}
