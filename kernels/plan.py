@@ -38,6 +38,7 @@ class Work:
     row_dtype: torch.dtype
     queue_dtype: torch.dtype
     has_key: bool = False  # two kinds of rows: student and teacher
+    softmax: bool = True  # False: neighbours alone
     mean: bool = True  # of the student's, or the only, rows
     entropy: bool = False
     teacher_softmax: bool = False
@@ -55,7 +56,7 @@ class Work:
     def kind(self) -> str:
         """The products of one tile: what the tile table is indexed by."""
         if not self.visits_teacher:
-            return "single"
+            return "single" if self.softmax else "search"
         return "dense" if self.teacher_mean and self.mean else "mixed"
 
     @property
@@ -96,10 +97,9 @@ def make_plan(
 ) -> Plan:
     """The plan of a call. ``tile`` and ``splits`` override the table and the choice made here."""
     tile = tile or find_tile(target, work.kind, work.precision, work.D)
-    if work.kind == "dense":
-        layout = stream.STACKED if tile.stacked else stream.PAIRED
-    else:
-        layout = stream.SINGLE if work.kind == "single" else stream.PAIRED
+    layout = stream.STACKED if tile.stacked else stream.PAIRED
+    if not work.visits_teacher:
+        layout = stream.SINGLE
     stacked = layout == stream.STACKED
     rows = tile.block_n * (2 if stacked else 1)
     # Rows of an accumulator that one warp holds; a second warp takes other columns of them.
@@ -126,6 +126,7 @@ def make_plan(
         NUM_STAGES=tile.num_stages,
         HAS_KEY=work.has_key,
         NORMALIZE=work.normalize,
+        FIRST_SOFTMAX=work.softmax,
         FIRST_MEAN=work.mean or stacked,
         FIRST_ENTROPY=work.entropy or stacked,
         SECOND_SOFTMAX=work.teacher_softmax and layout == stream.PAIRED,

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import widen
+from .launch import launch as launch_kernel
+from .numerics import INTERPRET, widen
 
 # What a NaN, or minus infinity, counts as: below every cosine, above what is not a column at all.
 WORST = tl.constexpr(-1e20)
@@ -194,7 +195,10 @@ def select_kernel(
 # ------------------------------------------------------------------------------------------ launch
 
 
-ROWS = 4  # per program
+# Rows per program, and the numbers that it holds at once. The interpreter's time goes by the number
+# of operations.
+ROWS = 32 if INTERPRET.value else 4
+ELEMENTS = 1 << 20 if INTERPRET.value else 8192
 
 
 def launch(
@@ -218,7 +222,7 @@ def launch(
         CHUNK_COLUMNS=plan.chunk_columns,
         BLOCK_N=ROWS,
         BLOCK_C=max(16, min(1024, 1 << (plan.num_chunks - 1).bit_length())),
-        BLOCK_J=max(1, 8192 // (ROWS * c.BLOCK_D)),
+        BLOCK_J=max(1, ELEMENTS // (ROWS * c.BLOCK_D)),
         BLOCK_TOP=max(2, 1 << (k - 1).bit_length()),
     )
     device = vectors.device
@@ -227,8 +231,9 @@ def launch(
     picked = torch.empty((N, k), device=device, dtype=torch.int32)
     logits = torch.empty((N, k), device=device, dtype=torch.float32)
     indices = torch.empty((N, k), device=device, dtype=torch.int64)
-    select_kernel[(-(-N // ROWS),)](
-        vectors, queue, maxima, chunks, cosines, picked, logits, indices, N,
-        queue.shape[0], k, plan.num_chunks, num_kept, factor, config, num_warps=4,
+    arguments = (
+        vectors, queue, maxima, chunks, cosines, picked, logits, indices, N, queue.shape[0], k,
+        plan.num_chunks, num_kept, factor,
     )  # fmt: skip
+    launch_kernel(select_kernel, (-(-N // ROWS), 1), arguments, (config,), num_warps=4)
     return logits, indices

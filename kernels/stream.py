@@ -29,17 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import (
-    fold_max,
-    fold_sum,
-    load_rows,
-    multiply_parts,
-    parts,
-    transposed,
-    unfold_sum,
-    unit_rows,
-    widen,
-)
+from .launch import launch as launch_kernel
+from .numerics import fold_max, fold_sum, multiply_parts, parts, transposed, unfold_sum, widen
+from .rows import positive_cosines, prepare_rows, row_operand
 from .sums import SLOTS, add_tile, no_sums, store_sums
 
 SINGLE = tl.constexpr(0)
@@ -63,7 +55,8 @@ class Config(NamedTuple):
     NUM_STAGES: int
     HAS_KEY: bool  # there are teacher rows, visited here or not
     NORMALIZE: bool  # divide the rows by their norms first, and store them
-    FIRST_MEAN: bool  # the student's, or the only, rows: the second product
+    FIRST_SOFTMAX: bool  # the student's, or the only, rows: any sums; without, maxima alone
+    FIRST_MEAN: bool  # the second product
     FIRST_ENTROPY: bool
     SECOND_SOFTMAX: bool  # the teacher's rows in PAIRED: any sums, with the entropy
     SECOND_MEAN: bool
@@ -80,42 +73,6 @@ class Config(NamedTuple):
     SUM_GROUPS: int  # column groups that different warps hold
     CHUNK_GROUPS: int
     TILES_PER_CHUNK: int
-
-
-@triton.jit
-def row_operand(raw, C: tl.constexpr):
-    """Loaded rows as a left operand: three bf16 parts, or one if they are 16 bits wide."""
-    if C.ROW_PARTS == 1:
-        return raw, raw, raw
-    else:
-        return parts(widen(raw), C.ROW_PARTS)
-
-
-@triton.jit
-def normalize_rows(rows_ptr, unit_ptr, N, C: tl.constexpr):
-    """Divide the block's rows by their norms and leave them at ``unit_ptr``.
-
-    Every split does so, with the same bits. The finishing kernel must see the very rows that are
-    multiplied here. A few rows at a time: all of them in fp32 would not fit in the registers.
-    """
-    dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    AT_ONCE: tl.constexpr = min(C.BLOCK_N, max(1, 8192 // C.BLOCK_D))
-    d = tl.arange(0, C.BLOCK_D)
-    for start in tl.range(0, C.BLOCK_N, AT_ONCE):
-        n = tl.program_id(0) * C.BLOCK_N + start + tl.arange(0, AT_ONCE)
-        unit = unit_rows(load_rows(rows_ptr, n, n < N, C.D, C.BLOCK_D), dtype)
-        offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
-        tl.store(unit_ptr + offsets, unit.to(dtype), mask=(n < N)[:, None] & (d < C.D)[None, :])
-
-
-@triton.jit
-def row_operand(pointers, mask, C: tl.constexpr):
-    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide."""
-    raw = tl.load(pointers, mask=mask, other=0.0)
-    if C.ROW_PARTS == 1:
-        return raw, raw, raw
-    else:
-        return parts(widen(raw), C.ROW_PARTS)
 
 
 @triton.jit
@@ -200,26 +157,17 @@ def visit_tile(
         tl.store(maxima_ptr + chunk + maxima_offsets, maxima, mask=maxima_mask)
 
     STACKED_STUDENT: tl.constexpr = C.STUDENT and C.LAYOUT == STACKED
-    first_sums = add_tile(
-        first_sums, cosines, cosines, is_second[:, None], first_scale, q,
-        C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, C,
-    )  # fmt: skip
+    if C.FIRST_SOFTMAX:
+        first_sums = add_tile(
+            first_sums, cosines, cosines, is_second[:, None], first_scale, q,
+            C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, C,
+        )  # fmt: skip
     if C.SECOND_SOFTMAX:
         second_sums = add_tile(
             second_sums, teacher_cosines, cosines, is_second[:, None], second_scale, q,
             C.SECOND_MEAN, True, C.STUDENT, False, C,
         )  # fmt: skip
     return first_sums, second_sums, chunk_maxima, ranks
-
-
-@triton.jit
-def positive_cosines(rows, key, samples, is_second, C: tl.constexpr):
-    """z.t of the student rows (M,), by the very products that z.Q takes: a queue row equal to t
-    must not count as better than t. Infinite, so that nothing counts, for a teacher's rows."""
-    zero = tl.zeros([rows[0].shape[0], C.BLOCK_N], tl.float32)
-    cosines = multiply_parts(rows, transposed(key), zero, C.ROW_PARTS, C.ROW_PARTS)
-    own = samples[:, None] == tl.arange(0, C.BLOCK_N)[None, :]
-    return tl.where(is_second, float("inf"), tl.sum(tl.where(own, cosines, 0.0), 1))
 
 
 @triton.jit(
@@ -229,7 +177,8 @@ def stream_kernel(
     first_ptr,  # (N, D) query, or the vectors
     second_ptr,  # (N, D) key
     queue_ptr,  # (K, D)
-    unit_ptr,  # (2 N, D) normalised rows, out, with NORMALIZE
+    unit_ptr,  # (2 N, D) normalised rows, out, with NORMALIZE; (N, D) without a key
+    parts_ptr,  # (ROW_PARTS, 2 N, D) rows in bf16 parts, out, with ROW_PARTS > 1
     sums_ptr,  # (splits, SLOTS, rows) out; rows: N of the first, then N of the second
     means_ptr,  # (splits, rows, D) out
     maxima_ptr,  # (N, 4 chunk_quads) out
@@ -244,14 +193,17 @@ def stream_kernel(
 ):
     M: tl.constexpr = 2 * C.BLOCK_N if C.LAYOUT == STACKED else C.BLOCK_N
     split = tl.program_id(1)
-    if C.NORMALIZE:
-        unit_second_ptr = unit_ptr + tl.cast(N, tl.int64) * C.D
-        normalize_rows(first_ptr, unit_ptr, N, C)
+    part_stride = tl.cast(N, tl.int64) * (2 * C.D if C.HAS_KEY else C.D)
+    if C.NORMALIZE or C.ROW_PARTS > 1:
+        second_offset = tl.cast(N, tl.int64) * C.D
+        prepare_rows(first_ptr, unit_ptr, parts_ptr, part_stride, N, C)
         if C.HAS_KEY:
-            normalize_rows(second_ptr, unit_second_ptr, N, C)
+            prepare_rows(
+                second_ptr, unit_ptr + second_offset, parts_ptr + second_offset, part_stride, N, C
+            )
         tl.debug_barrier()  # read back by other threads than wrote them
-        first_ptr = unit_ptr
-        second_ptr = unit_second_ptr
+        first_ptr = parts_ptr if C.ROW_PARTS > 1 else unit_ptr
+        second_ptr = first_ptr + second_offset
 
     r = tl.arange(0, M)
     samples = r // 16 * 8 + r % 8 if C.LAYOUT == STACKED else r
@@ -268,10 +220,10 @@ def stream_kernel(
     if C.LAYOUT == STACKED:
         scale = tl.where(is_second, second_scale, first_scale)[:, None]
         pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
-    first = row_operand(pointers, mask, C)
+    first = row_operand(pointers, mask, part_stride, C)
     second = first
     if C.LAYOUT == PAIRED:
-        second = row_operand(second_ptr + offsets, mask, C)
+        second = row_operand(second_ptr + offsets, mask, part_stride, C)
 
     positive = tl.zeros([M], tl.float32)
     if C.RANKS:
@@ -280,7 +232,7 @@ def stream_kernel(
             n_key = tl.program_id(0) * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
             key_mask = (n_key < N)[:, None] & (d < C.D)[None, :]
             key_offsets = n_key.to(tl.int64)[:, None] * C.D + d[None, :]
-            key = row_operand(second_ptr + key_offsets, key_mask, C)
+            key = row_operand(second_ptr + key_offsets, key_mask, part_stride, C)
         positive = positive_cosines(first, key, samples, is_second, C)
     g = tl.arange(0, C.CHUNK_GROUPS)
     four = tl.arange(0, 4)
@@ -305,10 +257,11 @@ def stream_kernel(
 
     first_sums, second_sums, _, ranks = state
     rows = n + tl.where(is_second, N, 0)
-    store_sums(
-        first_sums, sums_ptr, means_ptr, split, rows, n_mask, num_rows,
-        C.FIRST_MEAN, C.FIRST_ENTROPY, C.STUDENT and C.LAYOUT == STACKED, C,
-    )  # fmt: skip
+    if C.FIRST_SOFTMAX:
+        store_sums(
+            first_sums, sums_ptr, means_ptr, split, rows, n_mask, num_rows,
+            C.FIRST_MEAN, C.FIRST_ENTROPY, C.STUDENT and C.LAYOUT == STACKED, C,
+        )  # fmt: skip
     if C.SECOND_SOFTMAX:
         store_sums(
             second_sums, sums_ptr, means_ptr, split, rows + N, n_mask, num_rows,
@@ -326,6 +279,7 @@ class Streamed(NamedTuple):
     """What the kernel leaves behind; entries that were not asked for are empty."""
 
     unit_rows: torch.Tensor  # (2 N, D) or (N, D)
+    row_parts: torch.Tensor  # (ROW_PARTS, 2 N or N, D) bf16
     sums: torch.Tensor  # (splits, SLOTS, rows)
     means: torch.Tensor  # (splits, rows, D)
     maxima: torch.Tensor  # (N, num_chunks)
@@ -346,16 +300,21 @@ def launch(
     rows = N * plan.num_rows
     means = c.FIRST_MEAN or c.SECOND_MEAN
     empty = functools.partial(torch.empty, device=first.device, dtype=torch.float32)
+    given = N * (1 + c.HAS_KEY)
     out = Streamed(
-        empty((N * (1 + c.HAS_KEY), D) if c.NORMALIZE else (0,), dtype=first.dtype),
-        empty((plan.splits, SLOTS.value, rows)),
+        empty((given, D) if c.NORMALIZE else (0,), dtype=first.dtype),
+        empty((c.ROW_PARTS, given, D) if c.ROW_PARTS > 1 else (0,), dtype=torch.bfloat16),
+        empty((plan.splits, SLOTS.value, rows) if c.FIRST_SOFTMAX else (0,)),
         empty((plan.splits, rows, D) if means else (0,)),
         empty((N, plan.num_chunks) if c.MAXIMA else (0,)),
         empty((plan.splits, N) if c.RANKS else (0,), dtype=torch.int32),
     )
-    stream_kernel[(plan.row_blocks, plan.splits)](
+    arguments = (
         first, first if second is None else second, queue, *out, N, queue.shape[0],
-        first_scale, second_scale, plan.tiles_per_split, plan.num_chunks // 4, c,
-        num_warps=plan.num_warps, num_stages=c.NUM_STAGES,
+        first_scale, second_scale, plan.tiles_per_split, plan.num_chunks // 4,
     )  # fmt: skip
+    grid = plan.row_blocks, plan.splits
+    launch_kernel(
+        stream_kernel, grid, arguments, (c,), num_warps=plan.num_warps, num_stages=c.NUM_STAGES
+    )
     return out

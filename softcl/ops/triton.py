@@ -67,7 +67,7 @@ def queue_statistics(
     (N, D), K = vectors.shape, queue.shape[0]
     work = plan.Work(
         N, K, D, vectors.dtype, queue.dtype,
-        mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
+        softmax=sums, mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
     )  # fmt: skip
     how = plan.make_plan(work, *target_of(vectors.device))
     scale = plan.LOG2_E / temperature

@@ -1,0 +1,60 @@
+"""The rows of a streaming program: made ready once, kept for its whole life.
+
+Rows that are 16 bits wide and already of unit norm are taken as they are. Others go through global
+memory, divided by their norms and cut into bf16 parts (numerics.py), by the program itself.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import load_rows, multiply_parts, parts, transposed, unit_rows
+
+
+@triton.jit
+def prepare_rows(rows_ptr, unit_ptr, parts_ptr, part_stride, N, C: tl.constexpr):
+    """Leave the block's rows as the products take them: divided by their norms, in bf16 parts.
+
+    Every split does so, with the same bits. The finishing kernel must see the very rows that are
+    multiplied here; and tensor cores take what was loaded from shared memory, but what was computed
+    from registers, which have no room for it. So: through global memory, a few rows at a time.
+    """
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    AT_ONCE: tl.constexpr = min(C.BLOCK_N, max(1, 8192 // C.BLOCK_D))
+    d = tl.arange(0, C.BLOCK_D)
+    for start in tl.range(0, C.BLOCK_N, AT_ONCE):
+        n = tl.program_id(0) * C.BLOCK_N + start + tl.arange(0, AT_ONCE)
+        mask = (n < N)[:, None] & (d < C.D)[None, :]
+        offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
+        x = load_rows(rows_ptr, n, n < N, C.D, C.BLOCK_D)
+        if C.NORMALIZE:
+            x = unit_rows(x, dtype)
+            tl.store(unit_ptr + offsets, x.to(dtype), mask=mask)
+        if C.ROW_PARTS > 1:
+            x0, x1, x2 = parts(x, C.ROW_PARTS)
+            tl.store(parts_ptr + offsets, x0.to(tl.bfloat16), mask=mask)
+            tl.store(parts_ptr + part_stride + offsets, x1.to(tl.bfloat16), mask=mask)
+            if C.ROW_PARTS > 2:
+                tl.store(parts_ptr + 2 * part_stride + offsets, x2.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def row_operand(pointers, mask, part_stride, C: tl.constexpr):
+    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide."""
+    x0 = tl.load(pointers, mask=mask, other=0.0)
+    x1 = x0
+    x2 = x0
+    if C.ROW_PARTS > 1:
+        x1 = tl.load(pointers + part_stride, mask=mask, other=0.0)
+    if C.ROW_PARTS > 2:
+        x2 = tl.load(pointers + 2 * part_stride, mask=mask, other=0.0)
+    return x0, x1, x2
+
+
+@triton.jit
+def positive_cosines(rows, key, samples, is_second, C: tl.constexpr):
+    """z.t of the student rows (M,), by the very products that z.Q takes: a queue row equal to t
+    must not count as better than t. Infinite, so that nothing counts, for a teacher's rows."""
+    zero = tl.zeros([rows[0].shape[0], C.BLOCK_N], tl.float32)
+    cosines = multiply_parts(rows, transposed(key), zero, C.ROW_PARTS, C.ROW_PARTS)
+    own = samples[:, None] == tl.arange(0, C.BLOCK_N)[None, :]
+    return tl.where(is_second, float("inf"), tl.sum(tl.where(own, cosines, 0.0), 1))
