@@ -34,7 +34,7 @@ TENSOR_CORES = {
     "sm_80": r"\bmma\.sync",
     "sm_86": r"\bmma\.sync",
     "sm_90": r"\bwgmma\.mma_async",
-    "sm_100": r"\btcgen05\.mma\b",
+    "sm_100": r"\btcgen05\.mma\b|\bmma\.sync",
     "gfx942": r"\bv_mfma_",
 }
 

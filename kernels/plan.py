@@ -102,8 +102,10 @@ def make_plan(
         layout = stream.SINGLE
     stacked = layout == stream.STACKED
     rows = tile.block_n * (2 if stacked else 1)
-    # Rows of an accumulator that one warp holds; a second warp takes other columns of them.
-    rows_per_warp = 32 if target == "sm_100" else 16
+    # Rows of an accumulator that one warp holds; a second warp takes other columns of them. Four
+    # warps read 128 rows of tensor memory.
+    in_tensor_memory = target == "sm_100" and tile.num_warps >= 4 and rows >= 64
+    rows_per_warp = 32 if in_tensor_memory else 16
     sum_groups = max(1, tile.num_warps * rows_per_warp // rows)
     chunk_groups, tiles_per_chunk = chunking(work.K, work.num_neighbors, tile.block_k, sum_groups)
 
@@ -141,8 +143,11 @@ def make_plan(
         WEIGHT_PARTS=weight_parts(work),
         NATIVE_FP16=native_fp16,
         # Tensor memory adds one product to a sum in place; a second one would take it through the
-        # registers and back. Registers have no room for two sums.
-        REST_APART=target == "sm_100" and weight_parts(work) == 2 and queue_parts == 1,
+        # registers and back. Registers have no room for two sums, nor has it for D > 128.
+        REST_APART=in_tensor_memory
+        and weight_parts(work) == 2
+        and queue_parts == 1
+        and work.D <= 128,
         SUM_GROUPS=sum_groups,
         CHUNK_GROUPS=chunk_groups,
         TILES_PER_CHUNK=tiles_per_chunk,
