@@ -118,12 +118,15 @@ def make_plan(
 
     native_fp16 = work.row_dtype == work.queue_dtype == torch.float16
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
+    # Up to 64 numbers of a row in each thread, half of that where they are cut into parts.
+    block_d = max(16, 1 << (work.D - 1).bit_length())
+    numbers = 32 * tile.num_warps * (64 if native_fp16 or row_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
         RAGGED=work.K % tile.block_k != 0,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        BLOCK_D=max(16, 1 << (work.D - 1).bit_length()),
+        BLOCK_D=block_d,
         LAYOUT=layout.value,
         NUM_STAGES=tile.num_stages,
         HAS_KEY=work.has_key,
@@ -137,6 +140,7 @@ def make_plan(
         MAXIMA=work.num_neighbors > 0,
         RANKS=work.ranks,
         RUNNING_MAX=work.coldest < COLDEST_WITHOUT_MAXIMUM,
+        ROWS_AT_ONCE=min(tile.block_n, max(1, numbers // block_d)),
         ROW_PARTS=1 if native_fp16 else row_parts,
         QUEUE_PARTS=queue_parts,
         MEAN_PARTS=queue_parts if row_parts == 3 else min(queue_parts, 2),

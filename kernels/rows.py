@@ -19,10 +19,9 @@ def prepare_rows(rows_ptr, unit_ptr, parts_ptr, part_stride, N, C: tl.constexpr)
     from registers, which have no room for it. So: through global memory, a few rows at a time.
     """
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    AT_ONCE: tl.constexpr = min(C.BLOCK_N, max(1, 8192 // C.BLOCK_D))
     d = tl.arange(0, C.BLOCK_D)
-    for start in tl.range(0, C.BLOCK_N, AT_ONCE):
-        n = tl.program_id(0) * C.BLOCK_N + start + tl.arange(0, AT_ONCE)
+    for start in tl.range(0, C.BLOCK_N, C.ROWS_AT_ONCE):
+        n = tl.program_id(0) * C.BLOCK_N + start + tl.arange(0, C.ROWS_AT_ONCE)
         mask = (n < N)[:, None] & (d < C.D)[None, :]
         offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
         x = load_rows(rows_ptr, n, n < N, C.D, C.BLOCK_D)

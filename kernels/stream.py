@@ -64,6 +64,7 @@ class Config(NamedTuple):
     MAXIMA: bool
     RANKS: bool
     RUNNING_MAX: bool
+    ROWS_AT_ONCE: int  # that are made ready together
     ROW_PARTS: int  # bf16 parts of the rows, the queue and the weights
     QUEUE_PARTS: int
     MEAN_PARTS: int  # of the queue, in the second product
