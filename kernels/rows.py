@@ -7,7 +7,11 @@ memory, divided by their norms and cut into bf16 parts (numerics.py), by the pro
 import triton
 import triton.language as tl
 
-from .numerics import load_rows, multiply_parts, parts, transposed, unit_rows
+from .numerics import load_rows, parts, unit_rows, widen
+
+# A cosine outranks the positive's by more than two ways of summing the same products can differ: a
+# queue row equal to the key must not count as better than the key.
+MARGIN = tl.constexpr(5e-7)
 
 
 @triton.jit
@@ -57,10 +61,16 @@ def row_operand(pointers, mask, part_stride, C: tl.constexpr):
 
 
 @triton.jit
-def positive_cosines(rows, key, samples, is_second, C: tl.constexpr):
-    """z.t of the student rows (M,), by the very products that z.Q takes: a queue row equal to t
-    must not count as better than t. Infinite, so that nothing counts, for a teacher's rows."""
-    zero = tl.zeros([rows[0].shape[0], C.BLOCK_N], tl.float32)
-    cosines = multiply_parts(rows, transposed(key), zero, C.ROW_PARTS, C.ROW_PARTS)
-    own = samples[:, None] == tl.arange(0, C.BLOCK_N)[None, :]
-    return tl.where(is_second, float("inf"), tl.sum(tl.where(own, cosines, 0.0), 1))
+def positive_cosines(z_ptr, t_ptr, n, n_mask, is_second, C: tl.constexpr):
+    """z.t of the student rows (M,) and MARGIN. Infinite, so that nothing counts, for a teacher's.
+
+    A few columns at a time: these rows, once more in registers, would not fit beside the others.
+    """
+    total = tl.where(is_second, float("inf"), MARGIN)
+    for start in tl.range(0, C.D, 16):
+        d = start + tl.arange(0, 16)
+        offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
+        mask = n_mask[:, None] & (d < C.D)[None, :]
+        z = widen(tl.load(z_ptr + offsets, mask=mask, other=0.0))
+        total += tl.sum(z * widen(tl.load(t_ptr + offsets, mask=mask, other=0.0)), 1)
+    return total

@@ -122,7 +122,7 @@ def visit_tile(
     first_scale,
     second_scale,
     is_second,  # (M,) in STACKED: which rows are teachers
-    positive,  # (M,) z.t, read if RANKS
+    positive,  # (M,) what z.Q must exceed to outrank z.t, read if RANKS
     queue_ptr,
     K,
     maxima_ptr,  # of the row block's first row
@@ -194,17 +194,18 @@ def stream_kernel(
 ):
     M: tl.constexpr = 2 * C.BLOCK_N if C.LAYOUT == STACKED else C.BLOCK_N
     split = tl.program_id(1)
-    part_stride = tl.cast(N, tl.int64) * (2 * C.D if C.HAS_KEY else C.D)
+    second_offset = tl.cast(N, tl.int64) * C.D
+    part_stride = second_offset * (2 if C.HAS_KEY else 1)
     if C.NORMALIZE or C.ROW_PARTS > 1:
-        second_offset = tl.cast(N, tl.int64) * C.D
         prepare_rows(first_ptr, unit_ptr, parts_ptr, part_stride, N, C)
         if C.HAS_KEY:
             prepare_rows(
                 second_ptr, unit_ptr + second_offset, parts_ptr + second_offset, part_stride, N, C
             )
         tl.debug_barrier()  # read back by other threads than wrote them
-        first_ptr = parts_ptr if C.ROW_PARTS > 1 else unit_ptr
-        second_ptr = first_ptr + second_offset
+        if C.NORMALIZE:
+            first_ptr = unit_ptr
+            second_ptr = unit_ptr + second_offset
 
     r = tl.arange(0, M)
     samples = r // 16 * 8 + r % 8 if C.LAYOUT == STACKED else r
@@ -215,6 +216,12 @@ def stream_kernel(
     mask = n_mask[:, None] & (d < C.D)[None, :]
     offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
 
+    positive = tl.zeros([M], tl.float32)
+    if C.RANKS:
+        positive = positive_cosines(first_ptr, second_ptr, n, n_mask, is_second, C)
+    if C.ROW_PARTS > 1:
+        first_ptr = parts_ptr
+        second_ptr = parts_ptr + second_offset
     num_rows = N if C.LAYOUT == SINGLE else 2 * N
     scale = first_scale
     pointers = first_ptr + offsets
@@ -226,15 +233,6 @@ def stream_kernel(
     if C.LAYOUT == PAIRED:
         second = row_operand(second_ptr + offsets, mask, part_stride, C)
 
-    positive = tl.zeros([M], tl.float32)
-    if C.RANKS:
-        key = second
-        if C.LAYOUT != PAIRED:
-            n_key = tl.program_id(0) * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
-            key_mask = (n_key < N)[:, None] & (d < C.D)[None, :]
-            key_offsets = n_key.to(tl.int64)[:, None] * C.D + d[None, :]
-            key = row_operand(second_ptr + key_offsets, key_mask, part_stride, C)
-        positive = positive_cosines(first, key, samples, is_second, C)
     g = tl.arange(0, C.CHUNK_GROUPS)
     four = tl.arange(0, 4)
     maxima_ptr += tl.cast(tl.program_id(0) * C.BLOCK_N, tl.int64) * (4 * chunk_quads)
