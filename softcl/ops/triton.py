@@ -162,7 +162,8 @@ def _target_of_index(index: int | None) -> tuple[str, int]:
 
     properties = torch.cuda.get_device_properties(index)
     arch = properties.gcnArchName if torch.version.hip else capability(index)
-    return target_name(arch), properties.multi_processor_count
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", None)
+    return target_name(arch, shared_memory), properties.multi_processor_count
 
 
 def on_device(device: torch.device):
