@@ -6,6 +6,7 @@ shared memory, tensor-core instructions, and values that change threads inside t
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -50,10 +51,9 @@ class Compiled:
         shared_memory: bytes per program.
         tensor_memory: columns per program, on architectures that have it.
         tensor_products: matrix instructions in the code.
-        conversions: layout conversions inside the loop over the tiles; the ones that a product
-            needs of its left operand keep every value in its thread.
-        loop_stores: stores to shared memory inside the loop, in machine code; None where no
-            disassembler is at hand.
+        conversions: tiles that pass through shared memory inside the loop after they were loaded:
+            operands made there, and changes of layout other than to a left operand from registers.
+        loop_stores: stores to shared memory inside the loop, in machine code; None for AMD.
     """
 
     plan: plan.Plan
@@ -92,7 +92,7 @@ def compile_stream(
         shared_memory=kernel.metadata.shared,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
         tensor_products=len(re.findall(TENSOR_CORES[target], code)),
-        conversions=loop_of(kernel.asm["ttgir"]).count("ttg.convert_layout"),
+        conversions=count_conversions(loop_of(kernel.asm["ttgir"]), tile_size(how)),
         loop_stores=loop_stores,
     )
 
@@ -133,6 +133,18 @@ def loop_of(ttgir: str) -> str:
             end = next(i for i in range(start, len(lines)) if lines[i].startswith(closing))
             loops.append("\n".join(lines[start:end]))
     return next(loop for loop in loops if re.search(r"dot|mma", loop.split("\n", 1)[1]))
+
+
+def tile_size(how: plan.Plan) -> int:
+    """Numbers in a tile of cosines: what is smaller belongs to a row, not to a tile."""
+    rows = 2 if how.config.LAYOUT == stream.STACKED.value else 1
+    return rows * how.config.BLOCK_N * how.config.BLOCK_K
+
+
+def count_conversions(loop: str, smallest: int) -> int:
+    made = re.findall(r"ttg\.local_alloc %.*?\(tensor<([\dx]+)x\w+, ", loop)
+    moved = re.findall(r"ttg\.convert_layout .*-> tensor<([\dx]+)x\w+, #(?!ttg\.dot_op)", loop)
+    return sum(math.prod(map(int, shape.split("x"))) >= smallest for shape in made + moved)
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, int]:
