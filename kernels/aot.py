@@ -30,13 +30,14 @@ TARGETS = {
 }
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
-# The matrix instructions of each architecture, in PTX or in AMD's assembly.
+# The matrix instructions of each architecture, in PTX or in AMD's assembly: its own, and what it
+# falls back to for tiles of few rows.
 TENSOR_CORES = {
-    "sm_80": r"\bmma\.sync",
-    "sm_86": r"\bmma\.sync",
-    "sm_90": r"\bwgmma\.mma_async",
-    "sm_100": r"\btcgen05\.mma\b|\bmma\.sync",
-    "gfx942": r"\bv_mfma_",
+    "sm_80": (r"\bmma\.sync",),
+    "sm_86": (r"\bmma\.sync",),
+    "sm_90": (r"\bwgmma\.mma_async", r"\bmma\.sync"),
+    "sm_100": (r"\btcgen05\.mma\b", r"\bmma\.sync"),
+    "gfx942": (r"\bv_mfma_",),
 }
 
 
@@ -51,6 +52,7 @@ class Compiled:
         shared_memory: bytes per program.
         tensor_memory: columns per program, on architectures that have it.
         tensor_products: matrix instructions in the code.
+        native: they are the architecture's own.
         conversions: tiles that pass through shared memory inside the loop after they were loaded:
             operands made there, and changes of layout other than to a left operand from registers.
         loop_stores: stores to shared memory inside the loop, in machine code; None for AMD.
@@ -62,6 +64,7 @@ class Compiled:
     shared_memory: int
     tensor_memory: int
     tensor_products: int
+    native: bool
     conversions: int
     loop_stores: int | None
 
@@ -85,13 +88,15 @@ def compile_stream(
     else:
         code = kernel.asm["ptx"]
         registers, spilled, loop_stores = read_cubin(kernel.asm["cubin"])
+    products = [len(re.findall(instruction, code)) for instruction in TENSOR_CORES[target]]
     return Compiled(
         plan=how,
         registers=registers,
         spilled=spilled,
         shared_memory=kernel.metadata.shared,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-        tensor_products=len(re.findall(TENSOR_CORES[target], code)),
+        tensor_products=max(products),
+        native=products[0] > 0,
         conversions=count_conversions(loop_of(kernel.asm["ttgir"]), tile_size(how)),
         loop_stores=loop_stores,
     )

@@ -106,7 +106,7 @@ def make_plan(
     # warps read 128 rows of tensor memory.
     in_tensor_memory = target == "sm_100" and tile.num_warps >= 4 and rows >= 64
     rows_per_warp = 32 if in_tensor_memory else 16
-    sum_groups = max(1, tile.num_warps * rows_per_warp // rows)
+    sum_groups = max(1, min(tile.num_warps * rows_per_warp // rows, tile.block_k // 8))
     chunk_groups, tiles_per_chunk = chunking(work.K, work.num_neighbors, tile.block_k, sum_groups)
 
     num_tiles = -(-work.K // tile.block_k)
@@ -118,9 +118,9 @@ def make_plan(
 
     native_fp16 = work.row_dtype == work.queue_dtype == torch.float16
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
-    # Up to 64 numbers of a row in each thread, half of that where they are cut into parts.
+    # Up to 64 numbers of a row in each thread, half of that where anything is cut into parts.
     block_d = max(16, 1 << (work.D - 1).bit_length())
-    numbers = 32 * tile.num_warps * (64 if native_fp16 or row_parts == 1 else 32)
+    numbers = 32 * tile.num_warps * (64 if row_parts == queue_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
         RAGGED=work.K % tile.block_k != 0,

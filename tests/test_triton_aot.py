@@ -95,12 +95,16 @@ def check(compiled, target, tile, work):
     assert compiled.tensor_products > 0, f"no tensor-core instruction: {work}"
     if target in ("sm_90", "sm_100") and work.D <= 256:
         assert compiled.spilled == 0, f"{compiled.spilled} bytes spilled: {work}"
+    if (target == "sm_90" and work.D <= 256) or (
+        target == "sm_100" and work.precision == "bf16" and work.D <= 128
+    ):
+        assert compiled.native, f"neither wgmma nor tcgen05.mma: {work}"
     # 1 KB per program is the system's.
     programs = tile.programs_per_sm
     assert programs * (shared + 1024 * nvidia) <= SHARED_PER_SM[target] + 1024, work
     if nvidia:
         assert programs * tile.num_warps * 32 * registers <= REGISTERS_PER_SM, work
-    if target == "sm_90":
+    if target == "sm_90" and work.D <= 256:
         # Only a tile that is cut into parts is written again, and one that was not loaded ahead
         # is written at all; weights and cosines stay where they are.
         config = compiled.plan.config
