@@ -59,3 +59,22 @@ def test_a_step_that_fails_is_named(tmp_path):
     assert answer.returncode == 1
     assert "failed: table" in answer.stdout and "loss is off" in answer.stderr
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_tuning(tmp_path):
+    """The tuner's rows are rows of the table."""
+    code = [sys.executable, "bench/tune_triton.py", "--dry-run", "--kinds", "dense", "search"]
+    answer = subprocess.run(
+        [*code, "--precisions", "bf16", "--widths", "64", "128"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    from softcl.kernels import tiles
+
+    rows = tiles.parse(answer.stdout)
+    assert set(rows) == {("dense", "bf16"), ("search", "bf16")}
+    assert all(len(row) == 2 for row in rows.values())
+    assert "the table's 32x64/4/1/1 takes" in answer.stderr
