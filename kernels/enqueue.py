@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch as launch_kernel
 from .numerics import NORM_FLOOR, round_like, widen
 
 
@@ -72,6 +73,10 @@ def launch(
         return
     block_d = max(16, 1 << (D - 1).bit_length())
     block_slots = max(1, min(16, 8192 // block_d))
-    enqueue_kernel[(-(-min(N, K) // block_slots),)](
-        keys, queue, refused, N, K, pointer, normalize, block_slots, D, block_d, num_warps=4
+    launch_kernel(
+        enqueue_kernel,
+        (-(-min(N, K) // block_slots), 1),
+        (keys, queue, refused, N, K, pointer),
+        (normalize, block_slots, D, block_d),
+        num_warps=4,
     )

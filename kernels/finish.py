@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .labels import RULE_CODES, label_mean
+from .launch import launch as launch_kernel
 from .numerics import LN2, NORM_FLOOR, widen
 from .sums import merge_sums
 
@@ -220,12 +221,13 @@ def finish_loss(
     loss, dquery = empty(N), empty(N, D) if gradient else empty(0)
     confidence, entropy = empty(shown), empty(shown)
     rank = empty(N if diagnostics else 0, dtype=torch.int64)
-    finish_kernel[(N,)](
+    arguments = (
         query, z, t, queue, streamed.sums, streamed.means, streamed.ranks, neighbor_logits,
         neighbor_indices, loss, dquery, confidence, entropy, rank, N, N * plan.num_rows,
         plan.splits, rule.num_neighbors, *scales, 1.0 / temperature,
-        1.0 / math.log(K) if K > 1 else 0.0, float(rule.positive_weight), config, num_warps=4,
+        1.0 / math.log(K) if K > 1 else 0.0, float(rule.positive_weight),
     )  # fmt: skip
+    launch_kernel(finish_kernel, (N, 1), arguments, (config,), num_warps=4)
     return loss, dquery, confidence, entropy, rank
 
 
@@ -238,11 +240,10 @@ def finish_statistics(
     lse = torch.empty(N, device=device, dtype=torch.float32)
     mean = torch.empty((N, c.D), device=device, dtype=torch.float32)
     entropy = torch.empty(N, device=device, dtype=torch.float32)
-    statistics_kernel[(N,)](
-        streamed.sums, streamed.means, lse, mean, entropy, N, plan.splits, scale,
-        block_of_splits(plan.splits, c.BLOCK_D), c.RUNNING_MAX, c.WEIGHT_PARTS, c.D, c.BLOCK_D,
-        num_warps=4,
-    )  # fmt: skip
+    arguments = (streamed.sums, streamed.means, lse, mean, entropy, N, plan.splits, scale)
+    block_s = block_of_splits(plan.splits, c.BLOCK_D)
+    constants = (block_s, c.RUNNING_MAX, c.WEIGHT_PARTS, c.D, c.BLOCK_D)
+    launch_kernel(statistics_kernel, (N, 1), arguments, constants, num_warps=4)
     return lse, mean, entropy
 
 

@@ -25,6 +25,7 @@ MOST_CHUNKS = 8192
 MOST_SPLITS = 64
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+PRECISIONS = {1: "bf16", 2: "fp16", 3: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Work:
     row_dtype: torch.dtype
     queue_dtype: torch.dtype
     has_key: bool = False  # two kinds of rows: student and teacher
+    softmax: bool = True  # False: neighbours alone
     mean: bool = True  # of the student's, or the only, rows
     entropy: bool = False
     teacher_softmax: bool = False
@@ -54,14 +56,13 @@ class Work:
     def kind(self) -> str:
         """The products of one tile: what the tile table is indexed by."""
         if not self.visits_teacher:
-            return "single"
+            return "single" if self.softmax else "search"
         return "dense" if self.teacher_mean and self.mean else "mixed"
 
     @property
     def precision(self) -> str:
-        """One of "half" (rows and queue 16 bits wide, of one dtype) and "parts"."""
-        same = self.row_dtype == self.queue_dtype
-        return "half" if same and self.row_dtype != torch.float32 else "parts"
+        """The widest dtype among rows and queue, by its parts: "bf16", "fp16" or "fp32"."""
+        return PRECISIONS[max(PARTS[self.row_dtype], PARTS[self.queue_dtype])]
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,16 @@ def make_plan(
 ) -> Plan:
     """The plan of a call. ``tile`` and ``splits`` override the table and the choice made here."""
     tile = tile or find_tile(target, work.kind, work.precision, work.D)
-    if work.kind == "dense":
-        layout = stream.STACKED if tile.stacked else stream.PAIRED
-    else:
-        layout = stream.SINGLE if work.kind == "single" else stream.PAIRED
+    layout = stream.STACKED if tile.stacked else stream.PAIRED
+    if not work.visits_teacher:
+        layout = stream.SINGLE
     stacked = layout == stream.STACKED
     rows = tile.block_n * (2 if stacked else 1)
-    # Rows of an accumulator that one warp holds; a second warp takes other columns of them.
-    rows_per_warp = 32 if target == "sm_100" else 16
-    sum_groups = max(1, tile.num_warps * rows_per_warp // rows)
+    # Rows of an accumulator that one warp holds; a second warp takes other columns of them. Four
+    # warps read 128 rows of tensor memory.
+    in_tensor_memory = target == "sm_100" and tile.num_warps >= 4 and rows >= 64
+    rows_per_warp = 32 if in_tensor_memory else 16
+    sum_groups = max(1, min(tile.num_warps * rows_per_warp // rows, tile.block_k // 8))
     chunk_groups, tiles_per_chunk = chunking(work.K, work.num_neighbors, tile.block_k, sum_groups)
 
     num_tiles = -(-work.K // tile.block_k)
@@ -116,16 +118,20 @@ def make_plan(
 
     native_fp16 = work.row_dtype == work.queue_dtype == torch.float16
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
+    # Up to 64 numbers of a row in each thread, half of that where anything is cut into parts.
+    block_d = max(16, 1 << (work.D - 1).bit_length())
+    numbers = 32 * tile.num_warps * (64 if row_parts == queue_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
         RAGGED=work.K % tile.block_k != 0,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        BLOCK_D=max(16, 1 << (work.D - 1).bit_length()),
+        BLOCK_D=block_d,
         LAYOUT=layout.value,
         NUM_STAGES=tile.num_stages,
         HAS_KEY=work.has_key,
         NORMALIZE=work.normalize,
+        FIRST_SOFTMAX=work.softmax,
         FIRST_MEAN=work.mean or stacked,
         FIRST_ENTROPY=work.entropy or stacked,
         SECOND_SOFTMAX=work.teacher_softmax and layout == stream.PAIRED,
@@ -134,14 +140,18 @@ def make_plan(
         MAXIMA=work.num_neighbors > 0,
         RANKS=work.ranks,
         RUNNING_MAX=work.coldest < COLDEST_WITHOUT_MAXIMUM,
+        ROWS_AT_ONCE=min(tile.block_n, max(1, numbers // block_d)),
         ROW_PARTS=1 if native_fp16 else row_parts,
         QUEUE_PARTS=queue_parts,
         MEAN_PARTS=queue_parts if row_parts == 3 else min(queue_parts, 2),
         WEIGHT_PARTS=weight_parts(work),
         NATIVE_FP16=native_fp16,
         # Tensor memory adds one product to a sum in place; a second one would take it through the
-        # registers and back. Registers have no room for two sums.
-        REST_APART=target == "sm_100" and weight_parts(work) == 2 and queue_parts == 1,
+        # registers and back. Registers have no room for two sums, nor has it for D > 128.
+        REST_APART=in_tensor_memory
+        and weight_parts(work) == 2
+        and queue_parts == 1
+        and work.D <= 128,
         SUM_GROUPS=sum_groups,
         CHUNK_GROUPS=chunk_groups,
         TILES_PER_CHUNK=tiles_per_chunk,

@@ -5,10 +5,11 @@ holds nothing above its maximum, and k columns at least as good are among those 
 
     1. pick the k chunks with the largest maxima,
     2. compute v.Q_j again for their k * CHUNK_COLUMNS columns, in fp32,
-    3. pick the k best of those and sort them.
+    3. pick the k best of those and put each in its place.
 
 Picking is a search for the k-th largest value by bisection over fp32's ordered bit patterns: at
-most 32 counting passes, whatever k is, and no sort. Equal values go by lowest position.
+most 32 counting passes, whatever k is, and no sort. Equal values go by lowest position. Places are
+counted too, k^2 comparisons per row.
 
 Tiling: BLOCK_N rows per program, side by side. Traffic per row: the maxima once from HBM (the
 passes after the first hit L1), and k * CHUNK_COLUMNS queue rows from L2.
@@ -20,11 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import widen
+from .launch import launch as launch_kernel
+from .numerics import INTERPRET, widen
 
 # What a NaN, or minus infinity, counts as: below every cosine, above what is not a column at all.
 WORST = tl.constexpr(-1e20)
-LAST = tl.constexpr(-(2**63))  # sorts behind everything
 
 
 class Config(NamedTuple):
@@ -40,6 +41,7 @@ class Config(NamedTuple):
     BLOCK_C: int  # values of a row counted together
     BLOCK_J: int  # candidates of a row multiplied together
     BLOCK_TOP: int  # k rounded up to a power of two
+    BLOCK_OTHERS: int  # of the picked ones, compared with all of them together
 
 
 @triton.jit
@@ -129,6 +131,14 @@ def candidate_columns(chunks_ptrs, i, mask, C: tl.constexpr):
     return chunk_column(chunk, i % C.CHUNK_COLUMNS, C)
 
 
+@triton.jit
+def picked_column(picked_ptrs, cosines_ptrs, chunks_ptrs, j, mask, K, C: tl.constexpr):
+    """Cosine and queue row of the j-th picked candidates."""
+    i = tl.load(picked_ptrs + j, mask=mask, other=0)
+    column = tl.minimum(candidate_columns(chunks_ptrs, i, mask, C), K - 1)
+    return tl.load(cosines_ptrs + i, mask=mask, other=0.0), column
+
+
 @triton.jit(do_not_specialize=["N", "K", "k", "num_chunks", "num_kept"])
 def select_kernel(
     vectors_ptr,  # (N, D)
@@ -177,24 +187,29 @@ def select_kernel(
     pick_largest(cosines_ptrs, num_columns, k, picked_ptrs, rows_mask, R, C.BLOCK_C)
     tl.debug_barrier()
 
-    # Sort by value, then by lowest index: the two in one integer, largest first.
+    # Every one's place is the number of those before it: by value, then by lowest row.
     j = tl.arange(0, C.BLOCK_TOP)[None, :]
     mask = rows_mask & (j < k)
-    i = tl.load(picked_ptrs + j, mask=mask, other=0)
-    column = tl.minimum(candidate_columns(chunks_ptrs, i, mask, C), K - 1)
-    key = key_of(tl.load(cosines_ptrs + i, mask=mask, other=0.0)).to(tl.int64)
-    order = tl.where(mask, (key << 32) | (0x7FFFFFFF - column).to(tl.int64), LAST)
-    order = tl.sort(order, descending=True)
-    key = (order >> 32).to(tl.int32)
-    x = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-    tl.store(logits_ptr + n * k + j, x * factor, mask=mask)
-    tl.store(indices_ptr + n * k + j, 0x7FFFFFFF - (order & 0x7FFFFFFF), mask=mask)
+    x, column = picked_column(picked_ptrs, cosines_ptrs, chunks_ptrs, j, mask, K, C)
+    place = tl.zeros([R, C.BLOCK_TOP], tl.int32)
+    for start in tl.range(0, k, C.BLOCK_OTHERS):
+        i = start + tl.arange(0, C.BLOCK_OTHERS)[None, :]
+        others = rows_mask & (i < k)
+        y, row = picked_column(picked_ptrs, cosines_ptrs, chunks_ptrs, i, others, K, C)
+        equal = (y[:, :, None] == x[:, None, :]) & (row[:, :, None] < column[:, None, :])
+        before = others[:, :, None] & ((y[:, :, None] > x[:, None, :]) | equal)
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(logits_ptr + n * k + place, x * factor, mask=mask)
+    tl.store(indices_ptr + n * k + place, column.to(tl.int64), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------ launch
 
 
-ROWS = 4  # per program
+# Rows per program, and the numbers that it holds at once. The interpreter's time goes by the number
+# of operations.
+ROWS = 32 if INTERPRET.value else 4
+ELEMENTS = 1 << 20 if INTERPRET.value else 8192
 
 
 def launch(
@@ -209,6 +224,7 @@ def launch(
     c = plan.config
     N = vectors.shape[0]
     num_kept = min(k, plan.num_chunks)
+    block_top = max(2, 1 << (k - 1).bit_length())
     config = Config(
         D=c.D,
         BLOCK_D=c.BLOCK_D,
@@ -218,8 +234,9 @@ def launch(
         CHUNK_COLUMNS=plan.chunk_columns,
         BLOCK_N=ROWS,
         BLOCK_C=max(16, min(1024, 1 << (plan.num_chunks - 1).bit_length())),
-        BLOCK_J=max(1, 8192 // (ROWS * c.BLOCK_D)),
-        BLOCK_TOP=max(2, 1 << (k - 1).bit_length()),
+        BLOCK_J=max(1, ELEMENTS // (ROWS * c.BLOCK_D)),
+        BLOCK_TOP=block_top,
+        BLOCK_OTHERS=min(block_top, max(1, ELEMENTS // (ROWS * block_top))),
     )
     device = vectors.device
     chunks = torch.empty((N, num_kept), device=device, dtype=torch.int32)
@@ -227,8 +244,9 @@ def launch(
     picked = torch.empty((N, k), device=device, dtype=torch.int32)
     logits = torch.empty((N, k), device=device, dtype=torch.float32)
     indices = torch.empty((N, k), device=device, dtype=torch.int64)
-    select_kernel[(-(-N // ROWS),)](
-        vectors, queue, maxima, chunks, cosines, picked, logits, indices, N,
-        queue.shape[0], k, plan.num_chunks, num_kept, factor, config, num_warps=4,
+    arguments = (
+        vectors, queue, maxima, chunks, cosines, picked, logits, indices, N, queue.shape[0], k,
+        plan.num_chunks, num_kept, factor,
     )  # fmt: skip
+    launch_kernel(select_kernel, (-(-N // ROWS), 1), arguments, (config,), num_warps=4)
     return logits, indices

@@ -29,16 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import (
-    fold_max,
-    fold_sum,
-    multiply_parts,
-    parts,
-    transposed,
-    unfold_sum,
-    unit_rows,
-    widen,
-)
+from .launch import launch as launch_kernel
+from .numerics import fold_max, fold_sum, multiply_parts, parts, transposed, unfold_sum, widen
+from .rows import positive_cosines, prepare_rows, row_operand
 from .sums import SLOTS, add_tile, no_sums, store_sums
 
 SINGLE = tl.constexpr(0)
@@ -62,7 +55,8 @@ class Config(NamedTuple):
     NUM_STAGES: int
     HAS_KEY: bool  # there are teacher rows, visited here or not
     NORMALIZE: bool  # divide the rows by their norms first, and store them
-    FIRST_MEAN: bool  # the student's, or the only, rows: the second product
+    FIRST_SOFTMAX: bool  # the student's, or the only, rows: any sums; without, maxima alone
+    FIRST_MEAN: bool  # the second product
     FIRST_ENTROPY: bool
     SECOND_SOFTMAX: bool  # the teacher's rows in PAIRED: any sums, with the entropy
     SECOND_MEAN: bool
@@ -70,6 +64,7 @@ class Config(NamedTuple):
     MAXIMA: bool
     RANKS: bool
     RUNNING_MAX: bool
+    ROWS_AT_ONCE: int  # that are made ready together
     ROW_PARTS: int  # bf16 parts of the rows, the queue and the weights
     QUEUE_PARTS: int
     MEAN_PARTS: int  # of the queue, in the second product
@@ -79,27 +74,6 @@ class Config(NamedTuple):
     SUM_GROUPS: int  # column groups that different warps hold
     CHUNK_GROUPS: int
     TILES_PER_CHUNK: int
-
-
-@triton.jit
-def load_rows(pointers, mask, unit_pointers, dtype: tl.constexpr, C: tl.constexpr):
-    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide.
-
-    With NORMALIZE they are divided by their norms first and left at ``unit_pointers``: by every
-    split, all the same bits. The finishing kernel must see the very rows that are multiplied here.
-    """
-    raw = tl.load(pointers, mask=mask, other=0.0)
-    if C.NORMALIZE:
-        unit = unit_rows(widen(raw), dtype)
-        tl.store(unit_pointers, unit.to(dtype), mask=mask)
-        # Read back: tensor cores take what was loaded from shared memory, and what was computed
-        # from registers, where there is no room for it.
-        tl.debug_barrier()
-        raw = tl.load(unit_pointers, mask=mask, other=0.0)
-    if C.ROW_PARTS == 1:
-        return raw, raw, raw
-    else:
-        return parts(widen(raw), C.ROW_PARTS)
 
 
 @triton.jit
@@ -148,10 +122,11 @@ def visit_tile(
     first_scale,
     second_scale,
     is_second,  # (M,) in STACKED: which rows are teachers
-    positive,  # (M,) z.t, read if RANKS
+    positive,  # (M,) what z.Q must exceed to outrank z.t, read if RANKS
     queue_ptr,
     K,
-    maxima_ptrs,  # (M, CHUNK_GROUPS, 4), chunk 0 of each row
+    maxima_ptr,  # of the row block's first row
+    maxima_offsets,  # (M, CHUNK_GROUPS, 4), chunk 0 of each row
     maxima_mask,
     C: tl.constexpr,
 ):
@@ -180,29 +155,20 @@ def visit_tile(
             maxima = tl.where(fresh, maxima, tl.maximum(maxima, chunk_maxima))
             chunk_maxima = maxima
         chunk = tile // C.TILES_PER_CHUNK * (4 * C.CHUNK_GROUPS)
-        tl.store(maxima_ptrs + chunk, maxima, mask=maxima_mask)
+        tl.store(maxima_ptr + chunk + maxima_offsets, maxima, mask=maxima_mask)
 
     STACKED_STUDENT: tl.constexpr = C.STUDENT and C.LAYOUT == STACKED
-    first_sums = add_tile(
-        first_sums, cosines, cosines, is_second[:, None], first_scale, q,
-        C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, C,
-    )  # fmt: skip
+    if C.FIRST_SOFTMAX:
+        first_sums = add_tile(
+            first_sums, cosines, cosines, is_second[:, None], first_scale, q,
+            C.FIRST_MEAN, C.FIRST_ENTROPY, STACKED_STUDENT, True, C,
+        )  # fmt: skip
     if C.SECOND_SOFTMAX:
         second_sums = add_tile(
             second_sums, teacher_cosines, cosines, is_second[:, None], second_scale, q,
             C.SECOND_MEAN, True, C.STUDENT, False, C,
         )  # fmt: skip
     return first_sums, second_sums, chunk_maxima, ranks
-
-
-@triton.jit
-def positive_cosines(rows, key, samples, is_second, C: tl.constexpr):
-    """z.t of the student rows (M,), by the very products that z.Q takes: a queue row equal to t
-    must not count as better than t. Infinite, so that nothing counts, for a teacher's rows."""
-    zero = tl.zeros([rows[0].shape[0], C.BLOCK_N], tl.float32)
-    cosines = multiply_parts(rows, transposed(key), zero, C.ROW_PARTS, C.ROW_PARTS)
-    own = samples[:, None] == tl.arange(0, C.BLOCK_N)[None, :]
-    return tl.where(is_second, float("inf"), tl.sum(tl.where(own, cosines, 0.0), 1))
 
 
 @triton.jit(
@@ -212,7 +178,8 @@ def stream_kernel(
     first_ptr,  # (N, D) query, or the vectors
     second_ptr,  # (N, D) key
     queue_ptr,  # (K, D)
-    unit_ptr,  # (2 N, D) normalised rows, out, with NORMALIZE
+    unit_ptr,  # (2 N, D) normalised rows, out, with NORMALIZE; (N, D) without a key
+    parts_ptr,  # (ROW_PARTS, 2 N, D) rows in bf16 parts, out, with ROW_PARTS > 1
     sums_ptr,  # (splits, SLOTS, rows) out; rows: N of the first, then N of the second
     means_ptr,  # (splits, rows, D) out
     maxima_ptr,  # (N, 4 chunk_quads) out
@@ -226,8 +193,20 @@ def stream_kernel(
     C: tl.constexpr,  # Config
 ):
     M: tl.constexpr = 2 * C.BLOCK_N if C.LAYOUT == STACKED else C.BLOCK_N
-    dtype: tl.constexpr = first_ptr.dtype.element_ty
     split = tl.program_id(1)
+    second_offset = tl.cast(N, tl.int64) * C.D
+    part_stride = second_offset * (2 if C.HAS_KEY else 1)
+    if C.NORMALIZE or C.ROW_PARTS > 1:
+        prepare_rows(first_ptr, unit_ptr, parts_ptr, part_stride, N, C)
+        if C.HAS_KEY:
+            prepare_rows(
+                second_ptr, unit_ptr + second_offset, parts_ptr + second_offset, part_stride, N, C
+            )
+        tl.debug_barrier()  # read back by other threads than wrote them
+        if C.NORMALIZE:
+            first_ptr = unit_ptr
+            second_ptr = unit_ptr + second_offset
+
     r = tl.arange(0, M)
     samples = r // 16 * 8 + r % 8 if C.LAYOUT == STACKED else r
     is_second = r // 8 % 2 == 1 if C.LAYOUT == STACKED else r < 0
@@ -236,34 +215,29 @@ def stream_kernel(
     d = tl.arange(0, C.BLOCK_D)
     mask = n_mask[:, None] & (d < C.D)[None, :]
     offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
-    unit_offset = tl.cast(N, tl.int64) * C.D
-
-    num_rows = N
-    scale = first_scale
-    pointers = first_ptr + offsets
-    unit_pointers = unit_ptr + offsets
-    if C.LAYOUT == STACKED:
-        scale = tl.where(is_second, second_scale, first_scale)[:, None]
-        pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
-        unit_pointers += tl.where(is_second, unit_offset, 0)[:, None]
-    if C.LAYOUT != SINGLE:
-        num_rows = 2 * N
-    first = load_rows(pointers, mask, unit_pointers, dtype, C)
-    second = first
-    if C.LAYOUT == PAIRED or (C.LAYOUT == SINGLE and C.HAS_KEY and C.NORMALIZE):
-        second = load_rows(second_ptr + offsets, mask, unit_pointers + unit_offset, dtype, C)
 
     positive = tl.zeros([M], tl.float32)
     if C.RANKS:
-        n_key = tl.program_id(0) * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
-        offsets = n_key.to(tl.int64)[:, None] * C.D + d[None, :]
-        mask = (n_key < N)[:, None] & (d < C.D)[None, :]
-        key = load_rows(second_ptr + offsets, mask, unit_ptr + unit_offset + offsets, dtype, C)
-        positive = positive_cosines(first, key, samples, is_second, C)
+        positive = positive_cosines(first_ptr, second_ptr, n, n_mask, is_second, C)
+    if C.ROW_PARTS > 1:
+        first_ptr = parts_ptr
+        second_ptr = parts_ptr + second_offset
+    num_rows = N if C.LAYOUT == SINGLE else 2 * N
+    scale = first_scale
+    pointers = first_ptr + offsets
+    if C.LAYOUT == STACKED:
+        scale = tl.where(is_second, second_scale, first_scale)[:, None]
+        pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
+    first = row_operand(pointers, mask, part_stride, C)
+    second = first
+    if C.LAYOUT == PAIRED:
+        second = row_operand(second_ptr + offsets, mask, part_stride, C)
+
     g = tl.arange(0, C.CHUNK_GROUPS)
     four = tl.arange(0, 4)
-    chunks = n.to(tl.int64)[:, None, None] * (4 * chunk_quads)
-    maxima_ptrs = maxima_ptr + chunks + g[None, :, None] * 4 + four[None, None, :]
+    maxima_ptr += tl.cast(tl.program_id(0) * C.BLOCK_N, tl.int64) * (4 * chunk_quads)
+    maxima_offsets = samples[:, None, None] * (4 * chunk_quads)
+    maxima_offsets += g[None, :, None] * 4 + four[None, None, :]
     maxima_mask = n_mask & is_second if C.LAYOUT == STACKED else n_mask
 
     state = (
@@ -277,15 +251,16 @@ def stream_kernel(
     for tile in tl.range(start, end, num_stages=C.NUM_STAGES):
         state = visit_tile(
             state, tile, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
-            maxima_ptrs, maxima_mask[:, None, None], C,
+            maxima_ptr, maxima_offsets, maxima_mask[:, None, None], C,
         )  # fmt: skip
 
     first_sums, second_sums, _, ranks = state
     rows = n + tl.where(is_second, N, 0)
-    store_sums(
-        first_sums, sums_ptr, means_ptr, split, rows, n_mask, num_rows,
-        C.FIRST_MEAN, C.FIRST_ENTROPY, C.STUDENT and C.LAYOUT == STACKED, C,
-    )  # fmt: skip
+    if C.FIRST_SOFTMAX:
+        store_sums(
+            first_sums, sums_ptr, means_ptr, split, rows, n_mask, num_rows,
+            C.FIRST_MEAN, C.FIRST_ENTROPY, C.STUDENT and C.LAYOUT == STACKED, C,
+        )  # fmt: skip
     if C.SECOND_SOFTMAX:
         store_sums(
             second_sums, sums_ptr, means_ptr, split, rows + N, n_mask, num_rows,
@@ -303,6 +278,7 @@ class Streamed(NamedTuple):
     """What the kernel leaves behind; entries that were not asked for are empty."""
 
     unit_rows: torch.Tensor  # (2 N, D) or (N, D)
+    row_parts: torch.Tensor  # (ROW_PARTS, 2 N or N, D) bf16
     sums: torch.Tensor  # (splits, SLOTS, rows)
     means: torch.Tensor  # (splits, rows, D)
     maxima: torch.Tensor  # (N, num_chunks)
@@ -323,16 +299,21 @@ def launch(
     rows = N * plan.num_rows
     means = c.FIRST_MEAN or c.SECOND_MEAN
     empty = functools.partial(torch.empty, device=first.device, dtype=torch.float32)
+    given = N * (1 + c.HAS_KEY)
     out = Streamed(
-        empty((N * (1 + c.HAS_KEY), D) if c.NORMALIZE else (0,), dtype=first.dtype),
-        empty((plan.splits, SLOTS.value, rows)),
+        empty((given, D) if c.NORMALIZE else (0,), dtype=first.dtype),
+        empty((c.ROW_PARTS, given, D) if c.ROW_PARTS > 1 else (0,), dtype=torch.bfloat16),
+        empty((plan.splits, SLOTS.value, rows) if c.FIRST_SOFTMAX else (0,)),
         empty((plan.splits, rows, D) if means else (0,)),
         empty((N, plan.num_chunks) if c.MAXIMA else (0,)),
         empty((plan.splits, N) if c.RANKS else (0,), dtype=torch.int32),
     )
-    stream_kernel[(plan.row_blocks, plan.splits)](
+    arguments = (
         first, first if second is None else second, queue, *out, N, queue.shape[0],
-        first_scale, second_scale, plan.tiles_per_split, plan.num_chunks // 4, c,
-        num_warps=plan.num_warps, num_stages=c.NUM_STAGES,
+        first_scale, second_scale, plan.tiles_per_split, plan.num_chunks // 4,
     )  # fmt: skip
+    grid = plan.row_blocks, plan.splits
+    launch_kernel(
+        stream_kernel, grid, arguments, (c,), num_warps=plan.num_warps, num_stages=c.NUM_STAGES
+    )
     return out

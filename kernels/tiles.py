@@ -3,10 +3,28 @@
 A row of the table is what one program does at a time (see stream.py). Tiles are chosen here, by
 look-up, and never by timing at import or at the first call: the same call runs the same code on
 every machine of a kind. `bench/tune_triton.py` times candidates on the GPU at hand and prints rows.
+
+No row has been timed yet. They are what ahead-of-time compilation leaves of the candidates that
+arithmetic suggests; tests/test_triton_aot.py holds every row to it. The arithmetic:
+
+Rows. A program multiplies 64 rows or more, what one wgmma takes. As keys and values are one tile, a
+queue row brings 2 D bytes for 4 D FLOP per row, so 64 rows ask of L2 what attention asks with 128:
+16 bytes per clock and multiprocessor of the 32 or more that it gives. tcgen05 runs at half its rate
+below 128 rows, mma.sync gives each warp 16, and Triton sets its warps side by side over the rows,
+so that every row's sums stay in one warp, only where there are at least D of them.
+Warps. Four warps per 64 rows hold sums (64, D) in D / 2 registers per thread, and cosines and
+weights (64, BLOCK_K) in BLOCK_K. With two programs on a multiprocessor the products of one run
+under the softmax of the other, which one program of eight warps in step does not give.
+BLOCK_K. As wide as the registers allow without a spill: 128 for D <= 64, 64 at 128, 32 at 256.
+STACKED tiles (both kinds of rows get both products) where labels are dense, and where PAIRED ones
+(two products for student rows, one for teacher rows) have no room for both operands.
+Stages. Three where shared memory still holds two programs, else two. One (mixed labels, bf16,
+D = 256, sm_90) where the addresses of a second would spill: the other program covers the wait.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -19,7 +37,7 @@ class Tile:
         block_k: queue rows per tile.
         num_warps, num_stages: warps per program, tiles in flight.
         programs_per_sm: how many fit on one multiprocessor (registers, shared memory).
-        stacked: student and teacher rows in one tile (dense labels only).
+        stacked: student and teacher rows in one tile.
     """
 
     block_n: int
@@ -30,10 +48,118 @@ class Tile:
     stacked: bool = False
 
 
-# Row counts, tile widths and stages are multiples of what the tensor cores take. INTERPRETER serves
-# Triton's interpreter, where time goes by the number of operations, not by their size.
+def parse(table: str) -> dict[tuple[str, str], tuple[Tile, ...]]:
+    """(kind, precision) -> tiles by D, from lines "kind precision tile tile tile tile" of tiles
+    "block_n x block_k / num_warps / num_stages / programs_per_sm", an "s" before a stacked one."""
+    rows = {}
+    for kind, precision, *cells in map(str.split, table.strip().splitlines()):
+        rows[kind, precision] = tuple(
+            Tile(*map(int, re.split("[x/]", cell.lstrip("s"))), stacked=cell.startswith("s"))
+            for cell in cells
+        )
+    return rows
+
+
+# Up to which D each of a row's four tiles serves.
+WIDTHS = (64, 128, 256, 512)
+
+# Bytes of shared memory that a program can have, by target.
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
+
+# By target: the tiles of each kind and precision of plan.Work, for D up to 64, 128, 256 and 512.
+TABLE = {
+    "sm_80": parse("""
+search bf16  128x64/4/3/2   128x64/8/3/1   64x64/4/2/1    64x32/8/2/1
+search fp16  64x64/4/2/2    64x32/4/2/2    64x32/8/2/1    32x32/8/2/1
+search fp32  64x32/4/2/2    32x32/4/2/2    32x16/8/2/1    16x16/8/1/1
+single bf16  64x64/4/3/2    128x32/8/3/1   64x32/8/2/1    32x32/8/2/1
+single fp16  64x64/4/2/2    64x32/8/2/1    32x32/8/2/1    32x16/8/2/1
+single fp32  64x32/4/2/1    32x32/4/2/2    32x16/8/2/1    16x16/8/1/1
+mixed  bf16  64x64/4/3/2    128x32/8/3/1   64x32/8/2/1    s16x32/8/2/1
+mixed  fp16  64x32/4/2/2    s32x32/8/2/1   s16x32/8/2/1   s16x16/8/2/1
+mixed  fp32  s32x32/4/2/1   s16x32/4/2/2   s16x16/8/2/1   s16x16/8/1/1
+dense  bf16  s32x64/4/3/2   s64x32/8/3/1   s32x32/8/2/1   s16x32/8/2/1
+dense  fp16  s32x64/4/2/2   s32x32/8/2/1   s16x32/8/2/1   s16x16/8/2/1
+dense  fp32  s32x32/4/2/1   s16x32/4/2/2   s16x16/8/2/1   s16x16/8/1/1
+"""),
+    "sm_90": parse("""
+search bf16  128x128/4/3/2  128x64/4/3/2   64x64/4/2/2    64x64/4/2/1
+search fp16  64x64/4/3/2    64x64/4/2/2    64x32/4/2/2    64x32/4/2/1
+search fp32  64x32/4/2/2    64x32/4/2/2    64x16/4/2/1    16x16/4/1/1
+single bf16  64x128/4/3/2   64x128/4/2/2   64x32/4/3/2    32x32/8/2/1
+single fp16  64x64/4/3/2    64x32/4/2/2    64x16/4/2/1    32x16/8/2/1
+single fp32  64x64/4/2/2    64x32/4/2/2    64x16/4/2/1    32x16/8/1/1
+mixed  bf16  64x128/4/3/2   64x64/4/3/2    64x32/4/1/2    s16x32/8/2/1
+mixed  fp16  64x64/4/3/2    64x32/4/2/2    s32x16/4/2/2   s16x16/8/2/1
+mixed  fp32  s32x32/4/2/2   s32x32/4/2/2   s32x16/4/2/1   s16x16/8/1/1
+dense  bf16  s32x128/4/3/2  s32x64/4/3/2   s32x32/4/3/2   s16x32/8/2/1
+dense  fp16  s32x64/4/3/2   s32x32/4/3/2   s32x16/4/2/2   s16x16/8/2/1
+dense  fp32  s32x32/4/2/2   s32x32/4/2/2   s32x16/4/2/1   s16x16/8/1/1
+"""),
+    "sm_100": parse("""
+search bf16  128x128/8/3/1  128x64/8/3/1   128x64/8/2/1   128x32/8/2/1
+search fp16  128x64/8/2/1   128x32/8/2/1   64x32/4/2/1    64x16/4/2/1
+search fp32  32x32/4/2/2    32x16/4/2/2    32x16/8/2/1    32x16/8/1/1
+single bf16  128x64/8/3/1   128x64/8/3/1   32x32/4/2/2    32x32/8/2/1
+single fp16  32x16/4/2/2    32x32/4/2/2    32x16/4/2/2    32x16/8/2/1
+single fp32  32x16/4/2/2    32x16/8/2/1    32x16/8/2/1    32x16/8/1/1
+mixed  bf16  128x64/8/3/1   128x64/8/3/1   128x32/8/2/1   s16x32/8/2/1
+mixed  fp16  128x32/8/2/1   s16x32/4/2/2   s16x16/4/2/2   s16x16/8/2/1
+mixed  fp32  s16x32/4/2/2   s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
+dense  bf16  s64x32/8/3/1   s64x32/8/3/1   s16x32/4/2/2   s16x32/8/2/1
+dense  fp16  s16x32/4/2/2   s16x32/4/2/2   s16x16/4/2/2   s16x16/8/2/1
+dense  fp32  s16x32/4/2/2   s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
+"""),
+    "gfx942": parse("""
+search bf16  128x64/4/2/1   64x64/4/2/1    64x32/4/2/1    32x32/4/2/1
+search fp16  64x64/4/2/1    64x32/4/2/1    32x32/4/2/1    32x16/4/2/1
+search fp32  64x32/4/2/1    32x32/4/2/1    32x16/4/2/1    16x16/4/1/1
+single bf16  64x64/4/2/1    64x64/4/2/1    64x32/4/2/1    32x32/4/2/1
+single fp16  64x64/4/2/1    64x32/4/2/1    32x32/4/2/1    32x16/4/2/1
+single fp32  64x32/4/2/1    32x32/4/2/1    32x16/4/1/1    16x16/4/1/1
+mixed  bf16  64x64/4/2/1    64x64/4/2/1    32x32/4/2/1    16x32/4/2/1
+mixed  fp16  64x32/4/2/1    32x32/4/2/1    32x32/4/2/1    16x16/4/2/1
+mixed  fp32  s32x32/4/2/1   s16x32/4/2/1   s16x16/4/1/1   s8x16/4/1/1
+dense  bf16  s32x64/4/2/1   s32x64/4/2/1   s32x32/4/2/1   s16x32/4/2/1
+dense  fp16  s32x32/4/2/1   s32x32/4/2/1   s16x32/4/2/1   s16x16/4/2/1
+dense  fp32  s32x32/4/2/1   s16x32/4/2/1   s16x16/4/1/1   s8x16/4/1/1
+"""),
+}
+
+# The same instructions as sm_80 with less shared memory: other tiles where sm_80's do not fit.
+TABLE["sm_86"] = TABLE["sm_80"] | parse("""
+search bf16  128x64/4/3/1   128x32/8/3/1   64x32/4/2/1    32x32/8/2/1
+mixed  bf16  64x64/4/3/1    128x32/8/2/1   64x32/8/2/1    s16x16/8/2/1
+""")
+
+# Serves Triton's interpreter, where time goes by the number of operations, not by their size.
 INTERPRETER = Tile(32, 64, 4, 1, 1)
 
 
 def find_tile(target: str, kind: str, precision: str, D: int) -> Tile:
-    return INTERPRETER
+    """The tile of ``target`` for a kind of work and a precision (see plan.Work) and D <= 512."""
+    if target == "interpreter":
+        return INTERPRETER
+    return TABLE[target][kind, precision][sum(width < D for width in WIDTHS)]
+
+
+def target_name(architecture: tuple[int, int] | str, shared_memory: int | None = None) -> str:
+    """The table's target for a GPU: its own architecture's, or the nearest that fits.
+
+    ``architecture`` is CUDA's compute capability or AMD's name ("gfx942:sramecc+:xnack-");
+    ``shared_memory`` the bytes that a program can have, in which GPUs of one generation differ:
+    8.6 and 8.9 have 99 KB, 8.0 has 163. Newer ones than are known here take sm_100's tiles, or what
+    fits; AMD's all take gfx942's.
+    """
+    if isinstance(architecture, str):
+        return "gfx942"
+    own = {8: "sm_80", 9: "sm_90", 12: "sm_86"}.get(architecture[0], "sm_100")
+    if shared_memory is None or shared_memory >= SHARED_MEMORY[own]:
+        return own
+    return "sm_80" if shared_memory >= SHARED_MEMORY["sm_80"] else "sm_86"

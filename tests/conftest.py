@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,14 @@ def flags(folder: Path, tmp_path: Path, monkeypatch, one_thread) -> list[str]:
     line = "--epochs 2 --batch-size 32 --queue-size 64 --num-splits 2 --lr 0.05 --arch resnet_tiny "
     line += "--projection-dim 16 --projector-hidden 32 --warmup-epochs 0.5 --device cpu"
     return ["--data", str(folder), *line.split()]
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> str:
+    """Where Triton's kernels run: "cpu" in its interpreter, "cuda", or the test is skipped."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    return "cuda"

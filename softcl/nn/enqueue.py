@@ -1,12 +1,14 @@
 """Enqueue: normalise keys, round them, and write them into a ring of rows, refusing bad ones.
 
-The same operation as csrc/include/softcl/enqueue.h, whose CPU code runs where it is built; PyTorch
-otherwise and on other devices.
+The same operation as csrc/include/softcl/enqueue.h, whose CPU code runs where it is built, and as
+kernels/enqueue.py, which runs on GPUs where Triton is installed; PyTorch otherwise.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from types import ModuleType
 
 import torch
@@ -27,14 +29,17 @@ def enqueue(
     """Write key i to row (pointer + i) mod K, one after the other; add refused keys to ``refused``.
 
     A key with a NaN, an infinity or a norm below 1e-12 is refused: its row stays. With
-    ``normalize`` keys are divided by their norms in float64; otherwise they are judged as they are
-    stored, because 1e5 is infinite in float16. rows and refused change in place; the host waits for
-    no device.
+    ``normalize`` keys are divided by their norms, in float64 (in Triton in float32, scaled so that
+    no square overflows or vanishes); otherwise they are judged as they are stored, because 1e5 is
+    infinite in float16. rows and refused change in place; the host waits for no device.
     """
-    native = _native()
-    on_cpu = rows.device.type == "cpu"
-    if native and on_cpu and keys.dtype in ELEMENT_TYPES and rows.dtype in ELEMENT_TYPES:
+    known = keys.dtype in ELEMENT_TYPES and rows.dtype in ELEMENT_TYPES and len(keys) > 0
+    native = _native() if rows.device.type == "cpu" else None
+    kernel = _triton() if known and native is None and _runs_triton(rows.device) else None
+    if known and native:
         enqueue_native(native, keys, rows, refused, pointer, normalize)
+    elif kernel:
+        enqueue_triton(kernel, keys, rows, refused, pointer, normalize)
     else:
         enqueue_torch(keys, rows, refused, pointer, normalize)
 
@@ -73,6 +78,44 @@ def enqueue_native(
     )
     # PyTorch did not see the write: without this a backward that needs the old rows would not fail.
     torch.autograd.graph.increment_version(rows)
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """On GPUs that Triton compiles for; in its interpreter on the CPU."""
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from softcl.kernels import enqueue as kernel
+
+    return kernel
+
+
+def enqueue_triton(
+    kernel: ModuleType,
+    keys: torch.Tensor,
+    rows: torch.Tensor,
+    refused: torch.Tensor,
+    pointer: int,
+    normalize: bool,
+) -> None:
+    """The Triton kernel, on contiguous keys that do not overlap the rows."""
+    keys = keys.contiguous()
+    if keys.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
+        keys = keys.clone()
+    if rows.device.type == "cuda":
+        with torch.cuda.device(rows.device):  # Triton launches on the current device
+            kernel.launch(keys, rows, refused, pointer, normalize)
+    else:
+        kernel.launch(keys, rows, refused, pointer, normalize)
+    torch.autograd.graph.increment_version(rows)  # as above
 
 
 def enqueue_torch(

@@ -67,7 +67,7 @@ def queue_statistics(
     (N, D), K = vectors.shape, queue.shape[0]
     work = plan.Work(
         N, K, D, vectors.dtype, queue.dtype,
-        mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
+        softmax=sums, mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
     )  # fmt: skip
     how = plan.make_plan(work, *target_of(vectors.device))
     scale = plan.LOG2_E / temperature
@@ -162,7 +162,8 @@ def _target_of_index(index: int | None) -> tuple[str, int]:
 
     properties = torch.cuda.get_device_properties(index)
     arch = properties.gcnArchName if torch.version.hip else capability(index)
-    return target_name(arch), properties.multi_processor_count
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", None)
+    return target_name(arch, shared_memory), properties.multi_processor_count
 
 
 def on_device(device: torch.device):

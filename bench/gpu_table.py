@@ -1,0 +1,399 @@
+"""Checks the Triton backend on the GPU at hand, then times it beside its peers.
+
+    python bench/gpu_table.py [--out FOLDER] [--budget SECONDS]     writes <gpu>.json and <gpu>.md
+    python bench/gpu_table.py --small                               one small call of every kind
+    TRITON_INTERPRET=1 python bench/gpu_table.py --dry-run          tiny shapes on the CPU
+
+Every row is held to the float64 oracle, to the same bits over 20 runs and to a CUDA graph's replay
+before it is timed. Times are forward and gradient, medians of rounds in which the contenders take
+turns, each a CUDA graph of 20 calls that go round copies of the inputs larger than L2 together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from peers import PEERS  # noqa: E402
+
+import softcl  # noqa: E402
+from softcl.nn import MemoryQueue  # noqa: E402
+from softcl.testing import (  # noqa: E402
+    Problem,
+    assert_loss_close,
+    assert_neighbors_close,
+    loss_oracle,
+    make_problem,
+)
+
+RULES = {
+    "top-k": softcl.AdaptiveNeighborLabels(5),
+    "dense": softcl.AdaptiveSoftLabels(5),
+    "hard": softcl.HardLabels(),
+}
+PRODUCTS = {"top-k": 6, "dense": 8, "hard": 4, "search": 2}  # FLOP / (N K D)
+TEMPERATURES = 0.1, 0.05
+DETERMINISM_RUNS = 20
+CALLS = 20  # in one graph
+ROUNDS = 7
+
+
+@dataclass
+class Row:
+    """One line of the table: a shape, what is computed, and what came out, in microseconds."""
+
+    N: int
+    K: int
+    D: int
+    kind: str  # of RULES, or "search": the 10 nearest rows alone
+    target: float = math.nan
+    times: dict[str, float | str] = field(default_factory=dict)
+    python: float = math.nan  # host time of one call
+    floor: float = math.nan  # at the measured rate of a large bf16 product
+    graph: bool = True  # triton's calls were timed in a CUDA graph
+
+    @property
+    def flop(self) -> int:
+        return PRODUCTS[self.kind] * self.N * self.K * self.D
+
+
+ROWS = [
+    Row(256, 4096, 128, "top-k", 20),
+    Row(256, 4096, 128, "dense", 20),
+    Row(256, 65536, 128, "top-k", 50),
+    Row(256, 65536, 128, "dense", 55),
+    Row(1024, 65536, 128, "top-k", 140),
+    Row(1024, 65536, 128, "dense", 180),
+    Row(4096, 65536, 128, "top-k", 520),
+    Row(4096, 65536, 128, "dense", 620),
+    Row(4096, 65536, 128, "hard"),
+    Row(16384, 100000, 128, "search", 1300),
+    Row(4096, 65536, 256, "top-k", 950),
+    Row(4096, 65536, 256, "dense", 1250),
+    Row(4096, 1048576, 128, "top-k", 10000),
+    Row(4096, 1048576, 128, "dense", 10000),
+]
+DRY_ROWS = [Row(3, 70, 16, kind) for kind in ("top-k", "dense", "hard", "search")]
+
+# torch.compile takes 10 to 30 seconds a shape: only where the table is decided.
+COMPILED_SHAPES = {(1024, 65536, 128), (4096, 65536, 128)}
+
+
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def inputs_of(row: Row, device: str, copies: int) -> list[Problem]:
+    """Unit rows, bf16 on a GPU; made on the device, since a million rows take long on the host."""
+    if device == "cpu":
+        return [make_problem(row.N, row.K, row.D, seed=i) for i in range(copies)]
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def unit(rows: int) -> torch.Tensor:
+        x = torch.randn(rows, row.D, generator=generator, device=device)
+        return torch.nn.functional.normalize(x, dim=1).bfloat16()
+
+    return [Problem(unit(row.N), unit(row.N), unit(row.K)) for _ in range(copies)]
+
+
+def copies_for(row: Row, device: str) -> int:
+    """So many that together they are three times as large as L2, up to one for each call."""
+    if device == "cpu":
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(CALLS, math.ceil(3 * l2 / (2 * row.D * (row.K + 2 * row.N)))))
+
+
+def contenders_of(row: Row, device: str) -> dict:
+    """Name -> step(problem) that computes losses and gradient, or neighbours."""
+    if row.kind == "search":
+        return {"triton": search_ours, "matmul + topk": search_in_blocks}
+    steps = {"triton": lambda p: loss_step(ours, p, RULES[row.kind])}
+    for name, peer in PEERS.items():
+        if name == "compiled" and (device == "cpu" or (row.N, row.K, row.D) not in COMPILED_SHAPES):
+            continue
+        steps[name] = lambda p, peer=peer: loss_step(peer, p, RULES[row.kind])
+    return steps
+
+
+def ours(query, key, queue, rule, temperature, teacher_temperature):
+    return softcl.soft_contrastive_loss(
+        query, key, queue, rule,
+        temperature=temperature, teacher_temperature=teacher_temperature,
+        reduction="none", backend="triton",
+    )  # fmt: skip
+
+
+def loss_step(loss_rows, p: Problem, rule):
+    """Losses (N,) and gradient of their sum (N, D)."""
+    query = p.query.detach().requires_grad_()
+    rows = loss_rows(query, p.key, p.queue, rule, *TEMPERATURES)
+    (gradient,) = torch.autograd.grad(rows.sum(), query)
+    return rows.detach(), gradient
+
+
+def search_ours(p: Problem):
+    found = softcl.queue_statistics(
+        p.query, p.queue, 1.0, num_neighbors=10, sums=False, backend="triton"
+    )
+    return found.neighbor_logits, found.neighbor_indices
+
+
+def search_in_blocks(p: Problem, block: int = 2048):
+    found = [torch.topk(rows @ p.queue.T, 10) for rows in p.query.split(block)]
+    return torch.cat([x.values for x in found]), torch.cat([x.indices for x in found])
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def check(row: Row, p: Problem, device: str) -> None:
+    """The oracle on the first rows, equal bits run after run, and the same from a graph."""
+    step = contenders_of(row, device)["triton"]
+    first = step(p)
+    some = Problem(p.query[:64], p.key[:64], p.queue)
+    if row.kind == "search":
+        assert_neighbors_close(*(x[:64] for x in first), some.query, some.queue, 1.0)
+    else:
+        oracle = loss_oracle(some, RULES[row.kind], diagnostics=False)
+        # The gradient of half-precision rows comes back in their dtype: half a unit of its last
+        # bit, 2^-9 of an entry, is more than the 1e-3 of the largest that is promised before it.
+        scale = 1.0 if p.query.dtype == torch.float32 else 3.0
+        assert_loss_close(first[0][:64], None, oracle, torch.float32)
+        assert_loss_close(first[0][:64], first[1][:64], oracle, p.query.dtype, scale=scale)
+    for _ in range(1 if device == "cpu" else DETERMINISM_RUNS):
+        for x, y in zip(first, step(p), strict=True):
+            assert torch.equal(x, y), "other bits in another run"
+    if device != "cpu":
+        out, graph = capture(lambda: step(p))
+        for x in out:
+            x.zero_()
+        graph.replay()
+        for x, y in zip(first, out, strict=True):
+            assert torch.equal(x, y), "other bits from a CUDA graph"
+
+
+def capture(call):
+    """The results of ``call`` and a CUDA graph that computes them again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return out, graph
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+def timer_of(step, problems: list[Problem], device: str):
+    """A function that returns microseconds per call, and how it calls: "graph" or "host"."""
+    if device == "cpu":
+        return lambda: timed_on_host(step, problems[0]), "host"
+
+    def calls():
+        for i in range(CALLS):
+            step(problems[i % len(problems)])
+
+    for p in problems:
+        step(p)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(problems[0])
+    torch.cuda.synchronize()
+    slow = time.perf_counter() - start > 5e-3
+    if slow:  # a graph would save nothing, and 20 calls would hold 20 calls' memory
+        return lambda: timed_by_events(lambda: step(problems[0]), 1), "host"
+    try:
+        _, graph = capture(calls)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return lambda: timed_by_events(calls, CALLS), "host"
+    return lambda: timed_by_events(graph.replay, CALLS), "graph"
+
+
+def timed_on_host(step, p: Problem) -> float:
+    start = time.perf_counter()
+    step(p)
+    return (time.perf_counter() - start) * 1e6
+
+
+def timed_by_events(call, calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / calls
+
+
+def python_time(step, p: Problem, device: str, calls: int = 50) -> float:
+    """Microseconds of host time per call; the device must be the faster one for it to mean it."""
+    if device == "cpu":
+        return math.nan
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step(p)
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return spent * 1e6 / calls
+
+
+def measure(row: Row, device: str, rate: float, rounds: int) -> None:
+    """Fill ``row.times``: contenders take turns, medians count; one that has no room says so."""
+    problems = inputs_of(row, device, copies_for(row, device))
+    check(row, problems[0], device)
+    timers = {}
+    for name, step in contenders_of(row, device).items():
+        try:
+            timers[name], how = timer_of(step, problems, device)
+            row.graph = row.graph and (how == "graph" or name != "triton")
+        except torch.OutOfMemoryError:
+            row.times[name] = "out of memory"
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    samples = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name in list(timers):
+            try:
+                samples[name].append(timers[name]())
+            except torch.OutOfMemoryError:
+                row.times[name] = "out of memory"
+                del timers[name]
+    row.times |= {name: statistics.median(samples[name]) for name in timers}
+    if row.N * row.K <= 1 << 20:
+        row.python = python_time(contenders_of(row, device)["triton"], problems[0], device)
+    row.floor = row.flop / rate * 1e6
+
+
+def product_rate(device: str) -> float:
+    """FLOP/s of a large bf16 product: what floors are quoted against."""
+    size = 64 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    if device == "cpu":
+        return 2 * size**3 / (timed_on_host(lambda p: a @ p, b) * 1e-6)
+    times = [timed_by_events(lambda: a @ b, 1) for _ in range(20)]
+    return 2 * size**3 / (statistics.median(times[5:]) * 1e-6)
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def versions(device: str) -> dict[str, str]:
+    import triton
+
+    gpu = "CPU, interpreted" if device == "cpu" else torch.cuda.get_device_name()
+    return {
+        "gpu": gpu,
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def markdown(rows: list[Row], about: dict[str, str], rate: float) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.times if name != "triton"))
+    head = "N, K, D|labels|triton, us|target|floor|% of floor|python, us".split("|") + names
+    lines = [
+        f"# {about['gpu']}",
+        "",
+        ", ".join(f"{key} {value}" for key, value in about.items() if key != "gpu")
+        + f"; a large bf16 product runs at {rate / 1e12:.0f} TFLOP/s.",
+        "Forward and gradient, bf16; contenders as multiples of triton's time.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for row in rows:
+        own = row.times.get("triton", math.nan)
+        numeric = isinstance(own, float)
+        cells = [f"{row.N}, {row.K}, {row.D}", row.kind]
+        cells += [f"{own:.1f}" if numeric else str(own), number(row.target), f"{row.floor:.1f}"]
+        cells += [f"{100 * row.floor / own:.0f}" if numeric else "", number(row.python)]
+        for name in names:
+            other = row.times.get(name, "")
+            ratio = numeric and isinstance(other, float)
+            cells.append(f"{other / own:.2f}x" if ratio else str(other))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0f}"
+
+
+def write(out: Path, rows: list[Row], about: dict[str, str], rate: float, left_out: int) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    stem = about["gpu"].lower().replace(" ", "-").replace(",", "").replace("/", "-")
+    text = markdown(rows, about, rate)
+    if left_out:
+        text += f"\n{left_out} rows were left out: the time was up.\n"
+    (out / f"{stem}.md").write_text(text)
+    table = [{k: v for k, v in asdict(row).items() if v == v} for row in rows]
+    result = {"about": about, "product_flop_per_s": rate, "rows": table, "left_out": left_out}
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return out / f"{stem}.md"
+
+
+def small(device: str) -> None:
+    """One small call of every kind, in every dtype: what a sanitizer watches."""
+    tiny = device == "cpu"
+    N, K = (3, 90) if tiny else (37, 1000)
+    for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float32, torch.float16):
+        p = make_problem(N, K, 64, dtype=dtype, device=device)
+        for rule in RULES.values():
+            loss_step(ours, p, rule)
+        softcl.queue_statistics(p.query, p.queue, 0.01, num_neighbors=70, backend="triton")
+        queue = MemoryQueue(50, 64, dtype=dtype, device=device)
+        queue.enqueue(p.key)
+        assert queue.refused == 0
+    print("small calls: done")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", default)))
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds for the whole table")
+    parser.add_argument("--small", action="store_true", help="a few small calls, nothing timed")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.budget
+    device = "cpu" if arguments.dry_run else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu_table: no GPU here; --dry-run tries the script itself")
+    if arguments.small:
+        return small(device)
+    rate = product_rate(device)
+    rows = DRY_ROWS if arguments.dry_run else ROWS
+    done: list[Row] = []
+    for row in rows:
+        if time.monotonic() > deadline:
+            break
+        measure(row, device, rate, 1 if arguments.dry_run else ROUNDS)
+        done.append(row)
+        print(f"{row.N}, {row.K}, {row.D} {row.kind}: {row.times}", flush=True)
+        # What is known is kept, whatever becomes of the next row.
+        written = write(arguments.out, done, versions(device), rate, len(rows) - len(done))
+    print(written.read_text())
+    print(f"gpu_table: wrote {written}")
+
+
+if __name__ == "__main__":
+    main()

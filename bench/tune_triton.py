@@ -1,0 +1,168 @@
+"""Times candidate tiles on the GPU at hand and prints rows for the table in kernels/tiles.py.
+
+    python bench/tune_triton.py                                    every row, about half an hour
+    python bench/tune_triton.py --kinds dense --precisions bf16 --widths 128
+    TRITON_INTERPRET=1 python bench/tune_triton.py --dry-run       two candidates on the CPU
+
+A candidate is compiled ahead of time first: one that spills, or does not fit, is not timed. The
+others run the streaming kernel alone, at the shape of --shape, in turns; the fastest median is
+printed, with how much the tile in the table would lose to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+
+from softcl.kernels import plan, stream, tiles  # noqa: E402
+from softcl.kernels.tiles import Tile  # noqa: E402
+from softcl.ops import triton as backend  # noqa: E402
+from softcl.testing import make_problem  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROUNDS = 9
+REGISTERS_PER_SM = 1 << 16
+
+
+def work_of(kind: str, precision: str, N: int, K: int, D: int) -> plan.Work:
+    """The commonest call of a kind."""
+    loss = dict(has_key=True, normalize=True)
+    mode = {
+        "search": dict(softmax=False, mean=False, num_neighbors=10),
+        "single": loss,
+        "mixed": dict(loss, teacher_softmax=True, num_neighbors=5),
+        "dense": dict(loss, teacher_softmax=True, teacher_mean=True, num_neighbors=5),
+    }[kind]
+    return plan.Work(N, K, D, DTYPES[precision], DTYPES[precision], **mode, coldest=0.05)
+
+
+def candidates(kind: str, precision: str):
+    """Tiles worth a look; programs_per_sm is found out by compiling."""
+    widths = {"bf16": (32, 64, 128), "fp16": (16, 32, 64), "fp32": (16, 32, 64)}[precision]
+    for rows, block_k, warps, stages in itertools.product(
+        (32, 64, 128), widths, (4, 8), (1, 2, 3, 4)
+    ):
+        if kind in ("mixed", "dense"):
+            yield Tile(rows // 2, block_k, warps, stages, 1, stacked=True)
+        if rows > 32 or kind == "search":
+            yield Tile(rows, block_k, warps, stages, 1)
+
+
+def fitting(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> Tile | None:
+    """The tile with its programs_per_sm, or None if it spills or does not fit."""
+    from softcl.kernels import aot
+
+    try:
+        found = aot.compile_stream(work, target, tile)
+    except Exception:  # Triton has many ways to say that a shape cannot be compiled
+        return None
+    if found.spilled or not found.tensor_products or found.tensor_memory > 512:
+        return None
+    if found.shared_memory > tiles.SHARED_MEMORY[target]:
+        return None
+    programs = min(
+        shared_per_sm // (found.shared_memory + 1024),
+        REGISTERS_PER_SM // (32 * tile.num_warps * found.registers),
+        512 // max(found.tensor_memory, 1),
+        4,
+    )
+    return Tile(tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, programs, tile.stacked)
+
+
+def timer_of(work: plan.Work, tile: Tile, device: str):
+    """A function that runs the streaming kernel once and returns microseconds."""
+    target, processors = backend.target_of(torch.device(device, 0))
+    how = plan.make_plan(work, target, processors, tile)
+    p = make_problem(work.N, work.K, work.D, dtype=work.row_dtype, device=device)
+    second = p.key if work.has_key else None
+    scale = plan.LOG2_E / work.coldest
+
+    def run() -> float:
+        if device == "cpu":
+            start = time.perf_counter()
+            stream.launch(p.query, second, p.queue, scale, scale, how)
+            return (time.perf_counter() - start) * 1e6
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(5):
+            stream.launch(p.query, second, p.queue, scale, scale, how)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 200
+
+    return run
+
+
+def tune(work: plan.Work, shortlist: list[Tile], device: str) -> list[tuple[float, Tile]]:
+    """(median microseconds, tile), fastest first; candidates take turns."""
+    timers = {}
+    for tile in shortlist:
+        try:
+            timers[tile] = timer_of(work, tile, device)
+            timers[tile]()
+        except Exception as error:  # one that cannot run is no candidate
+            print(f"  {as_cell(tile)}: {type(error).__name__}", file=sys.stderr)
+            timers.pop(tile, None)
+    samples = {tile: [] for tile in timers}
+    for _ in range(1 if device == "cpu" else ROUNDS):
+        for tile, run in timers.items():
+            samples[tile].append(run())
+    medians = ((statistics.median(times), tile) for tile, times in samples.items())
+    return sorted(medians, key=lambda result: result[0])
+
+
+def as_cell(tile: Tile) -> str:
+    sizes = f"{tile.block_n}x{tile.block_k}/{tile.num_warps}/{tile.num_stages}"
+    return f"{'s' if tile.stacked else ''}{sizes}/{tile.programs_per_sm}"
+
+
+def best_cell(kind: str, precision: str, D: int, shape: tuple[int, int], device: str) -> str:
+    """Time one place of the table; the cell to write there."""
+    work = work_of(kind, precision, *shape, D)
+    target, _ = backend.target_of(torch.device(device, 0))
+    current = tiles.find_tile(target, kind, precision, D)
+    if device == "cpu":
+        shortlist = [current, Tile(16, 32, 4, 1, 1)]
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        shared = properties.shared_memory_per_multiprocessor
+        found = (fitting(work, target, tile, shared) for tile in candidates(kind, precision))
+        shortlist = [current, *(tile for tile in found if tile is not None)]
+    results = tune(work, list(dict.fromkeys(shortlist)), device)
+    (fastest, tile), times = results[0], {tile: t for t, tile in results}
+    loss = times.get(current, float("nan")) / fastest - 1
+    print(
+        f"{kind} {precision} D={D}: {as_cell(tile)} {fastest:.1f} us of {len(results)} tiles; "
+        f"the table's {as_cell(current)} takes {100 * loss:.0f} % more",
+        file=sys.stderr,
+    )
+    return as_cell(tile)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    kinds = ("search", "single", "mixed", "dense")
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--widths", nargs="+", type=int, choices=tiles.WIDTHS, default=tiles.WIDTHS)
+    parser.add_argument("--shape", nargs=2, type=int, default=(4096, 65536), metavar=("N", "K"))
+    parser.add_argument("--dry-run", action="store_true", help="two candidates on the CPU")
+    arguments = parser.parse_args()
+    device, shape = ("cpu", (20, 70)) if arguments.dry_run else ("cuda", tuple(arguments.shape))
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("tune_triton: no GPU here; --dry-run tries the script itself")
+    for kind, precision in itertools.product(arguments.kinds, arguments.precisions):
+        cells = [best_cell(kind, precision, D, shape, device) for D in arguments.widths]
+        print(f"{kind:<6} {precision}  " + " ".join(f"{cell:<14}" for cell in cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Launching: a kernel that was launched before is launched again without asking the compiler.
+
+Triton's own path compares types, options and globals at every call, which costs more than the rest
+of a call together. What a compilation depends on here is short: its constants, and the dtype and
+the 16-byte alignment of every tensor. Integers are not specialised on, and fit in 32 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from .numerics import INTERPRET
+
+_compiled: dict[tuple, object] = {}
+
+
+def launch(
+    kernel,
+    grid: tuple[int, int],
+    arguments: tuple,
+    constants: tuple,
+    *,
+    num_warps: int,
+    num_stages: int = 1,
+) -> None:
+    """Launch ``kernel(*arguments, *constants)`` on the current device and stream.
+
+    ``constants`` are its compile-time arguments, which come last. Nothing waits for the device.
+    """
+    if INTERPRET.value:
+        kernel[grid](*arguments, *constants, num_warps=num_warps, num_stages=num_stages)
+        return
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    tensors = tuple((x.dtype, x.data_ptr() % 16 == 0) for x in arguments if isinstance(x, Tensor))
+    key = (kernel.__name__, constants, num_warps, num_stages, device, tensors)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](
+            *arguments, *constants, num_warps=num_warps, num_stages=num_stages
+        )
+        return
+    stream = driver.get_current_stream(device)
+    compiled.run(
+        *grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *arguments, *constants,
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""The Triton statistics: exact neighbours in every order, and the sums beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from softcl.ops import reference, triton
+from softcl.testing import (
+    ENTROPY_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    LSE_TOLERANCE,
+    Problem,
+    assert_neighbors_close,
+    gradient_error,
+    make_problem,
+    relative_error,
+)
+
+pytestmark = pytest.mark.usefixtures("triton_device")
+
+F, B, H = torch.float32, torch.bfloat16, torch.float16
+
+
+def on(device, p):
+    return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+@pytest.mark.parametrize("dtypes", [(F, F), (B, B), (H, H), (B, H), (F, B)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 97, 65), (9, 301, 128)], ids=str)
+def test_against_reference(nan_filled_memory, triton_device, shape, dtypes, temperature):
+    N, K, D = shape
+    kind = "clustered" if N == 9 else "random"
+    p = make_problem(N, K, D, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1])
+    p = on(triton_device, p)
+    k = min(K, 20)
+    lse, mean, entropy, logits, indices = triton.queue_statistics(p.query, p.queue, temperature, k)
+    want = reference.queue_statistics(p.query.double(), p.queue.double(), temperature, k)
+    scale = max(1.0, 0.05 / temperature)  # as in test_triton_soft_contrastive.py
+    assert relative_error(lse, want[0]) <= LSE_TOLERANCE
+    assert gradient_error(mean, want[1]) <= 2 * scale * GRADIENT_TOLERANCE[dtypes[0]]
+    assert relative_error(entropy, want[2]) <= scale * ENTROPY_TOLERANCE
+    assert_neighbors_close(logits, indices, p.query, p.queue, temperature)
+
+
+EXACT_STEP = 2.0**-6  # products and sums are exact in float32: ties are ties to the last bit
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 200, 1024])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal", "repeated"])
+def test_neighbors_and_ties(nan_filled_memory, triton_device, order, k):
+    generator = torch.Generator().manual_seed(0)
+    vectors, queue = (
+        torch.randint(-3, 4, (rows, 12), generator=generator) * EXACT_STEP for rows in (3, 1300)
+    )
+    cosines = vectors[0] @ queue.T
+    queue = {
+        "random": queue,
+        "ascending": queue[cosines.argsort()],
+        "descending": queue[cosines.argsort(descending=True)],
+        "equal": queue[:1].repeat(1300, 1),
+        "repeated": queue[:50].repeat(26, 1),
+    }[order].contiguous()
+    vectors, queue = vectors.to(triton_device), queue.to(triton_device)
+    *_, logits, indices = triton.queue_statistics(vectors, queue, 0.25, k)
+    assert_neighbors_close(logits, indices, vectors, queue, 0.25, tolerance=0.0)
+    # Equal ones that are returned come in the order of their rows.
+    ties = logits[:, 1:] == logits[:, :-1]
+    assert bool((indices[:, 1:] > indices[:, :-1])[ties].all())
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_every_row_is_a_neighbor(triton_device, k):
+    """k = K."""
+    p = on(triton_device, make_problem(2, k, 10))
+    *_, logits, indices = triton.queue_statistics(p.query, p.queue, 0.1, k)
+    assert torch.equal(indices.sort(1).values, torch.arange(k, device=triton_device).expand(2, k))
+    assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [F, B], ids=str)
+def test_without_sums(nan_filled_memory, triton_device, dtype):
+    """The search alone: same neighbours, and no sums."""
+    p = on(triton_device, make_problem(5, 700, 70, dtype=dtype))
+    full = triton.queue_statistics(p.query, p.queue, 0.07, 30)
+    lse, mean, entropy, logits, indices = triton.queue_statistics(
+        p.query, p.queue, 0.07, 30, sums=False
+    )
+    assert torch.equal(logits, full[3])
+    assert torch.equal(indices, full[4])
+    assert lse.shape == entropy.shape == (0,) and mean.shape == (0, 70)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_rows(triton_device, value):
+    p = make_problem(4, 150, 9)
+    clean = triton.queue_statistics(*(x.to(triton_device) for x in (p.query, p.queue)), 0.1, 4)
+    vectors = p.query.clone()
+    vectors[2, 8] = value
+    got = triton.queue_statistics(*(x.to(triton_device) for x in (vectors, p.queue)), 0.1, 4)
+    others = [0, 1, 3]
+    for x, y in zip(got, clean, strict=True):
+        assert torch.equal(x[others], y[others])
+    assert all(bool(x[2].isnan().all()) for x in got[:3])
+    queue = p.queue.clone()
+    queue[0, 0] = value
+    got = triton.queue_statistics(*(x.to(triton_device) for x in (p.query, queue)), 0.1, 4)
+    assert all(bool(x.isnan().all()) for x in got[:3])
+    assert bool(((got[4] >= 0) & (got[4] < 150)).all())
+
+
+def test_neighbor_past_32_bits(triton_device):
+    """Rows of a queue of more than 2^31 numbers, of which the selection reads a few."""
+    from softcl.kernels import plan, select
+
+    K, D = (1 << 24) + 64, 128
+    try:
+        queue = torch.empty(K, D, device=triton_device, dtype=B)  # 4 GB, untouched
+    except RuntimeError:
+        pytest.skip("no room for 4 GB")
+    work = plan.Work(1, K, D, B, B, num_neighbors=1)
+    how = plan.make_plan(work, *triton.target_of(queue.device))
+    last = how.num_chunks - 1  # ends with the queue's last rows
+    columns = chunk_rows(how, last)
+    columns = columns[columns < K]
+    assert int(columns.max()) * D > 2**31
+    queue[columns] = 0.0
+    vector = torch.zeros(1, D, device=triton_device, dtype=B)
+    vector[0, 5] = 1.0
+    queue[int(columns.max()), 5] = 1.0
+    maxima = torch.zeros(1, how.num_chunks, device=triton_device)
+    maxima[0, last] = 1.0
+    logits, indices = select.launch(vector, queue, maxima, 1, 1.0, how)
+    assert indices.tolist() == [[int(columns.max())]]
+    assert logits.tolist() == [[1.0]]
+
+
+def chunk_rows(how, chunk):
+    """The queue rows of a chunk, as kernels/stream.py lays them out."""
+    c = how.config
+    group, quad = chunk // 4 % c.CHUNK_GROUPS, chunk % 4
+    width = c.BLOCK_K // c.CHUNK_GROUPS
+    first_tile = chunk // (4 * c.CHUNK_GROUPS) * c.TILES_PER_CHUNK
+    columns = torch.arange(width).reshape(-1, 4, 2)[:, quad].reshape(-1) + group * width
+    tiles = torch.arange(first_tile, first_tile + c.TILES_PER_CHUNK) * c.BLOCK_K
+    return (tiles[:, None] + columns).reshape(-1)

@@ -1,0 +1,260 @@
+"""The Triton loss against the float64 oracle, in the interpreter or on a GPU (`triton_device`)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from softcl.labels import AdaptiveNeighborLabels, AdaptiveSoftLabels, HardLabels, NeighborLabels
+from softcl.ops import triton
+from softcl.testing import (
+    ENTROPY_TOLERANCE,
+    LSE_TOLERANCE,
+    RULES,
+    Problem,
+    assert_loss_close,
+    gradient_error,
+    loss_oracle,
+    make_problem,
+    relative_error,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "triton_device")
+
+F, B, H = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(F, F), (B, B), (H, H), (B, F), (F, B), (H, B), (B, H), (F, H), (H, F)]
+# One row, one column, D below and between the tiles' widths, K below and just above a tile.
+SHAPES = [(1, 1, 1), (3, 65, 32), (17, 64, 96), (9, 300, 130)]
+TEMPERATURES = [(0.1, 0.05), (0.02, 0.04), (0.07, 0.07)]  # the running maximum below 0.023
+
+
+def name(value):
+    return f"{value.name}-{value.num_neighbors}"
+
+
+def on(device, p):
+    return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
+
+
+def run(p, rule, temperature=0.1, teacher_temperature=0.05, **options):
+    options = {
+        "positive": True,
+        "normalize": False,
+        "gradient": True,
+        "diagnostics": True,
+        **options,
+    }
+    return triton.soft_contrastive(
+        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
+    )
+
+
+def check(p, rule, temperature=0.1, teacher_temperature=0.05, *, positive=True, scale=1.0):
+    """One call against the oracle; everything that comes back is judged."""
+    got = run(p, rule, temperature, teacher_temperature, positive=positive)
+    oracle = loss_oracle(
+        p,
+        rule,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        positive=positive,
+    )
+    # One rounding of a cosine, 6e-8, moves a logit by 6e-8 / temperature: what is promised for
+    # temperatures in use grows below them.
+    scale *= max(1.0, 0.05 / min(temperature, teacher_temperature))
+    assert_loss_close(got[0], got[1], oracle, p.query.dtype, temperature=temperature, scale=scale)
+    if rule.needs_softmax:
+        assert relative_error(got[2], oracle[2]) <= scale * ENTROPY_TOLERANCE
+        assert relative_error(got[3], oracle[3]) <= scale * ENTROPY_TOLERANCE
+    else:
+        assert got[2].shape == got[3].shape == (0,)
+    exact = p.query.double() @ p.queue.double().T
+    own = (p.query.double() * p.key.double()).sum(1, keepdim=True)
+    assert bool((got[4] >= (exact > own + 1e-6).sum(1)).all())
+    assert bool((got[4] <= (exact > own - 1e-6).sum(1)).all())
+    k = rule.num_neighbors
+    assert got[5].shape == (len(p.query), k)
+    if k:
+        exact = p.key.double() @ p.queue.double().T
+        assert all(len(set(row)) == k for row in got[5].tolist())
+        kept = exact.gather(1, got[5]).sort(1, descending=True).values
+        assert float((kept - exact.topk(k, 1).values).abs().max()) <= 2e-6
+
+
+def fitting(rule, K):
+    return type(rule)(K) if rule.num_neighbors > K else rule
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_against_oracle(triton_device, rule, shape):
+    """Dtypes, temperatures and the positive go round: every pair of them, and of each with a rule
+    and a shape, comes up."""
+    N, K, D = shape
+    i = RULES.index(rule) * len(SHAPES) + SHAPES.index(shape)
+    dtypes = DTYPES[i % len(DTYPES)]
+    temperatures = TEMPERATURES[(i // 2) % len(TEMPERATURES)]
+    p = make_problem(N, K, D, dtype=dtypes[0], queue_dtype=dtypes[1], seed=N + D)
+    check(on(triton_device, p), fitting(rule, K), *temperatures, positive=i % 3 > 0)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+def test_dtypes(triton_device, dtypes):
+    p = make_problem(5, 130, 48, dtype=dtypes[0], queue_dtype=dtypes[1])
+    check(on(triton_device, p), AdaptiveSoftLabels(3))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", [F, B, H], ids=str)
+@pytest.mark.parametrize(
+    "rule", [HardLabels(), AdaptiveSoftLabels(2), AdaptiveNeighborLabels(2)], ids=name
+)
+def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, rule):
+    """The interpreter runs the tiles that each architecture would take."""
+    if triton_device == "cuda":
+        pytest.skip("other architectures' tiles need not fit here")
+    monkeypatch.setattr(triton, "target_of", lambda device: (target, 132))
+    D = {F: 40, B: 128, H: 64}[dtype]
+    check(make_problem(3, 200, D, dtype=dtype), rule)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
+@pytest.mark.parametrize("temperature", [0.05, 0.01])
+def test_split_queue(triton_device, monkeypatch, multiprocessors, temperature):
+    """Any number of splits, a short last one too."""
+    target, _ = triton.target_of(torch.device(triton_device, 0))
+    monkeypatch.setattr(triton, "target_of", lambda device: (target, multiprocessors))
+    p = on(triton_device, make_problem(2, 1111, 16))
+    check(p, AdaptiveSoftLabels(3), 0.1, temperature)
+
+
+@pytest.mark.parametrize("kind", ["clustered", "duplicates"])
+@pytest.mark.parametrize(
+    "rule", [AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), NeighborLabels(3)], ids=name
+)
+def test_sharp_labels(triton_device, rule, kind):
+    """Few large labels, clipped ones among them, and ties between the nearest rows."""
+    # Cosines near 1 and few labels: no averaging takes the rounding of a cosine away.
+    check(on(triton_device, make_problem(5, 250, 64, kind=kind)), rule, scale=2.0)
+
+
+@pytest.mark.parametrize("dtype", [F, B, H], ids=str)
+@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(2)], ids=name)
+def test_normalize(triton_device, rule, dtype):
+    """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
+    N = 11
+    raw = make_problem(N, 150, 40, dtype=dtype)
+    lengths = torch.rand(N, 1, generator=torch.Generator().manual_seed(3)) * 50 + 0.01
+    raw = Problem((raw.query * lengths).to(dtype), (raw.key * lengths.flip(0)).to(dtype), raw.queue)
+    raw = on(triton_device, raw)
+    got = run(raw, rule, normalize=True)
+
+    norm = raw.query.double().norm(dim=1, keepdim=True)
+    unit = Problem(
+        (raw.query.double() / norm).float().to(dtype),
+        torch.nn.functional.normalize(raw.key.double(), dim=1).float().to(dtype),
+        raw.queue,
+    )
+    loss, dz, *_ = loss_oracle(unit, rule)
+    z = unit.query.double()
+    du = dz - z * (z * dz).sum(1, keepdim=True)
+    assert relative_error(got[0], loss) <= LSE_TOLERANCE
+    # Rows differ in length, and so do their gradients: each is judged by its own.
+    assert gradient_error(got[1] * norm, du, 0.1) <= (5e-6 if dtype == F else 1e-3)
+
+
+def test_tiny_rows_are_divided_by_the_floor(triton_device):
+    p = make_problem(3, 10, 4)
+    query = p.query.clone()
+    query[1] = 0.0
+    query[2] *= 1e-20
+    p = on(triton_device, Problem(query, p.key, p.queue))
+    got = run(p, HardLabels(), normalize=True)
+    oracle = loss_oracle(p, HardLabels(), normalize=True)
+    assert relative_error(got[0], oracle[0]) <= LSE_TOLERANCE
+    assert relative_error(got[1] * 1e-12, oracle[1] * 1e-12) <= LSE_TOLERANCE
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_same_bits_again_and_with_fewer_results(triton_device, rule):
+    p = on(triton_device, make_problem(4, 150, 24))
+    first, again = run(p, rule), run(p, rule)
+    for x, y in zip(first, again, strict=True):
+        assert torch.equal(x, y)
+    loss, dquery, confidence, entropy, rank, neighbors = run(
+        p, rule, gradient=False, diagnostics=False
+    )
+    # Without a gradient the labels' z.mu needs no mean, and other products run: not the same bits.
+    assert relative_error(loss, first[0]) <= LSE_TOLERANCE
+    assert dquery.shape == confidence.shape == entropy.shape == rank.shape == (0,)
+    assert neighbors.shape == (4, 0)
+
+
+def test_zero_neighbors_are_hard_labels(triton_device):
+    p = on(triton_device, make_problem(3, 70, 8))
+    hard = run(p, HardLabels())
+    for rule in (AdaptiveSoftLabels(0), NeighborLabels(0)):
+        got = run(p, rule)
+        assert relative_error(got[0], hard[0]) <= LSE_TOLERANCE
+        assert gradient_error(got[1], hard[1]) <= LSE_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [F, B], ids=str)
+def test_equal_rows_do_not_outrank_the_positive(triton_device, dtype):
+    """A queue row with the bits of the key is not more similar than the positive."""
+    p = make_problem(20, 100, 100, dtype=dtype)
+    queue = torch.cat([p.queue, p.key, p.key])
+    p = on(triton_device, Problem(p.query, p.key, queue))
+    exact = p.query.double() @ queue.double().T.to(triton_device)
+    own = (p.query.double() * p.key.double()).sum(1, keepdim=True)
+    near = (exact - own).abs() < 1e-6
+    rank = run(p, HardLabels())[4]
+    assert bool((rank == ((exact > own) & ~near).sum(1)).all())
+    assert int(near.sum()) >= 40
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_rows(triton_device, value):
+    """A row gives NaN in its own results; a queue row gives NaN in all; indices stay in range."""
+    rule = AdaptiveSoftLabels(2)
+    p = make_problem(6, 140, 20)
+    clean = run(on(triton_device, p), rule)
+    rows = p.key.clone()
+    rows[3, 3] = value
+    got = run(on(triton_device, Problem(p.query, rows, p.queue)), rule)
+    others = [0, 1, 2, 4, 5]
+    for x, y in zip(got[:4], clean[:4], strict=True):
+        assert bool(x[3].isnan().all())
+        assert torch.equal(x[others], y[others])
+    assert bool(((got[5] >= 0) & (got[5] < 140)).all())
+    queue = p.queue.clone()
+    queue[139, 19] = value
+    got = run(on(triton_device, Problem(p.query, p.key, queue)), rule)
+    assert all(bool(x.isnan().all()) for x in got[:4])
+    assert bool(((got[5] >= 0) & (got[5] < 140)).all())
+
+
+def test_more_products_than_32_bits_count(triton_device):
+    """N K and K D beyond 2^31: rows at both ends of the queue have their say."""
+    if triton_device == "cpu":
+        pytest.skip("needs a GPU: 5 GB, and 10^13 operations")
+    N, K, D = 200, (1 << 24) + 77, 128
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    queue = torch.empty(K, D, device="cuda", dtype=B)
+    for piece in queue.split(1 << 20):
+        piece.copy_(torch.randn(piece.shape, generator=generator, device="cuda"))
+        piece.copy_(torch.nn.functional.normalize(piece.float(), dim=1))
+    p = make_problem(N, 8, D, dtype=B, device="cuda")
+    nearest = torch.randint(K - 1000, K, (N,), generator=generator, device="cuda")
+    queue[nearest] = p.key
+    got = run(Problem(p.query, p.key, queue), AdaptiveSoftLabels(1))
+    assert torch.equal(queue[got[5][:, 0]], p.key)
+    log_sum = torch.full((N,), -math.inf, device="cuda", dtype=torch.float64)
+    for piece in queue.split(1 << 18):
+        logits = (p.query.double() @ piece.double().T) / 0.1
+        log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+    loss = run(Problem(p.query, p.key, queue), HardLabels())[0]
+    positive = (p.query.double() * p.key.double()).sum(1) / 0.1
+    assert relative_error(loss, torch.logaddexp(log_sum, positive) - positive) <= LSE_TOLERANCE
