@@ -47,8 +47,8 @@ def test_a_wrong_backend_is_found(monkeypatch, capsys, wrong: str):
             results[1] = results[1] * 1.02 if wrong == "gradient" else results[1]
         return tuple(results)
 
-    def statistics(vectors, *rest):
-        results = list(statistics_of(vectors, *rest))
+    def statistics(vectors, *rest, **options):
+        results = list(statistics_of(vectors, *rest, **options))
         if wrong == "neighbors" and vectors.dtype != torch.float64 and results[4].shape[1] > 1:
             results[4] = results[4].roll(1, 0)
         return tuple(results)
