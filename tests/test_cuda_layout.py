@@ -16,7 +16,7 @@ def test_pieces_fill_a_tile_without_bank_conflicts(host, dim):
     pieces = dim // 8
     places = [host.piece_offset(dim, r, c) for r in range(64) for c in range(pieces)]
     assert sorted(places) == list(range(0, 64 * dim * 2, 16))
-    # ldmatrix reads one piece of eight rows at a time, from rows 0, 8, ...: all 32 banks of 4 bytes.
+    # ldmatrix reads one piece of eight rows at a time, from rows 0, 8, ..: all 32 banks.
     for first in range(0, 64, 8):
         for piece in range(pieces):
             lines = [host.piece_offset(dim, first + r, piece) // 16 % 8 for r in range(8)]
@@ -46,7 +46,7 @@ def test_chunks_partition_the_columns(host, steps_per_chunk):
 def test_splits_cover_the_queue(host, queue_size, num_neighbors, multiprocessors):
     for dim in (64, 128, 256):
         for num_rows in (1, 256, 4096):
-            splits, tiles_per_split, chunks, filled = host.plan(
+            splits, tiles_per_split, steps_per_chunk, chunks, filled = host.plan(
                 num_rows, queue_size, dim, True, 2, num_neighbors, multiprocessors
             )
             tile = 32 if dim == 256 else 64
@@ -56,10 +56,13 @@ def test_splits_cover_the_queue(host, queue_size, num_neighbors, multiprocessors
             if num_neighbors == 0:
                 assert chunks == 0
                 continue
-            steps_per_chunk = -(-tiles * tile // 32) * 4 // chunks or 1
-            assert filled <= chunks <= 8192 + 64
+            assert chunks == 4 * -(-tiles * (tile // 32) // steps_per_chunk) <= 8192 + 64
+            # The filled ones come first, and no others hold a column.
+            first = [host.chunk_column(chunk, 0, steps_per_chunk) for chunk in range(chunks)]
+            assert [column < queue_size for column in first].index(True) == 0
+            assert sum(column < queue_size for column in first) == filled
             # No chunk belongs to two splits.
-            assert splits == 1 or tiles_per_split * (tile // 32) % max(1, steps_per_chunk) == 0
+            assert splits == 1 or tiles_per_split * (tile // 32) % steps_per_chunk == 0
 
 
 def test_splits_fill_a_gpu_of_few_rows(host):

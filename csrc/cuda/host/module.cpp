@@ -46,15 +46,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 namespace {
 
-// (splits, tiles per split, chunks, filled chunks) for a device of `multiprocessors`.
-std::tuple<int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
-                                       bool paired, int mean_rows, std::int64_t num_neighbors,
-                                       int multiprocessors) {
+// (splits, tiles per split, steps per chunk, chunks, filled chunks) for a device of
+// `multiprocessors`.
+std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
+                                            bool paired, int mean_rows, std::int64_t num_neighbors,
+                                            int multiprocessors) {
   using softcl::cuda::Pairing;
   const softcl::cuda::Plan plan = softcl::cuda::make_plan(
       {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
        num_neighbors, false, multiprocessors});
-  return {plan.splits, plan.tiles_per_split, plan.num_chunks, plan.num_filled_chunks};
+  return {plan.splits, plan.tiles_per_split, plan.steps_per_chunk, plan.num_chunks,
+          plan.num_filled_chunks};
 }
 
 }  // namespace

@@ -161,6 +161,7 @@ inline std::uint16_t fp16_of(float x) {
   const float size = std::fabs(x);
   if (x != x) return 0x7fff;
   if (size >= 65520.0f) return sign | 0x7c00;
+  if (size == 0.0f) return sign;
   // Whole multiples of the last place; nearbyint rounds ties to even.
   int exponent = 0;
   std::frexp(size, &exponent);
