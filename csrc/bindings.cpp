@@ -1,6 +1,8 @@
 // The module softcl._C: pointers and sizes in, status out. Knows no torch; releases the GIL while a
 // kernel runs. std::invalid_argument becomes ValueError, every other exception RuntimeError.
 
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,13 +27,8 @@ using namespace pybind11::literals;
 
 namespace {
 
-// What Tensor.data_ptr() gives; 0 is null, an output that is not wanted.
-using Address = std::uintptr_t;
-
-template <typename T>
-T* pointer_to(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using softcl::Address;
+using softcl::pointer_to;
 
 void cpu_queue_statistics(Address vectors, Address queue, int vector_type, int queue_type,
                           std::int64_t num_vectors, std::int64_t queue_size, std::int64_t dim,
@@ -90,46 +87,17 @@ void cpu_soft_contrastive(Address query, Address key, Address queue, int vector_
   softcl::cpu::soft_contrastive(params);
 }
 
-softcl::EnqueueParams enqueue_params(Address keys, Address queue, Address refused,
-                                     std::int64_t num_keys, std::int64_t queue_size,
-                                     std::int64_t dim, std::int64_t pointer, int key_type,
-                                     int queue_type, bool normalize) {
-  softcl::EnqueueParams params;
-  params.keys = pointer_to<const void>(keys);
-  params.queue = pointer_to<void>(queue);
-  params.refused = pointer_to<std::int64_t>(refused);
-  params.num_keys = num_keys;
-  params.queue_size = queue_size;
-  params.dim = dim;
-  params.pointer = pointer;
-  params.key_type = softcl::ElementType(key_type);
-  params.queue_type = softcl::ElementType(queue_type);
-  params.normalize = normalize;
-  return params;
-}
-
 std::int64_t cpu_enqueue(Address keys, Address queue, std::int64_t num_keys,
                          std::int64_t queue_size, std::int64_t dim, std::int64_t pointer,
                          int key_type, int queue_type, bool normalize) {
   std::int64_t refused = 0;
   const softcl::EnqueueParams params =
-      enqueue_params(keys, queue, reinterpret_cast<Address>(&refused), num_keys, queue_size, dim,
-                     pointer, key_type, queue_type, normalize);
+      softcl::enqueue_params(keys, queue, reinterpret_cast<Address>(&refused), num_keys, queue_size,
+                             dim, pointer, key_type, queue_type, normalize);
   const py::gil_scoped_release release;
   softcl::cpu::enqueue(params);
   return refused;
 }
-
-#ifdef SOFTCL_WITH_CUDA
-void cuda_enqueue(Address keys, Address queue, Address refused, std::int64_t num_keys,
-                  std::int64_t queue_size, std::int64_t dim, std::int64_t pointer, int key_type,
-                  int queue_type, bool normalize, int device, Address stream) {
-  const softcl::EnqueueParams params = enqueue_params(
-      keys, queue, refused, num_keys, queue_size, dim, pointer, key_type, queue_type, normalize);
-  const py::gil_scoped_release release;
-  softcl::cuda::enqueue(params, device, pointer_to<void>(stream));
-}
-#endif
 
 int openmp_threads() {
 #if defined(_OPENMP)
@@ -194,11 +162,7 @@ PYBIND11_MODULE(_C, module) {
         return std::pair(device.major, device.minor);
       },
       "index"_a, "Compute capability (major, minor) of a CUDA device.");
-  module.def("cuda_enqueue", &cuda_enqueue, py::kw_only(), "keys"_a, "queue"_a, "refused"_a,
-             "num_keys"_a, "queue_size"_a, "dim"_a, "pointer"_a, "key_type"_a, "queue_type"_a,
-             "normalize"_a, "device"_a, "stream"_a,
-             "Launches cpu_enqueue's work on a CUDA stream; adds refused keys to an int64 on the "
-             "device.");
+  softcl::bind_cuda(module);
 #else
   module.def("has_cuda", [] { return false; }, "Compiled with CUDA.");
   module.def("cuda_device_count", [] { return 0; }, "Usable CUDA devices.");

@@ -9,16 +9,14 @@
 // Deterministic: lanes stride over D and meet in a butterfly of fixed order; the only atomic adds
 // integers.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
-#include "check.h"
+#include "elements.h"
+#include "launch.h"
+#include "ptx.h"
 #include "softcl/enqueue.h"
 
 namespace softcl::cuda {
@@ -29,33 +27,9 @@ constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;
 constexpr std::int64_t kMaximumBlocks = 65536;  // beyond it a warp takes several slots
 
-__device__ float to_float(float x) {
-  return x;
-}
-__device__ float to_float(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ float to_float(__half x) {
-  return __half2float(x);
-}
-
-// Rounds to nearest even, as torch does.
-template <typename T>
-__device__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return x;
-  }
-}
-
 // Sum over the warp; every lane gets the same bits.
-__device__ double warp_sum(double x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, offset);
-  }
+SOFTCL_DEVICE double warp_sum(double x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += ptx::shuffle_xor(x, offset);
   return x;
 }
 
@@ -71,7 +45,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   const std::int64_t warp = std::int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   const std::int64_t num_warps = std::int64_t(gridDim.x) * kWarpsPerBlock;
 
-  unsigned long long refused = 0;
+  std::int64_t refused = 0;
   for (std::int64_t slot = warp; slot < num_slots; slot += num_warps) {
     Row* row = queue + (params.pointer + slot) % params.queue_size * D;
     for (std::int64_t i = slot; i < params.num_keys; i += params.queue_size) {
@@ -94,51 +68,32 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       }
     }
   }
-  if (lane == 0 && refused > 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(params.refused), refused);
-  }
+  if (lane == 0 && refused > 0) ptx::atomic_add(params.refused, refused);
 }
 
 template <typename Key, typename Row>
-void launch(const EnqueueParams& params, cudaStream_t stream) {
+void launch_for_types(const EnqueueParams& params, cudaStream_t stream) {
   const std::int64_t num_slots = std::min(params.num_keys, params.queue_size);
   const std::int64_t num_blocks =
       std::min((num_slots + kWarpsPerBlock - 1) / kWarpsPerBlock, kMaximumBlocks);
-  enqueue_kernel<Key, Row>
-      <<<static_cast<unsigned>(num_blocks), kWarp * kWarpsPerBlock, 0, stream>>>(params);
-  SOFTCL_CUDA_CHECK(cudaGetLastError());
+  launch(&enqueue_kernel<Key, Row>, dim3(static_cast<unsigned>(num_blocks)), kWarp * kWarpsPerBlock,
+         0, stream, params);
 }
 
 template <typename Key>
 void launch_for_queue_type(const EnqueueParams& params, cudaStream_t stream) {
   switch (params.queue_type) {
     case ElementType::kFloat32:
-      return launch<Key, float>(params, stream);
+      return launch_for_types<Key, float>(params, stream);
     case ElementType::kBFloat16:
-      return launch<Key, __nv_bfloat16>(params, stream);
+      return launch_for_types<Key, BFloat16>(params, stream);
     case ElementType::kFloat16:
-      return launch<Key, __half>(params, stream);
+      return launch_for_types<Key, Float16>(params, stream);
   }
   throw std::invalid_argument(
       "enqueue: queue_type=" + std::to_string(static_cast<int>(params.queue_type)) +
       ", must be 0 (float32), 1 (bfloat16) or 2 (float16)");
 }
-
-// Makes `device` current for the launch and puts the caller's device back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    SOFTCL_CUDA_CHECK(cudaGetDevice(&previous_));
-    if (device != previous_) SOFTCL_CUDA_CHECK(cudaSetDevice(device));
-  }
-  // Unchecked, as a destructor cannot throw; the device was current a moment ago.
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 }  // namespace
 
@@ -151,9 +106,9 @@ void enqueue(const EnqueueParams& params, int device, void* stream) {
     case ElementType::kFloat32:
       return launch_for_queue_type<float>(params, cuda_stream);
     case ElementType::kBFloat16:
-      return launch_for_queue_type<__nv_bfloat16>(params, cuda_stream);
+      return launch_for_queue_type<BFloat16>(params, cuda_stream);
     case ElementType::kFloat16:
-      return launch_for_queue_type<__half>(params, cuda_stream);
+      return launch_for_queue_type<Float16>(params, cuda_stream);
   }
   throw std::invalid_argument(
       "enqueue: key_type=" + std::to_string(static_cast<int>(params.key_type)) +

@@ -1,0 +1,72 @@
+// What both finishing kernels take from the streaming kernel and from the call.
+
+#pragma once
+
+#include "arguments.h"
+#include "merge.h"
+#include "select.h"
+
+namespace softcl::cuda {
+
+/// Of one launch of a finishing kernel: one block of kFinishThreads per row, or blocks that take
+/// several rows each where they need room for candidates.
+struct FinishParams {
+  Partial partial;
+  const void* queue;  // (K, D)
+  const float* maxima;
+  float* candidates;  // (blocks, candidates_per_block)
+  std::int64_t candidates_per_block;
+  std::int64_t num_chunks;
+  std::int64_t num_rows;
+  Chunks chunks;
+  int num_neighbors;
+  bool aligned;  // the queue's rows
+  double scale[2];
+  double temperature[2];
+};
+
+inline FinishParams finish_params(const Work& work, const Plan& plan, const StreamParams& stream,
+                                  void* workspace) {
+  FinishParams p = {};
+  p.partial = {stream.sums, stream.means, stream.num_sum_rows,   stream.num_mean_rows,
+               plan.splits, work.dim,     stream.running_maximum};
+  p.queue = stream.queue;
+  p.maxima = stream.maxima;
+  p.candidates = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.candidates);
+  p.candidates_per_block = plan.candidates_per_block;
+  p.num_chunks = plan.num_chunks;
+  p.num_rows = work.num_rows;
+  p.chunks = {plan.num_filled_chunks, plan.steps_per_chunk, work.queue_size};
+  p.num_neighbors = static_cast<int>(work.num_neighbors);
+  p.aligned = is_aligned(stream.queue, work.dim);
+  for (int r = 0; r < 2; ++r) p.scale[r] = stream.scale[r];
+  return p;
+}
+
+/// Shared memory: the reductions' scratch, then the selection's.
+SOFTCL_HOST_DEVICE inline SelectMemory select_memory(std::uint32_t base, int num_neighbors) {
+  return {base + kReduceBytes, num_neighbors};
+}
+
+inline std::size_t finish_shared_bytes(int num_neighbors) {
+  return select_memory(0, num_neighbors).end();
+}
+
+/// The nearest queue rows of row n, whose elements are x, into memory.sorted(). By all threads.
+template <typename T>
+SOFTCL_DEVICE void find_neighbors(const FinishParams& p, const SelectMemory& memory, std::int64_t n,
+                                  const float (&x)[kElements]) {
+  SOFTCL_UNROLL
+  for (int i = 0; i < kElements; ++i) {
+    ptx::store_shared(memory.vector() + (threadIdx.x + i * kFinishThreads) * 4, x[i]);
+  }
+  ptx::sync_threads();  // the vector is there, and the last row's neighbours have been read
+  select_neighbors(memory, p.maxima + n * p.num_chunks, p.chunks, static_cast<const T*>(p.queue),
+                   p.partial.dim, p.aligned, p.candidates + blockIdx.x * p.candidates_per_block);
+}
+
+SOFTCL_DEVICE float not_a_number() {
+  return ptx::float_of(0x7fffffffu);
+}
+
+}  // namespace softcl::cuda

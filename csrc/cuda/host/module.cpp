@@ -1,0 +1,87 @@
+// The CUDA backend as a Python module that runs its kernels on the CPU, thread by thread (block.h).
+// Built by tests/cuda_host.py and by nothing else. "Device memory" is any memory.
+
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "block.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+// ---- The runtime's calls
+// -------------------------------------------------------------------------
+
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidValue";
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+// A small one, so that small problems have several splits and rows share a block.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaErrorInvalidDevice;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 << 10;
+  return cudaSuccess;
+}
+
+// ---- The module
+// ----------------------------------------------------------------------------------
+
+namespace {
+
+// (splits, tiles per split, steps per chunk, chunks, filled chunks) for a device of
+// `multiprocessors`.
+std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
+                                            bool paired, int mean_rows, std::int64_t num_neighbors,
+                                            int multiprocessors) {
+  using softcl::cuda::Pairing;
+  const softcl::cuda::Plan plan = softcl::cuda::make_plan(
+      {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
+       num_neighbors, false, multiprocessors});
+  return {plan.splits, plan.tiles_per_split, plan.steps_per_chunk, plan.num_chunks,
+          plan.num_filled_chunks};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(softcl_cuda_host, module) {
+  module.doc() = "softcl's CUDA kernels, run on the CPU.";
+  softcl::bind_cuda(module);
+  module.def(
+      "set_options",
+      [](std::uint64_t seed, const std::string& omit) {
+        softcl::cuda::host::set_options({seed, omit});
+      },
+      "seed"_a = 0, "omit"_a = "",
+      "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect.");
+  module.def("sites", &softcl::cuda::host::sites, "The barriers and waits met since set_options.");
+  module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
+             "num_neighbors"_a, "multiprocessors"_a);
+  module.def(
+      "piece_offset",
+      [](int dim, int row, int piece) {
+        return dim == 64    ? softcl::cuda::piece_offset<64>(row, piece)
+               : dim == 128 ? softcl::cuda::piece_offset<128>(row, piece)
+                            : softcl::cuda::piece_offset<256>(row, piece);
+      },
+      "dim"_a, "row"_a, "piece"_a);
+  module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "steps_per_chunk"_a);
+  module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "steps_per_chunk"_a);
+}

@@ -1,0 +1,58 @@
+// Launching a kernel, and choosing the device for it.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "check.h"
+#if !defined(__CUDACC__)
+  #include "host/block.h"
+#endif
+
+namespace softcl::cuda {
+
+/// kernel(params) on `stream`; params by value, in constant memory. Returns without waiting.
+template <typename Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_bytes,
+            cudaStream_t stream, const Params& params) {
+#if defined(__CUDACC__)
+  constexpr std::size_t kUnasked = 48 << 10;
+  if (shared_bytes > kUnasked) {
+    SOFTCL_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes)));
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(params);
+  SOFTCL_CUDA_CHECK(cudaGetLastError());
+#else
+  static_cast<void>(stream);
+  host::run_grid(grid, dim3(threads), shared_bytes, [&] { kernel(params); });
+#endif
+}
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  SOFTCL_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+/// Makes `device` current for the launches and puts the caller's device back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    SOFTCL_CUDA_CHECK(cudaGetDevice(&previous_));
+    if (device != previous_) SOFTCL_CUDA_CHECK(cudaSetDevice(device));
+  }
+  // Unchecked, as a destructor cannot throw; the device was current a moment ago.
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+}  // namespace softcl::cuda

@@ -1,0 +1,95 @@
+// See plan.h.
+
+#include "plan.h"
+
+#include <algorithm>
+
+namespace softcl::cuda {
+
+namespace {
+
+constexpr std::int64_t kMostChunks = 8192;  // of a row: the workspace does not grow with the queue
+constexpr int kMostSplits = 64;
+constexpr int kFinishBlocksPerMultiprocessor = 8;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace
+
+int choose_splits(std::int64_t row_blocks, int num_tiles, int slots) {
+  // The time of one block is its tiles plus about two more for its start and end; blocks run in
+  // waves of `slots`. Of equal times the fewest splits win: fewer sums to merge. In eighths.
+  int best = 1;
+  std::int64_t best_time = INT64_MAX;
+  for (int splits = 1; splits <= std::min(kMostSplits, num_tiles); ++splits) {
+    const std::int64_t waves = ceil_div(row_blocks * splits, slots);
+    const std::int64_t time = 8 * waves * (ceil_div(num_tiles, splits) + 2) + splits;
+    if (time < best_time) {
+      best = splits;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+int choose_steps_per_chunk(std::int64_t queue_size, std::int64_t num_neighbors) {
+  std::int64_t columns = num_neighbors <= 4 ? 32 : num_neighbors <= 16 ? 16 : 8;
+  while (ceil_div(queue_size, columns) > kMostChunks) columns *= 2;
+  return static_cast<int>(columns / kChunkColumnsPerStep);
+}
+
+Plan make_plan(const Work& work) {
+  Plan plan = {};
+  plan.shape = stream_shape(work.dim, work.pairing, work.mean_rows);
+  const bool paired = work.pairing == Pairing::kPaired;
+  plan.row_blocks = static_cast<int>(ceil_div(work.num_rows, plan.shape.rows_per_block));
+  plan.num_tiles = static_cast<int>(ceil_div(work.queue_size, plan.shape.tile_rows));
+  plan.steps_per_chunk = choose_steps_per_chunk(work.queue_size, work.num_neighbors);
+
+  const int steps_per_tile = plan.shape.tile_rows / kStepColumns;
+  const int tiles_per_chunk =
+      work.num_neighbors > 0 ? std::max(1, plan.steps_per_chunk / steps_per_tile) : 1;
+  const int blocks = plan.shape.threads == 128 ? 2 : 1;
+  const int wanted = choose_splits(plan.row_blocks, plan.num_tiles, work.multiprocessors * blocks);
+  // No chunk belongs to two splits.
+  plan.tiles_per_split = static_cast<int>(
+      ceil_div(ceil_div(plan.num_tiles, wanted), tiles_per_chunk) * tiles_per_chunk);
+  plan.splits = static_cast<int>(ceil_div(plan.num_tiles, plan.tiles_per_split));
+
+  if (work.num_neighbors > 0) {
+    const std::int64_t steps = std::int64_t(plan.num_tiles) * steps_per_tile;
+    plan.num_chunks = static_cast<int>(ceil_div(steps, plan.steps_per_chunk) * kChunksPerStep);
+    plan.num_filled_chunks = plan.num_chunks;
+    // Chunks are filled in order of their first columns.
+    while (chunk_column(plan.num_filled_chunks - 1, 0, plan.steps_per_chunk) >= work.queue_size) {
+      --plan.num_filled_chunks;
+    }
+    plan.candidates_per_block = std::min<std::int64_t>(work.num_neighbors, plan.num_filled_chunks) *
+                                kChunkColumnsPerStep * plan.steps_per_chunk;
+  }
+  plan.finish_blocks = static_cast<int>(std::min<std::int64_t>(
+      work.num_rows, work.num_neighbors > 0 ? work.multiprocessors * kFinishBlocksPerMultiprocessor
+                                            : std::int64_t(1) << 30));
+
+  plan.num_sum_rows = work.num_rows * (paired ? 2 : 1);
+  plan.num_mean_rows = work.mean_rows == 0             ? 0
+                       : paired && work.mean_rows == 2 ? 2 * work.num_rows
+                                                       : work.num_rows;
+  std::int64_t bytes = 0;
+  const auto take = [&](std::int64_t count) {
+    const std::int64_t offset = bytes;
+    bytes += ceil_div(count * 4, 256) * 256;
+    return offset;
+  };
+  plan.sums = take(plan.splits * kNumSlots * plan.num_sum_rows);
+  plan.means = take(plan.splits * plan.num_mean_rows * work.dim);
+  plan.maxima = take(work.num_rows * plan.num_chunks);
+  plan.ranks = take(work.ranks ? plan.splits * work.num_rows : 0);
+  plan.candidates = take(plan.finish_blocks * plan.candidates_per_block);
+  plan.workspace_bytes = bytes;
+  return plan;
+}
+
+}  // namespace softcl::cuda

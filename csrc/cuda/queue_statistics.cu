@@ -1,0 +1,132 @@
+// Statistics of a softmax over the queue: the streaming kernel, then this one, which merges the
+// splits and finds the exact neighbours.
+//
+// Tiling: one block of 128 threads per row. Traffic: the splits' sums (splits x D) once, the chunk
+// maxima, k chunks of queue rows from L2, the results.
+//
+// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+
+#include "finish.h"
+
+namespace softcl::cuda {
+
+namespace {
+
+struct StatisticsParams {
+  FinishParams finish;
+  const void* vectors;
+  float* lse;
+  float* mean;
+  float* entropy;
+  float* neighbor_logits;
+  std::int64_t* neighbor_indices;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const StatisticsParams p) {
+  const FinishParams& f = p.finish;
+  const SelectMemory memory = select_memory(ptx::shared_memory(), f.num_neighbors);
+  for (std::int64_t n = blockIdx.x; n < f.num_rows; n += gridDim.x) {
+    if (p.lse != nullptr || p.entropy != nullptr || p.mean != nullptr) {
+      const Merged merged = merge_sums(f.partial, n, f.scale[0], p.entropy != nullptr, false);
+      if (p.mean != nullptr) {
+        float mean[kElements];
+        merge_mean(mean, f.partial, n, merged.maximum);
+        SOFTCL_UNROLL
+        for (int i = 0; i < kElements; ++i) {
+          const int d = threadIdx.x + i * kFinishThreads;
+          if (d < f.partial.dim) p.mean[n * f.partial.dim + d] = mean[i];
+        }
+      }
+      if (threadIdx.x == 0) {
+        const double lse = merged.log_sum * kLn2;
+        const bool finite = lse - lse == 0.0;
+        if (p.lse != nullptr) p.lse[n] = finite ? static_cast<float>(lse) : not_a_number();
+        if (p.entropy != nullptr) p.entropy[n] = static_cast<float>(merged.entropy);
+      }
+    }
+    if (f.num_neighbors == 0) continue;
+    float x[kElements];
+    load_elements<T>(x, p.vectors, n, f.partial.dim);
+    find_neighbors<T>(f, memory, n, x);
+    for (int j = threadIdx.x; j < f.num_neighbors; j += kFinishThreads) {
+      const auto key = ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8);
+      const float cosine = value_of(key);
+      p.neighbor_logits[n * f.num_neighbors + j] =
+          cosine > kWorst ? static_cast<float>(cosine / f.temperature[0]) : not_a_number();
+      p.neighbor_indices[n * f.num_neighbors + j] = index_of(key);
+    }
+  }
+}
+
+bool has_sums(const QueueStatisticsParams& p) {
+  return p.lse != nullptr || p.mean != nullptr || p.entropy != nullptr;
+}
+
+Work work_of(const QueueStatisticsParams& p, int device) {
+  check_count("num_vectors", p.num_vectors, 1, kMostRows);
+  check_count("queue_size", p.queue_size, 1, kMostRows);
+  check_count("dim", p.dim, 1, kMostDimensions);
+  check_count("num_neighbors", p.num_neighbors, 0,
+              p.queue_size < kMostNeighbors ? p.queue_size : kMostNeighbors);
+  check_temperature("temperature", p.temperature);
+  check_types(p.vector_type, p.queue_type);
+  Work work = {};
+  work.num_rows = p.num_vectors;
+  work.queue_size = p.queue_size;
+  work.dim = static_cast<int>(p.dim);
+  work.pairing = Pairing::kSingle;
+  work.mean_rows = p.mean != nullptr ? 1 : 0;
+  work.num_neighbors = p.num_neighbors;
+  work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  return work;
+}
+
+}  // namespace
+
+std::int64_t workspace_bytes(const QueueStatisticsParams& params, int device) {
+  return make_plan(work_of(params, device)).workspace_bytes;
+}
+
+void queue_statistics(const QueueStatisticsParams& params, const Launch& where) {
+  const Work work = work_of(params, where.device);
+  const Plan plan = make_plan(work);
+  check_launch(where, plan.workspace_bytes);
+  check_pointer("vectors", params.vectors);
+  check_pointer("queue", params.queue);
+  if (work.num_neighbors > 0) {
+    check_pointer("neighbor_logits", params.neighbor_logits);
+    check_pointer("neighbor_indices", params.neighbor_indices);
+  }
+  if (!has_sums(params) && work.num_neighbors == 0) return;
+  const DeviceGuard guard(where.device);
+
+  StreamParams stream = stream_params(work, plan, where.workspace);
+  stream.rows[0] = params.vectors;
+  stream.queue = params.queue;
+  stream.scale[0] = stream.scale[1] = static_cast<float>(kLog2E / params.temperature);
+  stream.weight_parts = 2;
+  stream.aligned = is_aligned(params.vectors, work.dim) && is_aligned(params.queue, work.dim);
+  stream.softmax = has_sums(params);
+  stream.entropy = params.entropy != nullptr;
+  stream.running_maximum = params.temperature < kColdestWithoutMaximum;
+  launch_stream(stream, params.vector_type, work.pairing, work.mean_rows, plan.row_blocks,
+                plan.splits, where.stream);
+
+  StatisticsParams finish = {};
+  finish.finish = finish_params(work, plan, stream, where.workspace);
+  finish.finish.temperature[0] = params.temperature;
+  finish.vectors = params.vectors;
+  finish.lse = params.lse;
+  finish.mean = params.mean;
+  finish.entropy = params.entropy;
+  finish.neighbor_logits = params.neighbor_logits;
+  finish.neighbor_indices = params.neighbor_indices;
+  const auto kernel = params.vector_type == ElementType::kFloat16 ? &statistics_kernel<Float16>
+                                                                  : &statistics_kernel<BFloat16>;
+  launch(kernel, dim3(plan.finish_blocks), kFinishThreads,
+         finish_shared_bytes(finish.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
+         finish);
+}
+
+}  // namespace softcl::cuda

@@ -1,0 +1,267 @@
+// The loss of a label rule and its gradient: the streaming kernel, then this one, which merges the
+// splits, finds the exact neighbours and does what is O(N D (1 + n)).
+//
+//     L  = logaddexp(LSE_s, z.t/tau_s)                 (LSE_s without the positive)
+//     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)     (g without the positive)
+//     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / max(|u|, 1e-12)
+//
+// With the positive g+ - m is computed as (g - t) exp(LSE_s - L) + (t - m), free of cancellation
+// for hard labels (m = t). z.m takes its z.mu from a sum in fp32, not from mu, whose weights are
+// rounded for the product. Scalars are double: the loss is a difference of larger numbers.
+//
+// Tiling: one block of 128 threads per row, two elements of D = 256 a thread. Traffic: the splits'
+// sums (splits x D) once, the chunk maxima, n chunks and n rows of the queue from L2, the row in
+// and its gradient out.
+//
+// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+
+#include "finish.h"
+
+namespace softcl::cuda {
+
+namespace {
+
+// Over so few rows the rounding of one part of the weights does not average out.
+constexpr std::int64_t kFewRows = 1024;
+
+struct LossParams {
+  FinishParams finish;
+  const void* query;
+  const void* key;
+  LabelRule rule;
+  bool positive;
+  bool normalize;
+  bool teacher_softmax;
+  double log_queue_size;
+  const std::int32_t* ranks;  // (splits, N) or null
+  float* loss;
+  float* dquery;
+  float* confidence;
+  float* entropy;
+  std::int64_t* positive_rank;
+  std::int64_t* neighbor_indices;
+};
+
+/// The label mean of one row, divided by nothing yet: m = (partial + mean_weight mu) / total.
+struct LabelMean {
+  float partial[kElements];
+  double mean_weight;
+  double total;
+};
+
+/// p t + sum_j w_j Q_j of labels.h, and the weights.
+template <typename T>
+SOFTCL_DEVICE void add_labels(LabelMean& m, const LossParams& p, const SelectMemory& memory,
+                              const float (&t)[kElements], double confidence, double log_sum) {
+  const FinishParams& f = p.finish;
+  const double positive_weight = label_positive<double>(p.rule);
+  m.mean_weight = label_mean_weight(p.rule, confidence);
+  m.total = positive_weight + m.mean_weight;
+  SOFTCL_UNROLL
+  for (int i = 0; i < kElements; ++i) m.partial[i] = static_cast<float>(positive_weight) * t[i];
+  for (int j = 0; j < f.num_neighbors; ++j) {
+    const auto key = ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8);
+    const double probability =
+        reads_softmax(p.rule) ? exp2(value_of(key) * f.scale[1] - log_sum) : 0.0;
+    const double weight = label_neighbor(p.rule, confidence, probability);
+    if (weight == 0.0) continue;
+    m.total += weight;
+    float q[kElements];
+    load_elements<T>(q, f.queue, index_of(key), f.partial.dim);
+    SOFTCL_UNROLL
+    for (int i = 0; i < kElements; ++i) m.partial[i] += static_cast<float>(weight) * q[i];
+  }
+}
+
+/// dz or du of one row, this thread's elements.
+SOFTCL_DEVICE void store_gradient(const LossParams& p, std::int64_t n, std::uint32_t scratch,
+                                  const float (&z)[kElements], const float (&t)[kElements],
+                                  const LabelMean& labels, double queue_share, double maximum,
+                                  double teacher_maximum, double inverse_norm, bool finite) {
+  const FinishParams& f = p.finish;
+  float g[kElements], mu[kElements] = {};
+  merge_mean(g, f.partial, n, maximum);
+  if (labels.mean_weight != 0.0) merge_mean(mu, f.partial, n + f.num_rows, teacher_maximum);
+  double along[1] = {};
+  SOFTCL_UNROLL
+  for (int i = 0; i < kElements; ++i) {
+    const double m = (labels.partial[i] + labels.mean_weight * mu[i]) / labels.total;
+    g[i] = static_cast<float>(((g[i] - t[i]) * queue_share + (t[i] - m)) / f.temperature[0]);
+    along[0] += static_cast<double>(z[i]) * g[i];
+  }
+  if (p.normalize) block_sum(along, scratch);
+  SOFTCL_UNROLL
+  for (int i = 0; i < kElements; ++i) {
+    const int d = threadIdx.x + i * kFinishThreads;
+    if (d >= f.partial.dim) continue;
+    const double du = p.normalize ? (g[i] - z[i] * along[0]) * inverse_norm : g[i];
+    p.dquery[n * f.partial.dim + d] = finite ? static_cast<float>(du) : not_a_number();
+  }
+}
+
+SOFTCL_DEVICE void store_diagnostics(const LossParams& p, const SelectMemory& memory,
+                                     std::int64_t n, double confidence, double entropy) {
+  const FinishParams& f = p.finish;
+  if (threadIdx.x == 0) {
+    if (p.confidence != nullptr) p.confidence[n] = static_cast<float>(confidence);
+    if (p.entropy != nullptr) p.entropy[n] = static_cast<float>(entropy);
+    if (p.positive_rank != nullptr) {
+      std::int64_t rank = 0;
+      for (int s = 0; s < f.partial.splits; ++s) rank += p.ranks[s * f.num_rows + n];
+      p.positive_rank[n] = rank;
+    }
+  }
+  if (p.neighbor_indices == nullptr) return;
+  for (int j = threadIdx.x; j < f.num_neighbors; j += kFinishThreads) {
+    p.neighbor_indices[n * f.num_neighbors + j] =
+        index_of(ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8));
+  }
+}
+
+template <typename T>
+SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
+  const FinishParams& f = p.finish;
+  const std::uint32_t scratch = ptx::shared_memory();
+  const SelectMemory memory = select_memory(scratch, f.num_neighbors);
+  float z[kElements], t[kElements];
+  load_elements<T>(z, p.query, n, f.partial.dim);
+  load_elements<T>(t, p.key, n, f.partial.dim);
+  double inverse_norm = 1.0;
+  if (p.normalize) {
+    inverse_norm = normalize<T>(z, scratch);
+    normalize<T>(t, scratch);
+  }
+  if (f.num_neighbors > 0) find_neighbors<T>(f, memory, n, t);
+
+  const Merged student = merge_sums(f.partial, n, f.scale[0], false, false);
+  Merged teacher = {};
+  double confidence = 0.0;
+  if (p.teacher_softmax) {
+    teacher = merge_sums(f.partial, n + f.num_rows, f.scale[1], true, true);
+    confidence = label_confidence(teacher.entropy, p.log_queue_size);
+  }
+  LabelMean labels;
+  add_labels<T>(labels, p, memory, t, confidence, teacher.log_sum);
+  double products[2] = {};  // z.t and what is known of z.m
+  SOFTCL_UNROLL
+  for (int i = 0; i < kElements; ++i) {
+    products[0] += static_cast<double>(z[i]) * t[i];
+    products[1] += static_cast<double>(z[i]) * labels.partial[i];
+  }
+  block_sum(products, scratch);
+  const double labelled = (products[1] + labels.mean_weight * teacher.student) / labels.total;
+
+  const double lse = student.log_sum * kLn2, logit = products[0] / f.temperature[0];
+  double total = lse;
+  if (p.positive) total = fmax(lse, logit) + log1p(exp(-fabs(lse - logit)));
+  if (lse != lse || logit != logit) total = lse + logit;  // fmax passes over NaN
+  const double loss = total - labelled / f.temperature[0];
+  const bool finite = loss - loss == 0.0;
+  if (threadIdx.x == 0) p.loss[n] = finite ? static_cast<float>(loss) : not_a_number();
+  if (p.dquery != nullptr) {
+    const double queue_share = p.positive ? exp(lse - total) : 1.0;
+    store_gradient(p, n, scratch, z, t, labels, queue_share, student.maximum, teacher.maximum,
+                   inverse_norm, finite);
+  }
+  store_diagnostics(p, memory, n, confidence, teacher.entropy);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const LossParams p) {
+  for (std::int64_t n = blockIdx.x; n < p.finish.num_rows; n += gridDim.x) finish_row<T>(p, n);
+}
+
+// The rule's own softmax, and the diagnostics'.
+bool has_teacher_softmax(const SoftContrastiveParams& p) {
+  return reads_softmax(p.rule) ||
+         (has_softmax(p.rule) && (p.confidence != nullptr || p.entropy != nullptr));
+}
+
+Work work_of(const SoftContrastiveParams& p, int device) {
+  check_count("num_queries", p.num_queries, 1, kMostRows);
+  check_count("queue_size", p.queue_size, 1, kMostRows);
+  check_count("dim", p.dim, 1, kMostDimensions);
+  check_count("rule", static_cast<std::int64_t>(p.rule.kind), 0, kNumLabelKinds - 1);
+  check_count("num_neighbors", p.rule.num_neighbors, 0,
+              p.queue_size < kMostNeighbors ? p.queue_size : kMostNeighbors);
+  check_temperature("temperature", p.temperature);
+  check_temperature("teacher_temperature", p.teacher_temperature);
+  check_types(p.vector_type, p.queue_type);
+  Work work = {};
+  work.num_rows = p.num_queries;
+  work.queue_size = p.queue_size;
+  work.dim = static_cast<int>(p.dim);
+  const bool visits_teacher = has_teacher_softmax(p) || p.rule.num_neighbors > 0;
+  work.pairing = visits_teacher ? Pairing::kPaired : Pairing::kSingle;
+  work.mean_rows = p.dquery == nullptr ? 0 : reads_mean(p.rule) ? 2 : 1;
+  work.num_neighbors = p.rule.num_neighbors;
+  work.ranks = p.positive_rank != nullptr;
+  work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  return work;
+}
+
+LossParams loss_params(const SoftContrastiveParams& p, const Work& work, const Plan& plan,
+                       const StreamParams& stream, void* workspace) {
+  LossParams loss = {};
+  loss.finish = finish_params(work, plan, stream, workspace);
+  loss.finish.temperature[0] = p.temperature;
+  loss.finish.temperature[1] = p.teacher_temperature;
+  loss.query = p.query;
+  loss.key = p.key;
+  loss.rule = p.rule;
+  loss.positive = p.positive;
+  loss.normalize = p.normalize;
+  loss.teacher_softmax = has_teacher_softmax(p);
+  loss.log_queue_size = std::log(static_cast<double>(p.queue_size));
+  loss.ranks = stream.ranks;
+  loss.loss = p.loss;
+  loss.dquery = p.dquery;
+  loss.confidence = has_softmax(p.rule) ? p.confidence : nullptr;
+  loss.entropy = has_softmax(p.rule) ? p.entropy : nullptr;
+  loss.positive_rank = p.positive_rank;
+  loss.neighbor_indices = p.neighbor_indices;
+  return loss;
+}
+
+}  // namespace
+
+std::int64_t workspace_bytes(const SoftContrastiveParams& params, int device) {
+  return make_plan(work_of(params, device)).workspace_bytes;
+}
+
+void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) {
+  const Work work = work_of(params, where.device);
+  const Plan plan = make_plan(work);
+  check_launch(where, plan.workspace_bytes);
+  check_pointer("query", params.query);
+  check_pointer("key", params.key);
+  check_pointer("queue", params.queue);
+  check_pointer("loss", params.loss);
+  const DeviceGuard guard(where.device);
+
+  const bool has_softmax = has_teacher_softmax(params);
+  StreamParams stream = stream_params(work, plan, where.workspace);
+  stream.rows[0] = params.query;
+  stream.rows[1] = params.key;
+  stream.queue = params.queue;
+  stream.scale[0] = static_cast<float>(kLog2E / params.temperature);
+  stream.scale[1] = static_cast<float>(kLog2E / params.teacher_temperature);
+  stream.weight_parts = work.mean_rows == 2 || work.queue_size < kFewRows ? 2 : 1;
+  stream.aligned = is_aligned(params.query, work.dim) && is_aligned(params.key, work.dim) &&
+                   is_aligned(params.queue, work.dim);
+  stream.normalize = params.normalize;
+  stream.softmax = work.pairing == Pairing::kSingle || has_softmax;
+  stream.running_maximum = params.temperature < kColdestWithoutMaximum ||
+                           (has_softmax && params.teacher_temperature < kColdestWithoutMaximum);
+  launch_stream(stream, params.vector_type, work.pairing, work.mean_rows, plan.row_blocks,
+                plan.splits, where.stream);
+
+  const LossParams loss = loss_params(params, work, plan, stream, where.workspace);
+  const auto kernel = params.vector_type == ElementType::kFloat16 ? &finish_kernel<Float16>
+                                                                  : &finish_kernel<BFloat16>;
+  launch(kernel, dim3(plan.finish_blocks), kFinishThreads,
+         finish_shared_bytes(loss.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
+         loss);
+}
+
+}  // namespace softcl::cuda

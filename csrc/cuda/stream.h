@@ -1,0 +1,77 @@
+// The streaming kernel's interface: one visit of the queue, partial sums out. See stream_kernel.h.
+//
+// With weights 2^x_j, x_j = scale v.Q_j, one row's partial sums over a piece of the queue are
+//
+//     kWeights         sum_j 2^x_j
+//     kMeanWeights     sum_j w_j                 w_j: 2^x_j as the second product takes it, in bf16
+//     kCosines         sum_j 2^x_j v.Q_j         for the entropy
+//     kStudentCosines  sum_j 2^x_j z.Q_j         of a teacher's row, z the student's: z.mu in fp32
+//     mean             sum_j w_j Q_j
+//
+// and those of disjoint pieces add up. 2^x needs no running maximum while |x| <= 63, that is at
+// temperatures from 0.023 on, for unit rows. Below, with `running_maximum`, all sums are relative
+// to 2^kMaximum, and kCosines is sum_j 2^(x_j - maximum) (x_j - maximum).
+//
+// The mean is divided by the sum of the very weights that made it, so that their rounding to bf16
+// moves it only by the spread of the Q_j, and by nothing where they are alike. One bf16 part (2^-9)
+// keeps the gradient's 1e-3 where the positive's label dominates it and the queue is long; a mean
+// by itself, or the difference of two, takes two parts.
+
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+#include "softcl/element_type.h"
+
+namespace softcl::cuda {
+
+enum class Pairing : int {
+  kSingle,  // rows of one kind: the student's alone, or the vectors of queue_statistics
+  kPaired,  // of every sample the student's and the teacher's row
+};
+
+struct StreamParams {
+  const void* rows[2];      // (N, D): query or vectors, key
+  const void* queue;        // (K, D)
+  float* sums;              // (splits, kNumSlots, num_sum_rows) out: N students, then N teachers
+  float* means;             // (splits, num_mean_rows, D) out
+  float* maxima;            // (N, num_chunks) out, largest v.Q_j of each chunk; null: not wanted
+  std::int32_t* ranks;      // (splits, N) out, how many z.Q_j exceed z.t; null: not wanted
+  std::int64_t num_rows;    // N
+  std::int64_t queue_size;  // K
+  std::int64_t num_chunks;
+  std::int64_t num_sum_rows;  // N, or 2 N if paired
+  std::int64_t num_mean_rows;
+  int dim;  // D
+  int num_tiles;
+  int tiles_per_split;
+  int steps_per_chunk;
+  int weight_parts;  // 1 or 2
+  float scale[2];    // log2(e) / temperature of rows[0] and rows[1]
+  bool aligned;      // rows and queue rows begin at multiples of 16 bytes
+  bool normalize;    // the rows are divided by their norms first
+  bool softmax;      // of single rows, or of the teacher's: sums are wanted
+  bool entropy;      // of single rows; a teacher's softmax always has it
+  bool running_maximum;
+};
+
+/// How one variant of the kernel cuts its work.
+struct StreamShape {
+  int rows_per_block;  // samples
+  int tile_rows;       // queue rows per tile
+  int threads;
+  int shared_bytes;
+};
+
+/// `mean_rows`: of every sample, how many rows get a mean: 0, 1 (the student's), or 2 (both; of
+/// single rows, all).
+StreamShape stream_shape(int dim, Pairing pairing, int mean_rows);
+
+/// Launches on the current device. grid: (row blocks, splits).
+void launch_stream(const StreamParams& params, ElementType type, Pairing pairing, int mean_rows,
+                   int row_blocks, int splits, void* stream);
+
+inline constexpr int kMostDimensions = 256;
+
+}  // namespace softcl::cuda

@@ -1,0 +1,13 @@
+// The streaming kernel for rows of up to 128 elements.
+
+#include "stream_variants.h"
+
+namespace softcl::cuda {
+
+template <>
+void launch_stream_of<128>(const StreamParams& p, ElementType type, Pairing pairing, int mean_rows,
+                           dim3 grid, cudaStream_t stream) {
+  launch_variant<128>(p, type, pairing, mean_rows, grid, stream);
+}
+
+}  // namespace softcl::cuda

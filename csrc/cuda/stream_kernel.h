@@ -1,0 +1,331 @@
+// The streaming kernel for sm_80 and later: mma.sync products of 16-bit rows, cp.async queue tiles.
+//
+// Tiling. Grid (row blocks, splits of the queue), row blocks fastest, so that the blocks in flight
+// read the same part of the queue. Four warps; each holds two tiles of 16 rows: of 16 samples the
+// student's rows and the teacher's (paired), or 32 rows of one kind (single). Every fragment of the
+// queue that a warp reads from shared memory serves both tiles, and a thread holds the student's
+// and the teacher's product with the same queue row: z.mu needs no exchange. The rows lie in shared
+// memory, the sums in registers: two tiles of 16 x D means are D floats a thread. At D = 256 that
+// is too many, and eight warps share the work: each computes all products v.Q of its tiles, and
+// half of the columns of the means.
+//
+//     D     tile rows   stages   shared memory     means per thread
+//     64    64          3        40 KB             64
+//     128   64          3        80 KB             128
+//     256   32          2        96 KB             128
+//
+// A step is 32 queue rows: 2 x 16 products a thread, turned into weights in place, and from there
+// operands of the second product without leaving the registers.
+//
+// Traffic: K D 2 bytes of queue per row block, from L2; rows and sums once; with chunk maxima four
+// bytes per row and chunk. Nothing of size N x K is written.
+//
+// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+
+#pragma once
+
+#include <type_traits>
+
+#include "elements.h"
+#include "launch.h"
+#include "ptx.h"
+#include "rows.h"
+#include "stream_state.h"
+
+namespace softcl::cuda {
+
+template <typename T>
+SOFTCL_DEVICE void multiply_add(float (&c)[4], const ptx::Vector& a, std::uint32_t b0,
+                                std::uint32_t b1) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    ptx::mma_fp16(c, a, b0, b1);
+  } else {
+    ptx::mma_bf16(c, a, b0, b1);
+  }
+}
+
+/// The A fragment of 16 rows from `row` on, columns 16 k and following.
+template <int kDim>
+SOFTCL_DEVICE ptx::Vector row_fragment(std::uint32_t rows, int row, int k) {
+  const int lane = lane_index();
+  return ptx::ldmatrix(rows + piece_offset<kDim>(row + lane % 16, 2 * k + lane / 16));
+}
+
+/// The B fragments of the transpose of 16 rows: x[0], x[1] of the first eight, x[2], x[3].
+template <int kDim>
+SOFTCL_DEVICE ptx::Vector column_fragment(std::uint32_t rows, int row, int k) {
+  const int lane = lane_index();
+  return ptx::ldmatrix(rows +
+                       piece_offset<kDim>(row + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+}
+
+/// The B fragments of 16 rows, columns 16 n and following: x[0], x[1] of the first eight columns.
+template <int kDim>
+SOFTCL_DEVICE ptx::Vector mean_fragment(std::uint32_t rows, int row, int n) {
+  const int lane = lane_index();
+  return ptx::ldmatrix_transposed(
+      rows + piece_offset<kDim>(row + lane / 8 % 2 * 8 + lane % 8, 2 * n + lane / 16));
+}
+
+/// s[tile] (16, 32) = rows (16, D) times 32 rows of the queue tile, from `first` on, transposed.
+template <typename T, int kDim>
+SOFTCL_DEVICE void multiply_rows(float (&s)[2][4][4], std::uint32_t rows, std::uint32_t tile,
+                                 int first) {
+  // Unrolled whole, the addresses of all k would be kept in registers from tile to tile.
+  SOFTCL_UNROLL_BY_4
+  for (int k = 0; k < kDim / 16; ++k) {
+    const ptx::Vector b[2] = {column_fragment<kDim>(tile, first, k),
+                              column_fragment<kDim>(tile, first + 16, k)};
+    SOFTCL_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const ptx::Vector a = row_fragment<kDim>(rows, warp_row() + r * kTileSamples, k);
+      SOFTCL_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        multiply_add<T>(s[r][n], a, b[n / 2].x[n % 2 * 2], b[n / 2].x[n % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+/// z.t of every student's row, by the very products that z.Q takes: a queue row equal to t must not
+/// count as better than t. Called by all threads, before the first tile is loaded; they lie behind
+/// the stages, tile by tile, after the next barrier.
+template <typename T, int kDim, typename S>
+SOFTCL_DEVICE void store_positives(const StreamParams& p, std::uint32_t rows,
+                                   std::uint32_t stages) {
+  for (int r = 0; r < (S::kPair ? 1 : 2); ++r) {
+    std::uint32_t keys = rows + kTileSamples * kDim * 2;
+    if constexpr (!S::kPair) {
+      keys = stages;
+      ptx::sync_threads();  // the keys before these have been read
+      load_rows<T, kDim, S::kThreads>(keys, p.rows[1], first_sample_of<S>(r), kTileSamples,
+                                      p.num_rows, p.dim, p.aligned, p.normalize);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::sync_threads();
+    float products[2][4] = {};
+    for (int k = 0; k < kDim / 16; ++k) {
+      const ptx::Vector a = row_fragment<kDim>(rows, warp_row() + r * kTileSamples, k);
+      const ptx::Vector b = column_fragment<kDim>(keys, warp_row(), k);
+      multiply_add<T>(products[0], a, b.x[0], b.x[1]);
+      multiply_add<T>(products[1], a, b.x[2], b.x[3]);
+    }
+    // Of the diagonal, rows g and g + 8, one of four neighbouring lanes holds each element.
+    SOFTCL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      SOFTCL_UNROLL
+      for (int e = 2 * i; e < 2 * i + 2; ++e) {
+        if (half_index() == 0 && accumulator_column(lane_index(), e) == lane_index() / 4) {
+          ptx::store_shared(positive_address<S>(stages, r, i), products[i][e]);
+        }
+      }
+    }
+  }
+  if constexpr (!S::kPair) ptx::sync_threads();  // the stages take queue tiles next
+}
+
+/// Turns the products x of one tile of rows into weights, in place, and adds up their sums.
+/// z_products: the student's products with the same queue rows, read if kStudent.
+template <bool kEntropy, bool kStudent, bool kRunning, typename S>
+SOFTCL_DEVICE void add_weights(State<S>& state, int r, float (&x)[4][4],
+                               const float (&z_products)[4][4], float scale) {
+  float offset[2] = {};
+  if constexpr (kRunning) {
+    SOFTCL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float largest = kAbsent;
+      SOFTCL_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        largest = fmaxf(largest, fmaxf(x[n][2 * i], x[n][2 * i + 1]));
+      }
+      largest = fmaxf(largest, ptx::shuffle_xor(largest, 1));
+      largest = fmaxf(largest, ptx::shuffle_xor(largest, 2));
+      offset[i] = fmaxf(state.maximum[r][i], largest * scale);
+      const float drop = state.maximum[r][i] - offset[i];
+      const float carry = ptx::exp2_approx(drop);
+      state.maximum[r][i] = offset[i];
+      state.cosine[r][i] = (state.cosine[r][i] + drop * state.weight[r][i]) * carry;
+      state.weight[r][i] *= carry;
+      if constexpr (kStudent) state.student[i] *= carry;
+      if (r < S::kMeanTiles) {
+        SOFTCL_UNROLL
+        for (int e = 2 * i; e < 2 * i + 2; ++e) {
+          state.mean_weight[r][e] *= carry;
+          SOFTCL_UNROLL
+          for (int n = 0; n < S::kMeanDim / 8; ++n) state.mean[r][n][e] *= carry;
+        }
+      }
+    }
+  }
+  // Summed over the step first: one rounding per step in the long sums, not eight.
+  float weight[2] = {}, cosine[2] = {}, student[2] = {};
+  SOFTCL_UNROLL
+  for (int n = 0; n < 4; ++n) {
+    SOFTCL_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float logit = kRunning ? fmaf(x[n][e], scale, -offset[e / 2]) : x[n][e] * scale;
+      const float w = ptx::exp2_approx(logit);
+      weight[e / 2] += w;
+      if constexpr (kEntropy) cosine[e / 2] = fmaf(w, kRunning ? logit : x[n][e], cosine[e / 2]);
+      if constexpr (kStudent) student[e / 2] = fmaf(w, z_products[n][e], student[e / 2]);
+      x[n][e] = w;
+    }
+  }
+  SOFTCL_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    state.weight[r][i] += weight[i];
+    if constexpr (kEntropy) state.cosine[r][i] += cosine[i];
+    if constexpr (kStudent) state.student[i] += student[i];
+  }
+}
+
+/// The weights of all rows of a step. The teacher's first: they read the student's products.
+template <bool kRunning, typename S>
+SOFTCL_DEVICE void add_all_weights(State<S>& state, float (&s)[2][4][4], const StreamParams& p) {
+  if constexpr (S::kPair) {
+    if (p.softmax) add_weights<true, true, kRunning>(state, 1, s[1], s[0], p.scale[1]);
+    add_weights<false, false, kRunning>(state, 0, s[0], s[1], p.scale[0]);
+  } else if (p.entropy) {
+    add_weights<true, false, kRunning>(state, 0, s[0], s[1], p.scale[0]);
+    add_weights<true, false, kRunning>(state, 1, s[1], s[0], p.scale[0]);
+  } else {
+    add_weights<false, false, kRunning>(state, 0, s[0], s[1], p.scale[0]);
+    add_weights<false, false, kRunning>(state, 1, s[1], s[0], p.scale[0]);
+  }
+}
+
+/// mean (16, kMeanDim) of each tile += its weights (16, 32) times 32 rows of the queue tile.
+template <typename T, int kDim, typename S>
+SOFTCL_DEVICE void add_means(State<S>& state, const float (&w)[2][4][4], std::uint32_t tile,
+                             int first, bool two_parts) {
+  constexpr bool kFp16 = std::is_same_v<T, Float16>;
+  SOFTCL_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    ptx::Vector high[S::kMeanTiles], low[S::kMeanTiles];
+    SOFTCL_UNROLL
+    for (int r = 0; r < S::kMeanTiles; ++r) {
+      SOFTCL_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        // Element pairs of C are those of A: rows g and g + 8, then eight columns on.
+        const float* pair = &w[r][2 * k + i / 2][i % 2 * 2];
+        high[r].x[i] = ptx::pack_bf16(pair[0], pair[1]);
+        low[r].x[i] = ptx::pack_bf16(pair[0] - ptx::float_of(high[r].x[i] << 16),
+                                     pair[1] - ptx::float_of(high[r].x[i] & 0xffff0000u));
+      }
+      ptx::mma_bf16(state.mean_weight[r], high[r], kOnes, kOnes);
+      if (two_parts) ptx::mma_bf16(state.mean_weight[r], low[r], kOnes, kOnes);
+    }
+    SOFTCL_UNROLL
+    for (int n = 0; n < S::kMeanDim / 16; ++n) {
+      ptx::Vector q =
+          mean_fragment<kDim>(tile, first + 16 * k, half_index() * S::kMeanDim / 16 + n);
+      SOFTCL_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        std::uint32_t rest[2];
+        if constexpr (kFp16) {
+          rest[0] = split_fp16(q.x[i]);
+          rest[1] = split_fp16(q.x[i + 1]);
+        }
+        SOFTCL_UNROLL
+        for (int r = 0; r < S::kMeanTiles; ++r) {
+          float (&mean)[4] = state.mean[r][2 * n + i / 2];
+          if constexpr (kFp16) ptx::mma_bf16(mean, high[r], rest[0], rest[1]);
+          if (two_parts) ptx::mma_bf16(mean, low[r], q.x[i], q.x[i + 1]);
+          ptx::mma_bf16(mean, high[r], q.x[i], q.x[i + 1]);
+        }
+      }
+    }
+  }
+}
+
+/// One step: 32 rows of a queue tile, from row `first` of the tile on.
+template <typename T, int kDim, typename S>
+SOFTCL_DEVICE void visit_step(State<S>& state, const StreamParams& p, std::uint32_t rows,
+                              std::uint32_t stages, std::uint32_t tile, int first, int step) {
+  float s[2][4][4] = {};
+  multiply_rows<T, kDim>(s, rows, tile, first);
+  const std::int64_t left = p.queue_size - std::int64_t(step) * kStepColumns;
+  if (left < kStepColumns) {
+    SOFTCL_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      SOFTCL_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        if (8 * n + accumulator_column(lane_index(), e) >= static_cast<int>(left)) {
+          s[0][n][e] = s[1][n][e] = kAbsent;
+        }
+      }
+    }
+  }
+  if (p.ranks != nullptr) {
+    SOFTCL_UNROLL
+    for (int i = 0; i < (S::kPair ? 2 : 4); ++i) {  // two rows of each tile of students
+      const int r = i / 2;
+      const auto positive = ptx::load_shared<float>(positive_address<S>(stages, r, i % 2));
+      SOFTCL_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        state.rank[r][i % 2] += s[r][j / 2][i % 2 * 2 + j % 2] > positive;
+      }
+    }
+  }
+  if (p.maxima != nullptr) store_maxima(state, s, p, step);
+  if (S::kPair || p.softmax) {
+    if (p.running_maximum) {
+      add_all_weights<true>(state, s, p);
+    } else {
+      add_all_weights<false>(state, s, p);
+    }
+  }
+  if constexpr (S::kMeanTiles > 0) {
+    const bool two_parts = (S::kPair && S::kMeanTiles == 2) || p.weight_parts == 2;
+    add_means<T, kDim>(state, s, tile, first, two_parts);
+  }
+}
+
+template <typename T, int kDim, Pairing kPairing, int kMeanRows>
+__global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows>::kThreads,
+                                  Shape<kDim, kPairing, kMeanRows>::kBlocks)
+    stream_kernel(const StreamParams p) {
+  using S = Shape<kDim, kPairing, kMeanRows>;
+  const std::uint32_t rows = ptx::shared_memory();
+  const std::uint32_t stages = rows + S::kRowBytes;
+  const int first_tile = blockIdx.y * p.tiles_per_split;
+  const int last_tile = min(first_tile + p.tiles_per_split, p.num_tiles);
+
+  const auto load_tile = [&](int tile) {
+    if (tile < last_tile) {
+      load_rows<T, kDim, S::kThreads>(stages + tile % S::kStages * S::kStageBytes, p.queue,
+                                      std::int64_t(tile) * S::kTileRows, S::kTileRows, p.queue_size,
+                                      p.dim, p.aligned, false);
+    }
+    ptx::cp_async_commit();  // an empty group too: the waits count groups
+  };
+
+  SOFTCL_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    load_rows<T, kDim, S::kThreads>(rows + r * kTileSamples * kDim * 2, p.rows[S::kPair ? r : 0],
+                                    first_sample_of<S>(r), kTileSamples, p.num_rows, p.dim,
+                                    p.aligned, p.normalize);
+  }
+  State<S> state;
+  if (p.ranks != nullptr) {
+    store_positives<T, kDim, S>(p, rows, stages);
+  }
+  SOFTCL_UNROLL
+  for (int i = 0; i < S::kStages - 1; ++i) load_tile(first_tile + i);
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    ptx::cp_async_wait<S::kStages - 2>();
+    // This tile is there for all, and all have done with the one whose stage is filled next.
+    ptx::sync_threads();
+    load_tile(tile + S::kStages - 1);
+    const std::uint32_t here = stages + tile % S::kStages * S::kStageBytes;
+    SOFTCL_NO_UNROLL
+    for (int first = 0; first < S::kTileRows; first += kStepColumns) {
+      const int step = tile * (S::kTileRows / kStepColumns) + first / kStepColumns;
+      visit_step<T, kDim>(state, p, rows, stages, here, first, step);
+    }
+  }
+  store_sums<S>(state, p);
+}
+
+}  // namespace softcl::cuda

@@ -1,0 +1,162 @@
+// How the streaming kernel cuts its work (Shape), what a thread holds of it (State), and how that
+// gets back to global memory. See stream_kernel.h.
+
+#pragma once
+
+#include "layout.h"
+#include "ptx.h"
+#include "stream.h"
+
+namespace softcl::cuda {
+
+inline constexpr int kRowWarps = 4;
+inline constexpr int kTileSamples = 16 * kRowWarps;  // of one of a warp's two tiles
+inline constexpr std::uint32_t kOnes = 0x3F803F80;   // two ones in bf16
+
+// The product of a column past the end of the queue: no weight, no rank, the least of its chunk.
+// It is finite, so that a weight of zero times it is zero.
+inline constexpr float kAbsent = -1e30f;
+inline constexpr float kLowest = -1e30f;  // a running maximum before the first step
+
+template <int kDim, Pairing kPairing, int kMeanRows>
+struct Shape {
+  static constexpr bool kPair = kPairing == Pairing::kPaired;
+  static constexpr int kMeanTiles = kPair ? kMeanRows : kMeanRows > 0 ? 2 : 0;
+  static constexpr int kHalves = kDim == 256 && kMeanTiles == 2 ? 2 : 1;
+  static constexpr int kThreads = kRowWarps * kWarp * kHalves;
+  static constexpr int kBlocks = kThreads == 128 ? 2 : 1;  // per multiprocessor, 255 registers each
+  static constexpr int kMeanDim = kDim / kHalves;          // columns of a mean that one warp holds
+  static constexpr int kSamples = kPair ? kTileSamples : 2 * kTileSamples;
+  static constexpr int kTileRows = kDim == 256 ? 32 : 64;
+  static constexpr int kStages = kDim == 256 ? 2 : 3;
+  static constexpr int kRowBytes = 2 * kTileSamples * kDim * 2;
+  static constexpr int kStageBytes = kTileRows * kDim * 2;
+  static constexpr int kSharedBytes = kRowBytes + kStages * kStageBytes + 2 * kTileSamples * 4;
+  static_assert(kStages * kTileRows >= kTileSamples, "keys pass through the stages, for the ranks");
+};
+
+/// What a thread holds: of two tiles, rows g = lane / 4 and g + 8 of each.
+template <typename S>
+struct State {
+  float mean[S::kMeanTiles > 0 ? S::kMeanTiles : 1][S::kMeanDim / 8][4] = {};
+  float mean_weight[S::kMeanTiles > 0 ? S::kMeanTiles : 1][4] = {};  // all columns alike
+  float weight[2][2] = {};                                           // its own columns' share
+  float cosine[2][2] = {};
+  float student[2] = {};
+  float maximum[2][2] = {{kLowest, kLowest}, {kLowest, kLowest}};
+  float chunk_maximum[2][2] = {{kAbsent, kAbsent}, {kAbsent, kAbsent}};
+  int rank[2][2] = {};
+};
+
+// Where this thread stands. Asked for where it is needed: registers are scarcer than instructions.
+
+SOFTCL_DEVICE int lane_index() {
+  return threadIdx.x % kWarp;
+}
+
+/// The first of its warp's 16 rows, in each of the two tiles of rows in shared memory.
+SOFTCL_DEVICE int warp_row() {
+  return threadIdx.x / kWarp % kRowWarps * 16;
+}
+
+/// Which part of the columns of the means its warp holds.
+SOFTCL_DEVICE int half_index() {
+  return threadIdx.x / (kWarp * kRowWarps);
+}
+
+/// The first sample whose row lies in tile r.
+template <typename S>
+SOFTCL_DEVICE std::int64_t first_sample_of(int r) {
+  return std::int64_t(blockIdx.x) * S::kSamples + (S::kPair ? 0 : r * kTileSamples);
+}
+
+/// The sample of its row g (i = 0) or g + 8 (i = 1) of tile r.
+template <typename S>
+SOFTCL_DEVICE std::int64_t sample_of(int r, int i) {
+  return first_sample_of<S>(r) + warp_row() + accumulator_row(lane_index(), 2 * i);
+}
+
+/// Adds a step's products to the chunk maxima of the searching rows, and writes the maxima where a
+/// chunk ends with this step.
+template <typename S>
+SOFTCL_DEVICE void store_maxima(State<S>& state, const float (&s)[2][4][4], const StreamParams& p,
+                                int step) {
+  const int last_step = p.num_tiles * (S::kTileRows / kStepColumns) - 1;
+  const bool ends = (step + 1) % p.steps_per_chunk == 0 || step == last_step;
+  const int chunk = chunk_of(step, lane_index(), p.steps_per_chunk);
+  SOFTCL_UNROLL
+  for (int r = S::kPair ? 1 : 0; r < 2; ++r) {
+    SOFTCL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float& largest = state.chunk_maximum[r][i];
+      SOFTCL_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        largest = fmaxf(largest, fmaxf(s[r][n][2 * i], s[r][n][2 * i + 1]));
+      }
+      if (!ends) continue;
+      const std::int64_t sample = sample_of<S>(r, i);
+      if (half_index() == 0 && sample < p.num_rows)
+        p.maxima[sample * p.num_chunks + chunk] = largest;
+      largest = kAbsent;
+    }
+  }
+}
+
+/// Where z.t of that sample lies in shared memory.
+template <typename S>
+SOFTCL_DEVICE std::uint32_t positive_address(std::uint32_t stages, int r, int i) {
+  const int row = r * kTileSamples + warp_row() + accumulator_row(lane_index(), 2 * i);
+  return stages + S::kStages * S::kStageBytes + row * 4;
+}
+
+/// x summed over the four lanes that hold a row.
+template <typename N>
+SOFTCL_DEVICE N quad_sum(N x) {
+  x += ptx::shuffle_xor(x, 1);
+  return x + ptx::shuffle_xor(x, 2);
+}
+
+/// Writes a split's sums, by the first lane of a row's four, and the means, by all of them.
+template <typename S>
+SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
+  const std::int64_t split = blockIdx.y;
+  const bool is_writer = half_index() == 0 && lane_index() % 4 == 0;
+  SOFTCL_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    SOFTCL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float weight = quad_sum(state.weight[r][i]);
+      const float cosine = quad_sum(state.cosine[r][i]);
+      const float student = quad_sum(state.student[i]);
+      const int rank = quad_sum(state.rank[r][i]);
+      const std::int64_t sample = sample_of<S>(r, i);
+      if (sample >= p.num_rows) continue;
+      const std::int64_t sum_row = sample + (S::kPair ? r * p.num_rows : 0);
+      if (is_writer) {
+        float* sums = p.sums + split * kNumSlots * p.num_sum_rows + sum_row;
+        const auto slot = [&](SumSlot s) -> float& { return sums[s * p.num_sum_rows]; };
+        if (p.softmax || (S::kPair && r == 0)) {
+          slot(kWeights) = weight;
+          slot(kCosines) = cosine;
+          slot(kMaximum) = state.maximum[r][i];
+        }
+        if (S::kPair && r == 1 && p.softmax) slot(kStudentCosines) = student;
+        if (r < S::kMeanTiles) slot(kMeanWeights) = state.mean_weight[r][2 * i];
+        if (p.ranks != nullptr && (!S::kPair || r == 0))
+          p.ranks[split * p.num_rows + sample] = rank;
+      }
+      if (r >= S::kMeanTiles) continue;
+      float* mean = p.means + (split * p.num_mean_rows + sum_row) * p.dim;
+      SOFTCL_UNROLL
+      for (int n = 0; n < S::kMeanDim / 8; ++n) {
+        SOFTCL_UNROLL
+        for (int e = 2 * i; e < 2 * i + 2; ++e) {
+          const int d = half_index() * S::kMeanDim + 8 * n + accumulator_column(lane_index(), e);
+          if (d < p.dim) mean[d] = state.mean[r][n][e];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace softcl::cuda

@@ -1,0 +1,33 @@
+// The operator on a CUDA device: asynchronous, on a stream, in a workspace of the caller's.
+//
+// Experimental: has not yet run on a GPU.
+
+#pragma once
+
+#include <cstdint>
+
+#include "softcl/params.h"
+
+namespace softcl::cuda {
+
+/// Where and with what a call runs.
+struct Launch {
+  int device = 0;
+  void* stream = nullptr;     // a cudaStream_t of that device
+  void* workspace = nullptr;  // device memory, aligned to 256 bytes, contents of no matter
+  std::int64_t workspace_bytes = 0;
+};
+
+/// Bytes of workspace that the same call needs; reads no pointer but for being null.
+std::int64_t workspace_bytes(const QueueStatisticsParams& params, int device);
+std::int64_t workspace_bytes(const SoftContrastiveParams& params, int device);
+
+// Rows and queue of one 16-bit type, D <= 256, at most 1024 neighbours. num_threads is not read.
+// Both throw std::invalid_argument that names the argument and its value, or std::runtime_error
+// with CUDA's words. A row that is not finite gives NaN in its own results, a queue row that is not
+// finite gives NaN losses. No allocation and no synchronisation: may be captured in a CUDA graph.
+// Same inputs, same device: same bits.
+void queue_statistics(const QueueStatisticsParams& params, const Launch& launch);
+void soft_contrastive(const SoftContrastiveParams& params, const Launch& launch);
+
+}  // namespace softcl::cuda

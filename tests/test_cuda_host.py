@@ -1,0 +1,424 @@
+"""The CUDA kernels' own code, run on the CPU thread by thread, against the float64 oracle.
+
+What this shows and what not: csrc/cuda/host/block.h. The instructions are written from the PTX ISA;
+nvcc's code and the hardware's timing are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cuda_host import load_host_module
+
+from softcl.labels import AdaptiveSoftLabels, HardLabels, NeighborLabels
+from softcl.ops import cpu, cuda, reference
+from softcl.testing import (
+    ENTROPY_TOLERANCE,
+    LSE_TOLERANCE,
+    RULES,
+    Problem,
+    assert_loss_close,
+    assert_neighbors_close,
+    gradient_error,
+    loss_oracle,
+    make_problem,
+    relative_error,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+HALF = (torch.bfloat16, torch.float16)
+# Blocks hold 64 samples, or 128 rows of one kind; tiles 64 queue rows, or 32 for D > 128; steps 32.
+# Rows of D not a multiple of 8 are not aligned.
+SHAPES = [
+    (1, 1, 1),
+    (3, 31, 8),
+    (65, 65, 33),
+    (20, 193, 64),
+    (9, 300, 100),
+    (17, 1100, 128),
+    (5, 97, 130),
+    (6, 161, 256),
+]
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The module of the kernels on the CPU, behind softcl.ops.cuda."""
+    module = load_host_module()
+    monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
+    module.set_options(seed=0)
+    yield module
+    module.set_options(seed=0)
+
+
+def run(p: Problem, rule, temperature=0.1, teacher_temperature=0.05, **options):
+    options = {
+        "positive": True,
+        "normalize": False,
+        "gradient": True,
+        "diagnostics": True,
+        **options,
+    }
+    return cuda.soft_contrastive(
+        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
+    )
+
+
+def fitting(rule, K):
+    """The rule, with no more neighbours than the queue has rows."""
+    return type(rule)(K) if rule.num_neighbors > K else rule
+
+
+def name(value):
+    return f"{value.name}-{value.num_neighbors}"
+
+
+def assert_ranks_close(rank, p):
+    """Cosines within 1e-6 of the positive's may count either way."""
+    cosines = p.query.double() @ p.queue.double().T
+    positive = (p.query.double() * p.key.double()).sum(1, keepdim=True)
+    assert bool((rank >= (cosines > positive + 1e-6).sum(1)).all())
+    assert bool((rank <= (cosines > positive - 1e-6).sum(1)).all())
+
+
+def assert_same(first, second):
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_against_oracle(host, rule, shape, dtype):
+    """Every rule, and the same bits whatever the order of threads and blocks."""
+    N, K, D = shape
+    rule = fitting(rule, K)
+    p = make_problem(N, K, D, dtype=dtype, seed=N + D)
+    oracle = loss_oracle(p, rule)
+    got = run(p, rule)
+    assert_loss_close(got[0], got[1], oracle, dtype)
+    if rule.needs_softmax:
+        assert relative_error(got[2], oracle[2]) <= ENTROPY_TOLERANCE
+        assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
+    else:
+        assert got[2].shape == got[3].shape == (0,)
+    assert torch.equal(got[5].sort(1).values, oracle[5].sort(1).values)
+    assert_ranks_close(got[4], p)
+    for seed in SEEDS[1:]:
+        host.set_options(seed=seed)
+        assert_same(got, run(p, rule))
+
+
+@pytest.mark.parametrize("kind", ["clustered", "duplicates"])
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_sharp_labels(host, rule, kind):
+    """Few large labels, clipped ones among them, and ties between the nearest rows."""
+    p = make_problem(33, 1200, 64, kind=kind, dtype=torch.bfloat16)
+    for positive in (True, False):
+        got, oracle = run(p, rule, positive=positive), loss_oracle(p, rule, positive=positive)
+        # Cosines near 1 and few labels: no averaging takes the rounding of a cosine away.
+        assert_loss_close(got[0], got[1], oracle, torch.bfloat16, scale=2.0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_running_maximum(host, rule):
+    """Temperatures at which 2^x would overflow, and similarities that keep rising."""
+    p = make_problem(20, 700, 64, dtype=torch.bfloat16)
+    order = (p.query[0].float() @ p.queue.float().T).argsort()
+    p = Problem(p.query, p.key, p.queue[order].contiguous())
+    got = run(p, rule, 0.01, 0.008)
+    oracle = loss_oracle(p, rule, temperature=0.01, teacher_temperature=0.008)
+    # One rounding of a cosine moves a logit by 6e-8 / temperature.
+    assert_loss_close(got[0], got[1], oracle, torch.bfloat16, temperature=0.01, scale=6.25)
+    if rule.needs_softmax:
+        assert relative_error(got[3], oracle[3]) <= 6.25 * ENTROPY_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(70, 200, 40), (5, 70, 33), (9, 100, 256)], ids=str)
+def test_normalize(host, shape, dtype):
+    """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
+    N, K, D = shape
+    generator = torch.Generator().manual_seed(3)
+    p = make_problem(N, K, D, dtype=dtype)
+    lengths = torch.rand(N, 1, generator=generator) * 50 + 0.01
+    raw = Problem((p.query * lengths).to(dtype), (p.key * lengths.flip(0)).to(dtype), p.queue)
+    norm = raw.query.double().norm(dim=1, keepdim=True)
+    unit = Problem(
+        (raw.query.double() / norm).float().to(dtype),
+        torch.nn.functional.normalize(raw.key.double(), dim=1).float().to(dtype),
+        raw.queue,
+    )
+    for rule in (HardLabels(), AdaptiveSoftLabels(5)):
+        got = run(raw, rule, normalize=True)
+        loss, dz, *_ = loss_oracle(unit, rule)
+        z = unit.query.double()
+        du = (dz - z * (z * dz).sum(1, keepdim=True)) / norm
+        assert relative_error(got[0], loss) <= LSE_TOLERANCE
+        assert_ranks_close(got[4], unit)
+        for row in range(N):  # rows differ in length, and so do their gradients
+            own = slice(row, row + 1)
+            assert gradient_error(got[1][own] * norm[own], du[own] * norm[own], 0.1) <= 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_fewer_results(host, rule):
+    """What is not asked for is not computed, and changes nothing."""
+    p = make_problem(10, 500, 48, dtype=torch.bfloat16)
+    first = run(p, rule)
+    loss, dquery, *extra = run(p, rule, gradient=False, diagnostics=False)
+    assert torch.equal(loss, first[0])
+    assert [x.numel() for x in (dquery, *extra)] == [0] * 5
+    assert torch.equal(run(p, rule, diagnostics=False)[1], first[1])
+
+
+def test_equal_rows_do_not_outrank_the_positive(host):
+    """A queue row with the bits of the key is not more similar than the positive."""
+    p = make_problem(40, 90, 100, dtype=torch.bfloat16)
+    queue = torch.cat([p.queue, p.key, p.key])
+    for rule in (HardLabels(), AdaptiveSoftLabels(2)):
+        got = run(Problem(p.query, p.key, queue), rule)
+        alone = run(p, rule)
+        own = (p.query.double() @ p.key.double().T) > (p.query.double() * p.key.double()).sum(
+            1, keepdim=True
+        )
+        own.fill_diagonal_(False)
+        assert torch.equal(got[4], alone[4] + 2 * own.sum(1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_non_finite_rows(host, rule, value):
+    """A row gives NaN in its own results; a queue row that matters gives NaN losses; indices stay
+    in range."""
+    p = make_problem(35, 200, 20, dtype=torch.bfloat16)
+    clean = run(p, rule)
+    for broken in ("query", "key"):
+        rows = getattr(p, broken).clone()
+        rows[17, 3] = value
+        got = run(Problem(**{**p.__dict__, broken: rows}), rule)
+        others = torch.arange(35) != 17
+        for x, y in zip(got[:2], clean[:2], strict=True):
+            assert bool(x[17].isnan().all())
+            assert torch.equal(x[others], y[others])
+        assert torch.equal(got[5][others], clean[5][others])
+        assert bool(((got[5] >= 0) & (got[5] < 200)).all())
+    queue = p.queue.clone()
+    queue[199, 19] = math.nan
+    got = run(Problem(p.query, p.key, queue), rule)
+    assert bool(got[0].isnan().all()) and bool(got[1].isnan().all())
+    assert bool(((got[5] >= 0) & (got[5] < 200)).all())
+
+
+# ---- queue_statistics ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 97, 65), (6, 1500, 64), (3, 90, 256)], ids=str)
+def test_queue_statistics(host, shape, temperature):
+    N, K, D = shape
+    for dtype in HALF:
+        p = make_problem(N, K, D, dtype=dtype)
+        k = min(K, 20)
+        lse, mean, entropy, logits, indices = cuda.queue_statistics(
+            p.query, p.queue, temperature, k
+        )
+        want = reference.queue_statistics(p.query.double(), p.queue.double(), temperature, k)
+        scale = max(1.0, 0.05 / temperature)
+        assert relative_error(lse, want[0]) <= LSE_TOLERANCE
+        assert gradient_error(mean, want[1]) <= 1e-3
+        assert relative_error(entropy, want[2]) <= scale * ENTROPY_TOLERANCE
+        assert_neighbors_close(logits, indices, p.query, p.queue, temperature)
+        *empty, again, same = cuda.queue_statistics(p.query, p.queue, temperature, k, sums=False)
+        assert [x.numel() for x in empty] == [0] * 3
+        assert torch.equal(again, logits) and torch.equal(same, indices)
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 64, 65, 1000])
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal", "repeated"])
+def test_neighbors_in_every_order(host, order, k):
+    """An exact top-k whatever order the best rows come in; k = K included."""
+    p = make_problem(5, 1000, 24, dtype=torch.bfloat16)
+    similarity = p.query[0].float() @ p.queue.float().T
+    queue = {
+        "random": p.queue,
+        "ascending": p.queue[similarity.argsort()],
+        "descending": p.queue[similarity.argsort(descending=True)],
+        "equal": p.queue[:1].repeat(1000, 1),
+        "repeated": p.queue[:50].repeat(20, 1),
+    }[order].contiguous()
+    *_, logits, indices = cuda.queue_statistics(p.query, queue, 0.1, k, sums=False)
+    assert_neighbors_close(logits, indices, p.query, queue, 0.1)
+    if order == "equal":  # the lowest rows
+        assert torch.equal(indices, torch.arange(k).expand(5, k))
+
+
+def test_most_neighbors(host):
+    p = make_problem(2, 3000, 16, dtype=torch.bfloat16)
+    *_, logits, indices = cuda.queue_statistics(p.query, p.queue, 0.1, 1024, sums=False)
+    assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+
+
+# ---- enqueue -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_enqueue_agrees_with_cpu(host, normalize):
+    module, reason = cpu._load()
+    if module is None:
+        pytest.skip(reason)
+    types = cpu.ELEMENT_TYPES
+    generator = torch.Generator().manual_seed(0)
+    for N, K, D, pointer in [(0, 3, 4, 1), (1, 1, 1, 0), (5, 8, 33, 6), (20, 7, 128, 3)]:
+        for key_dtype in types:
+            for queue_dtype in types:
+                keys = torch.randn(N, D, generator=generator).to(key_dtype)
+                for row, value in [(0, float("nan")), (3, 0.0), (5, float("inf"))]:
+                    if row < N:
+                        keys[row] = value
+                queue = torch.randn(K, D, generator=generator).to(queue_dtype)
+                ours, refused = queue.clone(), torch.zeros(1, dtype=torch.int64)
+                arguments = dict(
+                    keys=keys.data_ptr(),
+                    num_keys=N,
+                    queue_size=K,
+                    dim=D,
+                    pointer=pointer,
+                    key_type=types[key_dtype],
+                    queue_type=types[queue_dtype],
+                    normalize=normalize,
+                )
+                host.cuda_enqueue(
+                    **arguments,
+                    queue=ours.data_ptr(),
+                    refused=refused.data_ptr(),
+                    device=0,
+                    stream=0,
+                )
+                assert int(refused) == module.cpu_enqueue(**arguments, queue=queue.data_ptr())
+                # The sums of squares may differ in the last bit of double: one ulp after the cast.
+                tolerance = torch.finfo(queue_dtype).eps if normalize else 0.0
+                torch.testing.assert_close(ours, queue, rtol=tolerance, atol=0.0)
+
+
+# ---- The proof that a missing barrier shows ------------------------------------------------------
+
+
+def workloads():
+    """Calls that between them meet every barrier and wait of the kernels."""
+    paired = make_problem(70, 500, 128, dtype=torch.bfloat16)
+    wide = make_problem(70, 200, 256, dtype=torch.float16)
+    odd = make_problem(140, 300, 60, dtype=torch.bfloat16)
+    return [
+        lambda: run(paired, AdaptiveSoftLabels(3), normalize=True),
+        lambda: run(wide, AdaptiveSoftLabels(3)),
+        lambda: run(odd, HardLabels()),
+        lambda: run(odd, NeighborLabels(40)),
+        lambda: cuda.queue_statistics(paired.query, paired.queue, 0.1, 30),
+    ]
+
+
+def test_every_barrier_and_wait_is_needed_and_missed(host):
+    """Leave out each one in turn: something must notice, in a race, a deadlock or a wrong bit."""
+    calls = workloads()
+    sites, good = [], []
+    for call in calls:
+        host.set_options(seed=0)
+        good.append(call())
+        sites.append(host.sites())
+    every = sorted(set().union(*sites))
+    assert len(every) >= 15
+    unnoticed = []
+    for site in every:
+        if not any(
+            notices(host, call, site, result, seed)
+            for call, met, result in zip(calls, sites, good, strict=True)
+            if site in met
+            for seed in SEEDS
+        ):
+            unnoticed.append(site)
+    assert not unnoticed, unnoticed
+
+
+def notices(host, call, site, good, seed):
+    host.set_options(seed=seed, omit=site)
+    try:
+        got = call()
+    except RuntimeError:
+        return True
+    return not all(torch.equal(x, y) for x, y in zip(got, good, strict=True))
+
+
+# ---- Arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("query", 0),
+        ("queue", 0),
+        ("loss", 0),
+        ("workspace", 0),
+        ("workspace_bytes", 256),
+        ("vector_type", 0),
+        ("queue_type", 2),
+        ("num_queries", 0),
+        ("queue_size", 0),
+        ("dim", 257),
+        ("rule", 6),
+        ("num_neighbors", 11),
+        ("temperature", 0.0),
+        ("teacher_temperature", math.nan),
+    ],
+)
+def test_bad_arguments_name_themselves(host, argument, value):
+    p = make_problem(2, 10, 8, dtype=torch.bfloat16)
+    loss, workspace = torch.empty(2), torch.empty(1 << 20, dtype=torch.uint8)
+    good = dict(
+        query=p.query.data_ptr(),
+        key=p.key.data_ptr(),
+        queue=p.queue.data_ptr(),
+        vector_type=1,
+        queue_type=1,
+        num_queries=2,
+        queue_size=10,
+        dim=8,
+        rule=5,
+        num_neighbors=3,
+        positive_weight=1.0,
+        temperature=0.1,
+        teacher_temperature=0.1,
+        positive=True,
+        normalize=False,
+        loss=loss.data_ptr(),
+        dquery=0,
+        confidence=0,
+        entropy=0,
+        positive_rank=0,
+        neighbor_indices=0,
+        device=0,
+        stream=0,
+        workspace=workspace.data_ptr(),
+        workspace_bytes=workspace.numel(),
+    )
+    host.cuda_soft_contrastive(**good)
+    assert bool(loss.isfinite().all())
+    with pytest.raises(ValueError, match=argument):
+        host.cuda_soft_contrastive(**{**good, argument: value})
+
+
+def test_failing_call_is_named(host):
+    p = make_problem(2, 10, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"csrc/cuda/soft_contrastive\.cu:\d+: cudaDevice"):
+        host.cuda_soft_contrastive(
+            query=p.query.data_ptr(), key=p.key.data_ptr(), queue=p.queue.data_ptr(),
+            vector_type=1, queue_type=1, num_queries=2, queue_size=10, dim=8, rule=0,
+            num_neighbors=0, positive_weight=1.0, temperature=0.1, teacher_temperature=0.1,
+            positive=True, normalize=False, loss=0, dquery=0, confidence=0, entropy=0,
+            positive_rank=0, neighbor_indices=0, device=7, stream=0, workspace=0,
+            workspace_bytes=0,
+        )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Index arithmetic of the CUDA kernels: swizzle, chunks of columns, splits of the queue."""
+
+from __future__ import annotations
+
+import pytest
+from cuda_host import load_host_module
+
+
+@pytest.fixture(scope="module")
+def host():
+    return load_host_module()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_pieces_fill_a_tile_without_bank_conflicts(host, dim):
+    pieces = dim // 8
+    places = [host.piece_offset(dim, r, c) for r in range(64) for c in range(pieces)]
+    assert sorted(places) == list(range(0, 64 * dim * 2, 16))
+    # ldmatrix reads one piece of eight rows at a time, from rows 0, 8, ..: all 32 banks.
+    for first in range(0, 64, 8):
+        for piece in range(pieces):
+            lines = [host.piece_offset(dim, first + r, piece) // 16 % 8 for r in range(8)]
+            assert sorted(lines) == list(range(8))
+
+
+@pytest.mark.parametrize("steps_per_chunk", [1, 2, 4, 16])
+def test_chunks_partition_the_columns(host, steps_per_chunk):
+    steps = 32
+    columns = 8 * steps_per_chunk
+    chunks = 4 * steps // steps_per_chunk
+    seen = []
+    for chunk in range(chunks):
+        own = [host.chunk_column(chunk, i, steps_per_chunk) for i in range(columns)]
+        assert own == sorted(own)
+        seen += own
+        # A chunk's columns are those that one thread holds: lane % 4 names it in every step.
+        for column in own:
+            lane = column % 8 // 2
+            assert host.chunk_of(column // 32, lane, steps_per_chunk) == chunk
+    assert sorted(seen) == list(range(32 * steps))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 108, 132])
+@pytest.mark.parametrize("num_neighbors", [0, 1, 10, 64, 1024])
+@pytest.mark.parametrize("queue_size", [1, 63, 64, 65, 4096, 65536, 100000, 1 << 20, 1 << 30])
+def test_splits_cover_the_queue(host, queue_size, num_neighbors, multiprocessors):
+    for dim in (64, 128, 256):
+        for num_rows in (1, 256, 4096):
+            splits, tiles_per_split, steps_per_chunk, chunks, filled = host.plan(
+                num_rows, queue_size, dim, True, 2, num_neighbors, multiprocessors
+            )
+            tile = 32 if dim == 256 else 64
+            tiles = -(-queue_size // tile)
+            assert (splits - 1) * tiles_per_split < tiles <= splits * tiles_per_split
+            assert splits <= 64
+            if num_neighbors == 0:
+                assert chunks == 0
+                continue
+            assert chunks == 4 * -(-tiles * (tile // 32) // steps_per_chunk) <= 8192 + 64
+            # The filled ones come first, and no others hold a column.
+            first = [host.chunk_column(chunk, 0, steps_per_chunk) for chunk in range(chunks)]
+            assert [column < queue_size for column in first].index(True) == 0
+            assert sum(column < queue_size for column in first) == filled
+            # No chunk belongs to two splits.
+            assert splits == 1 or tiles_per_split * (tile // 32) % steps_per_chunk == 0
+
+
+def test_splits_fill_a_gpu_of_few_rows(host):
+    """N=256 on 132 multiprocessors: four row blocks, and splits that occupy most of the slots."""
+    splits, *_ = host.plan(256, 65536, 128, True, 2, 5, 132)
+    assert 4 * splits >= 132
