@@ -174,8 +174,9 @@ SOFTCL_DEVICE void select_neighbors(const SelectMemory& memory, const float* max
     const std::int64_t column = i < total ? column_of(i) : chunks.queue_size;
     const bool exists = column < chunks.queue_size;
     const float x = cosine_with(memory, queue + (exists ? column : 0) * dim, dim, aligned);
-    if (i < total && threadIdx.x % 8 == 0) candidates[i] = x;  // read after kth_largest's barrier
+    if (i < total && threadIdx.x % 8 == 0) candidates[i] = x;
   }
+  ptx::sync_threads();
   const auto candidate_key = [&](int i) -> std::uint64_t {
     const std::int64_t column = column_of(i);
     return column < chunks.queue_size ? key_of(candidates[i], static_cast<std::uint32_t>(column))

@@ -92,7 +92,7 @@ def queue_statistics(
     """
     module, _ = _load()
     (n, d), k = vectors.shape, num_neighbors
-    shapes = ((n,), (n, d), (n,)) if sums else ((0,),) * 3
+    shapes = ((n,), (n, d), (n,)) if sums else ((0,), (0, d), (0,))
     lse, mean, entropy = (vectors.new_empty(shape, dtype=torch.float32) for shape in shapes)
     neighbor_logits = vectors.new_empty((n, k), dtype=torch.float32)
     neighbor_indices = vectors.new_empty((n, k), dtype=torch.int64)
