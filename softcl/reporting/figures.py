@@ -103,6 +103,8 @@ def _two(
         drawn |= draw_lines(axis, runs, column, share=share)
         if options.get("from_zero"):
             _from_zero(axis)
+        if share and axis.get_ylim()[1] > 100:
+            axis.set_yticks(range(0, 101, 20))
         finish(axis, runs, "epoch", label)
     return to_png(figure) if drawn else None
 

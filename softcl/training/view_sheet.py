@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from softcl.data import ImageSet, center_view, contact_sheet
+from softcl.evaluation.features import sampled
 from softcl.training.step import StepRandom, View
 
 SHEET = "views.png"
@@ -17,13 +18,12 @@ _SHOWN = 96  # pixels that an image is enlarged to at least
 def draw_views(
     path: Path, images: ImageSet, views: dict[str, View], size: int, count: int, seed: int
 ) -> None:
-    """Write a PNG with a row for each of `count` images, spread over the set.
+    """Write a PNG with a row for each of `count` images, drawn from the whole set.
 
     Columns: the whole image, then one draw of each view in the method's order, as in step 0; crops
     smaller than `size` are enlarged to it.
     """
-    count = min(count, len(images))
-    batch = images.batch(torch.arange(count) * len(images) // count).cpu()
+    batch = images.batch(sampled(len(images), count)).cpu()
     random = StepRandom(seed, 0, batch.device)
     columns = [center_view(batch, size, images.mean, images.std)]
     for name, view in views.items():
