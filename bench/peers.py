@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -126,38 +125,25 @@ def chunked(query, key, queue, rule, temperature, teacher_temperature, positive=
     return _KnownGradient.apply(query, loss, dquery)
 
 
-@dataclass
-class _Softmax:
-    """A finished softmax reduction, in the form that the label rules of the reference read."""
-
-    values: tuple[Tensor, Tensor]  # lse (N,), mean (N, D)
-
-    def lse(self) -> Tensor:
-        return self.values[0]
-
-    def mean(self) -> Tensor:
-        return self.values[1]
-
-
 def attention(query, key, queue, rule, temperature, teacher_temperature, positive=True):
     z, t = query.detach(), key
     rows = [z / temperature]
     if rule.needs_softmax:
         rows.append(t / teacher_temperature)
     lse, mean = _attention_statistics(torch.cat(rows), queue)
-    student, teacher = (_Softmax(x) for x in ((lse[: len(z)], mean[: len(z)]), (lse, mean)))
+    (lse, teacher_lse), (mean, teacher_mean) = ((x[: len(z)], x[len(z) :]) for x in (lse, mean))
     confidence = None
     if rule.needs_softmax:
-        teacher = _Softmax((lse[len(z) :], mean[len(z) :]))
-        entropy = teacher.lse() - (t * teacher.mean()).sum(1) / teacher_temperature
+        entropy = teacher_lse - (t * teacher_mean).sum(1) / teacher_temperature
         confidence = reference.confidence_of(entropy, len(queue))
     neighbor_logits, neighbors = _search(t, queue, rule.num_neighbors)
+    neighbor_logits /= teacher_temperature
     label_mean = reference.label_mean_of(
-        rule, t, teacher, confidence, neighbor_logits / teacher_temperature, queue[neighbors]
+        rule, t, teacher_lse, teacher_mean, confidence, neighbor_logits, queue[neighbors]
     )
     own = (z * t).sum(1) / temperature
-    total = torch.logaddexp(student.lse(), own) if positive else student.lse()
-    expected = student.mean() * (student.lse() - total).exp()[:, None]
+    total = torch.logaddexp(lse, own) if positive else lse
+    expected = mean * (lse - total).exp()[:, None]
     if positive:
         expected = expected + t * (own - total).exp()[:, None]
     loss = total - (z * label_mean).sum(1) / temperature
