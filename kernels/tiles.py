@@ -5,7 +5,9 @@ look-up, and never by timing at import or at the first call: the same call runs 
 every machine of a kind. `bench/tune_triton.py` times candidates on the GPU at hand and prints rows.
 
 No row has been timed yet. They are what ahead-of-time compilation leaves of the candidates that
-arithmetic suggests; tests/test_triton_aot.py holds every row to it. The arithmetic:
+arithmetic suggests; tests/test_triton_aot.py holds them to it, and with SOFTCL_AOT=full names the
+modes that still spill: fp32 queues at D = 256, most of D = 512, and on sm_100 the running maximum.
+The arithmetic:
 
 Rows. A program multiplies 64 rows or more, what one wgmma takes. As keys and values are one tile, a
 queue row brings 2 D bytes for 4 D FLOP per row, so 64 rows ask of L2 what attention asks with 128:

@@ -1,0 +1,100 @@
+"""Launches as a GPU would see them: a driver that loads nothing stands in for it."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from softcl.kernels import enqueue, launch  # noqa: E402
+from softcl.labels import AdaptiveSoftLabels, HardLabels  # noqa: E402
+from softcl.ops import triton as backend  # noqa: E402
+from softcl.testing import make_problem  # noqa: E402
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernel, grid and arguments of every launch, on a pretended H100."""
+    seen = []
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            self.name = metadata.name
+
+        def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+            seen.append((self.name, (x, y, z), arguments))
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 7,
+        launcher_cls=Launcher,
+        utils=SimpleNamespace(
+            load_binary=lambda *a: (1, 2, 255, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
+        ),
+    )
+    kept = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    monkeypatch.setattr(backend, "target_of", lambda device: ("sm_90", 132))
+    monkeypatch.setattr(launch, "_compiled", {})
+    yield seen
+    # Kernels compiled for the driver that goes must be neither unloaded nor launched by the next.
+    for compiled in launch._compiled.values():
+        compiled.module = None
+    for module in ("stream", "select", "finish", "enqueue"):
+        kernels = __import__(f"softcl.kernels.{module}", fromlist=["x"])
+        for value in vars(kernels).values():
+            if isinstance(value, triton.JITFunction):
+                value.device_caches.clear()
+    triton.runtime.driver._active = kept
+
+
+def plain(arguments):
+    """Numbers, and of tensors what a kernel depends on."""
+    return [(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        (HardLabels(), ["stream_kernel", "finish_kernel"]),
+        (AdaptiveSoftLabels(5), ["stream_kernel", "select_kernel", "finish_kernel"]),
+    ],
+    ids=["hard", "adaptive_soft"],
+)
+def test_two_or_three_launches_the_same_again(launches, rule, names):
+    """The second call goes past the compiler, with the very arguments of the first."""
+    p = make_problem(40, 500, 64, dtype=torch.bfloat16)
+    options = dict(positive=True, normalize=True, gradient=True, diagnostics=True)
+    for _ in range(2):
+        backend.soft_contrastive(p.query, p.key, p.queue, rule, 0.1, 0.05, **options)
+    assert [name for name, *_ in launches] == names * 2
+    assert len(launch._compiled) == len(names)
+    for first, again in zip(launches[: len(names)], launches[len(names) :], strict=True):
+        assert first[:2] == again[:2]
+        assert plain(first[2]) == plain(again[2])
+        assert len(first[2]) > 10 and isinstance(first[2][-1], tuple)
+
+
+def test_what_a_compilation_depends_on(launches):
+    """Another alignment, dtype or constant compiles anew; another number of keys does not."""
+    queue, refused = torch.zeros(64, 32), torch.zeros((), dtype=torch.int64)
+    keys = torch.ones(9 * 32 + 1)
+    for rows in (keys[:256].view(8, 32), keys[:128].view(4, 32)):
+        enqueue.launch(rows, queue, refused, 0, True)
+    assert len(launch._compiled) == 1
+    enqueue.launch(keys[1:257].view(8, 32), queue, refused, 0, True)
+    assert len(launch._compiled) == 2
+    enqueue.launch(keys[:256].view(8, 32).bfloat16(), queue, refused, 0, True)
+    enqueue.launch(keys[:256].view(8, 32), queue, refused, 0, False)
+    assert len(launch._compiled) == 4
+    assert [grid for _, grid, _ in launches] == [(1, 1, 1)] * 5
