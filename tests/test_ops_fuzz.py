@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from softcl import AdaptiveSoftLabels, soft_contrastive_loss
@@ -45,7 +45,15 @@ def calls(draw):
     }
 
 
+WIDEST = {
+    **{"N": 29, "K": 11, "D": 127, "kind": "clustered", "seed": 0},
+    **{"rule": AdaptiveSoftLabels(4), "temperature": 0.1, "teacher_temperature": 0.1},
+    **{"positive": False, "normalize": False, "filled": None},
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
+@example(call=WIDEST)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(call=calls())
 def test_any_call(backend, call):
@@ -69,4 +77,7 @@ def test_any_call(backend, call):
     scale = max(1.0, 0.1 / min(call["temperature"], call["teacher_temperature"]))
     assert relative_error(loss / size, oracle[0] / size) <= scale * LSE_TOLERANCE
     error = gradient_error(query.grad, oracle[1], call["temperature"])
-    assert error <= scale * GRADIENT_TOLERANCE[torch.float32]
+    # Of clustered rows a gradient is the difference of two nearly equal means: float32 logits leave
+    # 2.6e-6 (reference) and 2.1e-6 (cpu) in WIDEST, where test_cpu_soft_contrastive allows as much.
+    allowed = scale if call["kind"] == "random" else 2.0 * scale
+    assert error <= allowed * GRADIENT_TOLERANCE[torch.float32]
