@@ -45,7 +45,7 @@ def calls(draw):
     }
 
 
-WIDEST = {
+SHARP = {  # few rows, clustered: labels and gradients are small differences of rounded numbers
     **{"N": 29, "K": 11, "D": 127, "kind": "clustered", "seed": 0},
     **{"rule": AdaptiveSoftLabels(4), "temperature": 0.1, "teacher_temperature": 0.1},
     **{"positive": False, "normalize": False, "filled": None},
@@ -53,7 +53,7 @@ WIDEST = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@example(call=WIDEST)
+@example(call=SHARP)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(call=calls())
 def test_any_call(backend, call):
@@ -77,7 +77,7 @@ def test_any_call(backend, call):
     scale = max(1.0, 0.1 / min(call["temperature"], call["teacher_temperature"]))
     assert relative_error(loss / size, oracle[0] / size) <= scale * LSE_TOLERANCE
     error = gradient_error(query.grad, oracle[1], call["temperature"])
-    # Of clustered rows a gradient is the difference of two nearly equal means: float32 logits leave
-    # 2.6e-6 (reference) and 2.1e-6 (cpu) in WIDEST, where test_cpu_soft_contrastive allows as much.
+    # Clustered rows as in test_sharp_labels: over 720 such calls at temperatures of 0.1 the rounding
+    # of float32 cosines left 1e-6 in the median, in rare calls 5e-6 (cpu) and 8e-6 (reference).
     allowed = scale if call["kind"] == "random" else 2.0 * scale
     assert error <= allowed * GRADIENT_TOLERANCE[torch.float32]

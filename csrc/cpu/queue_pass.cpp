@@ -178,7 +178,7 @@ class Pass {
       Reduction& r = piece.reductions[i];
       r.rows = wanted.rows->strips + first_row * request_.dim;
       r.positive = wanted.positive == nullptr ? nullptr : wanted.positive + first_row;
-      r.scale = static_cast<float>(1.0 / (kLn2 * wanted.temperature));
+      r.scale = sweep_scale(wanted.temperature);
       r.has_softmax = wanted.has_softmax;
       r.has_mean = wanted.has_mean;
       task.reductions[i] = r;
@@ -285,6 +285,14 @@ class Pass {
 };
 
 }  // namespace
+
+float sweep_scale(double temperature) {
+  return static_cast<float>(1.0 / (kLn2 * temperature));
+}
+
+double sweep_temperature(double temperature) {
+  return 1.0 / (kLn2 * double(sweep_scale(temperature)));
+}
 
 void run_pass(const PassRequest& request, const FinishStrip& finish) {
   Pass(request, finish).run();

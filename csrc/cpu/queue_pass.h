@@ -38,6 +38,14 @@ struct PassRequest {
   ReductionRequest reductions[kMaxReductions];
 };
 
+/// log2(e) / temperature as the sweep has it, in fp32.
+float sweep_scale(double temperature);
+
+/// The temperature of which that is exact. Whatever is compared with a pass's sums uses this one:
+/// the rounding, 6e-8 of a logit of 10, would show where a label or a share of the positive is a
+/// small difference.
+double sweep_temperature(double temperature);
+
 /// The merged result of one reduction for the rows of one strip.
 struct StripResult {
   double lse[kMaxLanes];

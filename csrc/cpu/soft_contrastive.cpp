@@ -50,7 +50,9 @@ class SoftContrastive {
         kernels_(sweep_kernels()),
         strips_((params.num_queries + kernels_.lanes - 1) / kernels_.lanes),
         log_queue_size_(std::log(double(params.queue_size))),
-        num_neighbors_(neighbors_to_find(params)) {}
+        num_neighbors_(neighbors_to_find(params)),
+        temperature_(sweep_temperature(params.temperature)),
+        teacher_temperature_(sweep_temperature(params.teacher_temperature)) {}
 
   void run() {
     Arena measure;
@@ -166,10 +168,10 @@ class SoftContrastive {
     }
     double loss[kMaxLanes], queue_share[kMaxLanes], positive_share[kMaxLanes];
     for (int lane = 0; lane < lanes; ++lane) {
-      const double lse = student.lse[lane], logit = positive[lane] / p_.temperature;
+      const double lse = student.lse[lane], logit = positive[lane] / temperature_;
       const double total =
           p_.positive ? std::max(lse, logit) + std::log1p(std::exp(-std::abs(lse - logit))) : lse;
-      loss[lane] = total - labelled[lane] / p_.temperature;
+      loss[lane] = total - labelled[lane] / temperature_;
       queue_share[lane] = p_.positive ? std::exp(lse - total) : 1.0;
       positive_share[lane] = p_.positive ? std::exp(logit - total) : 0.0;
     }
@@ -222,7 +224,7 @@ class SoftContrastive {
         // The teacher's softmax, which only rules that have one read.
         const double probability =
             reads_softmax(p_.rule)
-                ? std::exp(double(neighbors[i].value) / p_.teacher_temperature - teacher.lse[lane])
+                ? std::exp(double(neighbors[i].value) / teacher_temperature_ - teacher.lse[lane])
                 : 0.0;
         const double weight = label_neighbor(p_.rule, confidence[lane], probability);
         if (weight == 0.0) continue;
@@ -240,7 +242,7 @@ class SoftContrastive {
                 const double* positive_share, const double* norm, double* expected) const {
     const int lanes = kernels_.lanes;
     const std::int64_t D = p_.dim;
-    const double inverse_temperature = 1.0 / p_.temperature;
+    const double inverse_temperature = 1.0 / temperature_;
     double along[kMaxLanes] = {};  // z . dz
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
@@ -292,6 +294,7 @@ class SoftContrastive {
   const std::int64_t strips_;
   const double log_queue_size_;
   const std::int64_t num_neighbors_;
+  const double temperature_, teacher_temperature_;
   Rows z_, t_;
   float* row_scratch_ = nullptr;   // (threads, D)
   double* label_means_ = nullptr;  // (threads, D, lanes)

@@ -39,8 +39,8 @@ constexpr std::int64_t kFlushTiles = 16;
 // Dimensions of a strip that all rows of a tile visit before the next ones: 16 KB stay in L1.
 constexpr std::int64_t kDimBlock = 4096 / kLanes;
 // Products summed one after the other; such sums are then added. Rounding grows with the length.
-constexpr std::int64_t kDimChain = 128;  // of S
-constexpr std::int64_t kRowChain = 96;   // of O
+constexpr std::int64_t kDimChain = 32;  // of S
+constexpr std::int64_t kRowChain = 24;  // of O
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;
@@ -271,14 +271,24 @@ void exponentiate(const Reduction& r, const Visit& visit, float* s) {
     sum[v] = weighted[v] = Vector{};
   }
   const float scale = r.scale;
-  for (std::int64_t j = 0; j < visit.rows; ++j) {
+  // Group by group: beside one large weight the roundings of many small ones, equal ones at that,
+  // would add up along one chain.
+  for (std::int64_t first = 0; first < visit.rows; first += kGroupRows) {
+    const std::int64_t end = smaller(first + kGroupRows, visit.rows);
+    Vector group_sum[kVectors] = {}, group_weighted[kVectors] = {};
+    for (std::int64_t j = first; j < end; ++j) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* p = s + j * kLanes + v * kWidth;
+        const Vector u = load(p) * scale - offset[v];
+        const Vector e = exp2(u);
+        group_sum[v] += e;
+        group_weighted[v] += e * u;
+        store(p, e);
+      }
+    }
     for (int v = 0; v < kVectors; ++v) {
-      float* p = s + j * kLanes + v * kWidth;
-      const Vector u = load(p) * scale - offset[v];
-      const Vector e = exp2(u);
-      sum[v] += e;
-      weighted[v] += e * u;
-      store(p, e);
+      sum[v] += group_sum[v];
+      weighted[v] += group_weighted[v];
     }
   }
   for (int v = 0; v < kVectors; ++v) {

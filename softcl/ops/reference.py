@@ -60,7 +60,7 @@ def queue_statistics(
         if sums:
             softmax.add(logits, rows)
     values, indices = nearest.result()
-    return softmax.lse(), softmax.mean(), softmax.entropy(), values, indices
+    return softmax.lse().to(dtype), softmax.mean(), softmax.entropy(), values, indices
 
 
 def queue_statistics_backward(
@@ -176,14 +176,19 @@ def soft_contrastive(
     if rule.needs_softmax:
         entropy = teacher.entropy()
         confidence = confidence_of(entropy, len(queue), excluded)
-    label_mean = t
+    # What is left is O(N n D) and subtracts nearly equal means: float64 as the scalars.
+    label_mean = t.to(positive_cosine.dtype)
     if rule.needs_softmax or rule.num_neighbors > 0:
-        teacher_mean = teacher.mean() if rule.needs_mean else None
+        numbers = (confidence, neighbor_logits, queue[neighbors])
         label_mean = label_mean_of(
-            rule, t, teacher.lse(), teacher_mean, confidence, neighbor_logits, queue[neighbors]
+            rule,
+            label_mean,
+            teacher.lse(),
+            teacher.mean().to(label_mean.dtype) if rule.needs_mean else None,
+            *(None if x is None else x.to(label_mean.dtype) for x in numbers),
         )
 
-    lse = student.lse().to(positive_cosine.dtype)
+    lse = student.lse()
     positive_logit = positive_cosine / temperature
     total = torch.logaddexp(lse, positive_logit) if positive else lse
     loss = (total - row_dot(z, label_mean) / temperature).to(dtype)
@@ -193,11 +198,12 @@ def soft_contrastive(
     if gradient:
         expected = student.mean()  # (N, D)
         if positive:
-            expected = expected * torch.exp(lse - total).to(dtype)[:, None]
-            expected = expected + t * torch.exp(positive_logit - total).to(dtype)[:, None]
+            expected = expected * torch.exp(lse - total)[:, None]
+            expected = expected + t * torch.exp(positive_logit - total)[:, None]
         dquery = (expected - label_mean) / temperature
         if normalize:
             dquery = (dquery - z * (z * dquery).sum(1, keepdim=True)) / norm
+        dquery = dquery.to(dtype)
     return (
         loss,
         dquery,
@@ -229,7 +235,7 @@ def label_mean_of(
         return w * t + (1.0 - w) * mean
     if rule.name == "adaptive_soft":
         mass = (confidence * n)[:, None]  # (N, 1), the paper's c K
-        shares = torch.exp(neighbor_logits - lse[:, None])  # (N, n)
+        shares = torch.exp(neighbor_logits - lse[:, None]).to(t.dtype)  # (N, n)
         # min(1, a q) differs from a q only where a q > 1; those rows are all among the n nearest.
         excess = (1.0 - mass * shares).clamp(max=0.0)
         total = 1.0 + mass + excess.sum(1, keepdim=True)
@@ -288,9 +294,12 @@ def unit_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of the rows, (N,), summed in float64 where the device has it."""
-    if a.device.type == "mps":
-        return (a * b).sum(1)
-    return (a * b).sum(1, dtype=torch.float64)
+    return (a * b).sum(1, dtype=scalar_dtype(a))
+
+
+def scalar_dtype(tensor: Tensor) -> torch.dtype:
+    """Of one number per row: float64 where the device has it."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -330,7 +339,9 @@ class RunningSoftmax:
         self.maximum = maximum
 
     def lse(self) -> Tensor:
-        return (self.maximum + self.sum.log()).squeeze(1)
+        # In float64: rounded to float32, a value of 10 would move every share taken of it by 5e-7.
+        dtype = scalar_dtype(self.sum)
+        return (self.maximum.to(dtype) + self.sum.to(dtype).log()).squeeze(1)
 
     def entropy(self) -> Tensor:
         # log sum - E[x - max]: both terms are small where lse - E[x] would cancel.
