@@ -77,7 +77,7 @@ def test_any_call(backend, call):
     scale = max(1.0, 0.1 / min(call["temperature"], call["teacher_temperature"]))
     assert relative_error(loss / size, oracle[0] / size) <= scale * LSE_TOLERANCE
     error = gradient_error(query.grad, oracle[1], call["temperature"])
-    # Clustered rows as in test_sharp_labels: over 720 such calls at temperatures of 0.1 the rounding
-    # of float32 cosines left 1e-6 in the median, in rare calls 5e-6 (cpu) and 8e-6 (reference).
+    # Clustered rows as in test_sharp_labels: over 720 such calls at temperatures of 0.1, rounding
+    # float32 sums left 1e-6 in the median, in rare calls 5e-6 (cpu) and 8e-6 (reference).
     allowed = scale if call["kind"] == "random" else 2.0 * scale
     assert error <= allowed * GRADIENT_TOLERANCE[torch.float32]
