@@ -11,6 +11,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from softcl.data import load_dataset
 from softcl.methods.ascl import DEFAULTS
@@ -62,7 +63,7 @@ def test_fifty_steps(labels, monkeypatch):
             results[backend] = loss.item(), leaf.grad
         (loss, gradient), (expected, expected_gradient) = results.values()
         error = gradient_error(gradient, expected_gradient)
-        differences.append((abs(loss - expected), error))
+        differences.append((abs(loss - expected), error, nearest_gap(key, rows, rule)))
         options["backend"] = fused.name
         return soft_contrastive_loss(query, key, rows, rule, **options)
 
@@ -72,6 +73,16 @@ def test_fifty_steps(labels, monkeypatch):
         batch = images.batch(torch.arange(32 * step, 32 * step + 32) % len(images))
         train_step(state, batch, views, seed=0, backend=fused.name)
     assert len(differences) == STEPS
-    losses, gradients = zip(*differences, strict=True)
+    # Which of two rows is the nearer is open below 1e-6; only hard choices among neighbours show it.
+    clear = [x for x in differences if labels == "soft" or x[2] > 1e-6]
+    assert len(clear) >= STEPS - 3
+    losses, gradients, _ = zip(*clear, strict=True)
     assert max(losses) < 1e-5
     assert max(gradients) < 1e-5
+
+
+def nearest_gap(key, rows, rule) -> float:
+    """The smallest difference between the last neighbour of a key and the first that is none."""
+    cosines = normalize(key.detach().double(), dim=1) @ rows.double().T
+    best = cosines.topk(rule.num_neighbors + 1, dim=1).values
+    return float((best[:, -2] - best[:, -1]).min())

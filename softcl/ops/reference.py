@@ -25,6 +25,9 @@ from softcl.ops.backends import Call
 
 # Elements of one piece of logits: 4 M keeps the temporaries at 16 MB in float32.
 PIECE_ELEMENTS = 1 << 22
+# Sums within a piece are of the vectors' precision, sums over pieces are float64: a float32 product
+# over 4096 rows at once, which BLAS may add one by one, has been seen 1e-5 off.
+PIECE_ROWS = 512
 NORM_FLOOR = 1e-12
 
 OPTIONS = frozenset({"excluded"})  # all there are
@@ -60,7 +63,8 @@ def queue_statistics(
         if sums:
             softmax.add(logits, rows)
     values, indices = nearest.result()
-    return softmax.lse().to(dtype), softmax.mean(), softmax.entropy(), values, indices
+    results = (softmax.lse(), softmax.mean(), softmax.entropy())
+    return *(x.to(dtype) for x in results), values, indices
 
 
 def queue_statistics_backward(
@@ -184,7 +188,7 @@ def soft_contrastive(
             rule,
             label_mean,
             teacher.lse(),
-            teacher.mean().to(label_mean.dtype) if rule.needs_mean else None,
+            teacher.mean() if rule.needs_mean else None,
             *(None if x is None else x.to(label_mean.dtype) for x in numbers),
         )
 
@@ -207,8 +211,8 @@ def soft_contrastive(
     return (
         loss,
         dquery,
-        confidence if diagnostics and confidence is not None else empty,
-        entropy if diagnostics and entropy is not None else empty.clone(),
+        confidence.to(dtype) if diagnostics and confidence is not None else empty,
+        entropy.to(dtype) if diagnostics and entropy is not None else empty.clone(),
         rank if diagnostics else rank[:0].clone(),
         neighbors if diagnostics else neighbors[:, :0].clone(),
     )
@@ -309,7 +313,7 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
 
 def pieces(queue: Tensor, num_rows: int, dtype: torch.dtype):
     """The queue in pieces of bounded work: (first row, rows in the dtype of the sums)."""
-    length = max(1, min(len(queue), PIECE_ELEMENTS // num_rows))
+    length = max(1, min(len(queue), PIECE_ROWS, PIECE_ELEMENTS // num_rows))
     for start in range(0, len(queue), length):
         yield start, queue[start : start + length].to(dtype)
 
@@ -319,29 +323,30 @@ class RunningSoftmax:
 
     def __init__(self, vectors: Tensor, with_mean: bool) -> None:
         n, d = vectors.shape
+        dtype = scalar_dtype(vectors)
         self.maximum = vectors.new_full((n, 1), -torch.inf)
-        self.sum = vectors.new_zeros((n, 1))
-        self.shifted = vectors.new_zeros((n, 1))  # sum of e (x - maximum)
-        self.rows = vectors.new_zeros((n, d)) if with_mean else None
+        self.sum = vectors.new_zeros((n, 1), dtype=dtype)
+        self.shifted = vectors.new_zeros((n, 1), dtype=dtype)  # sum of e (x - maximum)
+        self.rows = vectors.new_zeros((n, d), dtype=dtype) if with_mean else None
 
     def add(self, logits: Tensor, rows: Tensor) -> None:  # (N, piece), (piece, D)
         maximum = torch.maximum(self.maximum, logits.amax(1, keepdim=True))
         # exp(-inf) at the first piece is 0, so nothing is carried over from the empty state.
-        carry = torch.exp(self.maximum - maximum)
-        drop = torch.where(carry > 0, self.maximum - maximum, torch.zeros_like(carry))
+        drop = (self.maximum - maximum).to(self.sum.dtype)
+        carry = torch.exp(drop)
+        drop = torch.where(carry > 0, drop, torch.zeros_like(carry))
         below = logits - maximum
         weights = below.exp()
         self.shifted = carry * (self.shifted + drop * self.sum)
         self.shifted += (weights * below).sum(1, keepdim=True)
         self.sum = carry * self.sum + weights.sum(1, keepdim=True)
         if self.rows is not None:
-            self.rows = torch.addmm(carry * self.rows, weights, rows)
+            self.rows = carry * self.rows + weights @ rows
         self.maximum = maximum
 
     def lse(self) -> Tensor:
         # In float64: rounded to float32, a value of 10 would move every share taken of it by 5e-7.
-        dtype = scalar_dtype(self.sum)
-        return (self.maximum.to(dtype) + self.sum.to(dtype).log()).squeeze(1)
+        return (self.maximum + self.sum.log()).squeeze(1)
 
     def entropy(self) -> Tensor:
         # log sum - E[x - max]: both terms are small where lse - E[x] would cancel.
