@@ -73,7 +73,7 @@ def test_fifty_steps(labels, monkeypatch):
         batch = images.batch(torch.arange(32 * step, 32 * step + 32) % len(images))
         train_step(state, batch, views, seed=0, backend=fused.name)
     assert len(differences) == STEPS
-    # Which of two rows is the nearer is open below 1e-6; only hard choices among neighbours show it.
+    # Which of two rows is nearer is open below 1e-6; only hard choices among neighbours show it.
     clear = [x for x in differences if labels == "soft" or x[2] > 1e-6]
     assert len(clear) >= STEPS - 3
     losses, gradients, _ = zip(*clear, strict=True)
