@@ -99,6 +99,15 @@ def loss_rows(contender, query, key, queue, rule):
     )
 
 
+def keeps_weights(shape: Shape) -> bool:
+    """Whether the CPU backend does: then it is what the floor of all contenders counts."""
+    try:
+        from softcl import _C
+    except ImportError:
+        return False
+    return _C.cpu_keeps_weights(*shape, torch.get_num_threads())
+
+
 def check(step: Step, rows: torch.Tensor) -> None:
     """Hold some rows of a step's results to the oracle."""
     p, is_peer = step.problem, step.contender in PEERS or step.contender == AS_IT_COMES
@@ -151,7 +160,7 @@ def elsewhere(contender, spare):
 
 def bench_loss_and_gradient(benchmark, report, ceilings, elsewhere, shape, rule, contender):
     group = f"{shape} {rule.name}" + (f"({rule.num_neighbors})" if rule.num_neighbors else "")
-    cost = loss_cost(shape, rule)
+    cost = loss_cost(shape, rule, keeps_weights(shape))
     needed, free = eager_bytes(shape, rule), available_memory()
     if contender in ("eager", "compiled", AS_IT_COMES) and needed > 0.7 * free:
         note = f"not run: needs about {needed / 1e9:.0f} GB"
