@@ -120,6 +120,9 @@ def bench_search(benchmark, report, ceilings, work, contender):
     floor = cpu_floor(cost, limits) if limits else None
     report(Row(group, contender, seconds, cost.flop, floor))
     benchmark.extra_info.update(
+        shape=list(shape),
+        contender=contender,
+        num_neighbors=k,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         flop=cost.flop,

@@ -70,6 +70,12 @@ def cpu_floor(cost: Cost, ceilings: tuple[float, float]) -> float:
     return cost.flop / 2.0 / multiply_adds + cost.exponentials / exponentials
 
 
+def least_bytes(shape: Shape, element_bytes: int) -> float:
+    """Read once: queue, query and key; written once: losses and gradient."""
+    rows = shape.K + 3.0 * shape.N
+    return element_bytes * rows * shape.D + 4.0 * shape.N
+
+
 def eager_bytes(shape: Shape, rule: LabelRule) -> float:
     """About the peak memory of the N x K formula: so many float32 matrices live at once."""
     return 4.0 * shape.N * shape.K * (4 if rule.name == "hard" else 8)
