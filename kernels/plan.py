@@ -46,6 +46,7 @@ class Work:
     num_neighbors: int = 0
     normalize: bool = False
     ranks: bool = False
+    excluded: bool = False
     coldest: float = 0.1  # the smallest temperature in use
 
     @property
@@ -124,6 +125,7 @@ def make_plan(
     config = stream.Config(
         D=work.D,
         RAGGED=work.K % tile.block_k != 0,
+        EXCLUDED=work.excluded,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_D=block_d,
