@@ -54,6 +54,11 @@ class Work:
         return self.has_key and (self.teacher_softmax or self.num_neighbors > 0)
 
     @property
+    def cold(self) -> bool:
+        """The softmax needs a running maximum."""
+        return self.softmax and self.coldest < COLDEST_WITHOUT_MAXIMUM
+
+    @property
     def kind(self) -> str:
         """The products of one tile: what the tile table is indexed by."""
         if not self.visits_teacher:
@@ -97,7 +102,7 @@ def make_plan(
     splits: int | None = None,
 ) -> Plan:
     """The plan of a call. ``tile`` and ``splits`` override the table and the choice made here."""
-    tile = tile or find_tile(target, work.kind, work.precision, work.D)
+    tile = tile or find_tile(target, work.kind, work.precision, work.D, work.cold)
     layout = stream.STACKED if tile.stacked else stream.PAIRED
     if not work.visits_teacher:
         layout = stream.SINGLE
@@ -141,7 +146,7 @@ def make_plan(
         STUDENT=work.teacher_mean,
         MAXIMA=work.num_neighbors > 0,
         RANKS=work.ranks,
-        RUNNING_MAX=work.coldest < COLDEST_WITHOUT_MAXIMUM,
+        RUNNING_MAX=work.cold,
         ROWS_AT_ONCE=min(tile.block_n, max(1, numbers // block_d)),
         ROW_PARTS=1 if native_fp16 else row_parts,
         QUEUE_PARTS=queue_parts,
