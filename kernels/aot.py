@@ -109,6 +109,7 @@ def source(work: plan.Work, config: stream.Config) -> ASTSource:
         "first_ptr": rows,
         "second_ptr": rows,
         "queue_ptr": POINTERS[work.queue_dtype],
+        "excluded_ptr": "*i64",
         "unit_ptr": rows,
         "parts_ptr": "*bf16",
         "sums_ptr": fp32,

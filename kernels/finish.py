@@ -41,6 +41,7 @@ class Config(NamedTuple):
     BLOCK_J: int  # neighbours in flight together
     RULE: int
     POSITIVE: bool
+    EXCLUDED: bool
     NORMALIZE: bool
     GRADIENT: bool
     DIAGNOSTICS: bool
@@ -66,6 +67,7 @@ def finish_kernel(
     sums_ptr,  # (splits, SLOTS, num_rows)
     means_ptr,  # (splits, num_rows, D)
     ranks_ptr,  # (splits, N)
+    excluded_ptr,  # (N,) int64, read if EXCLUDED
     neighbor_logits_ptr,  # (N, n) in base 2
     neighbor_indices_ptr,  # (N, n)
     loss_ptr,  # (N,) out
@@ -81,6 +83,7 @@ def finish_kernel(
     teacher_scale,
     inverse_temperature,
     inverse_log_K,  # 1 / ln K; 0 for a queue of one row
+    inverse_log_rest,  # of a queue of one row less
     positive_weight,
     C: tl.constexpr,  # Config
 ):
@@ -104,6 +107,9 @@ def finish_kernel(
             C.D, C.BLOCK_D,
         )  # fmt: skip
         entropy = entropy * LN2
+        if C.EXCLUDED:
+            one_less = tl.load(excluded_ptr + n) >= 0
+            inverse_log_K = tl.where(one_less, inverse_log_rest, inverse_log_K)
         confidence = 1.0 - entropy * inverse_log_K
         confidence = tl.clamp(confidence, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         confidence = tl.where(inverse_log_K > 0.0, confidence, 0.0)
@@ -188,6 +194,7 @@ def finish_loss(
     temperature: float,
     scales: tuple[float, float],  # log2(e) / temperature of student and teacher
     plan,  # plan.Plan of the streaming kernel
+    excluded: torch.Tensor | None,  # (N,) int64
     *,
     positive: bool,
     gradient: bool,
@@ -205,6 +212,7 @@ def finish_loss(
         else 1,
         RULE=RULE_CODES[rule.name],
         POSITIVE=positive,
+        EXCLUDED=c.EXCLUDED,
         NORMALIZE=c.NORMALIZE,
         GRADIENT=gradient,
         DIAGNOSTICS=diagnostics,
@@ -222,10 +230,10 @@ def finish_loss(
     confidence, entropy = empty(shown), empty(shown)
     rank = empty(N if diagnostics else 0, dtype=torch.int64)
     arguments = (
-        query, z, t, queue, streamed.sums, streamed.means, streamed.ranks, neighbor_logits,
-        neighbor_indices, loss, dquery, confidence, entropy, rank, N, N * plan.num_rows,
-        plan.splits, rule.num_neighbors, *scales, 1.0 / temperature,
-        1.0 / math.log(K) if K > 1 else 0.0, float(rule.positive_weight),
+        query, z, t, queue, streamed.sums, streamed.means, streamed.ranks,
+        queue if excluded is None else excluded, neighbor_logits, neighbor_indices, loss, dquery,
+        confidence, entropy, rank, N, N * plan.num_rows, plan.splits, rule.num_neighbors, *scales,
+        1.0 / temperature, inverse_log(K), inverse_log(K - 1), float(rule.positive_weight),
     )  # fmt: skip
     launch_kernel(finish_kernel, (N, 1), arguments, (config,), num_warps=4)
     return loss, dquery, confidence, entropy, rank
@@ -245,6 +253,11 @@ def finish_statistics(
     constants = (block_s, c.RUNNING_MAX, c.WEIGHT_PARTS, c.D, c.BLOCK_D)
     launch_kernel(statistics_kernel, (N, 1), arguments, constants, num_warps=4)
     return lse, mean, entropy
+
+
+def inverse_log(rows: int) -> float:
+    """1 / ln(rows), or 0 for one row alone, which says nothing about relations."""
+    return 1.0 / math.log(rows) if rows > 1 else 0.0
 
 
 def block_of_splits(splits: int, block_d: int) -> int:

@@ -46,11 +46,17 @@ class Work:
     num_neighbors: int = 0
     normalize: bool = False
     ranks: bool = False
+    excluded: bool = False
     coldest: float = 0.1  # the smallest temperature in use
 
     @property
     def visits_teacher(self) -> bool:
         return self.has_key and (self.teacher_softmax or self.num_neighbors > 0)
+
+    @property
+    def cold(self) -> bool:
+        """The softmax needs a running maximum."""
+        return self.softmax and self.coldest < COLDEST_WITHOUT_MAXIMUM
 
     @property
     def kind(self) -> str:
@@ -96,7 +102,7 @@ def make_plan(
     splits: int | None = None,
 ) -> Plan:
     """The plan of a call. ``tile`` and ``splits`` override the table and the choice made here."""
-    tile = tile or find_tile(target, work.kind, work.precision, work.D)
+    tile = tile or find_tile(target, work.kind, work.precision, work.D, work.cold)
     layout = stream.STACKED if tile.stacked else stream.PAIRED
     if not work.visits_teacher:
         layout = stream.SINGLE
@@ -124,6 +130,7 @@ def make_plan(
     config = stream.Config(
         D=work.D,
         RAGGED=work.K % tile.block_k != 0,
+        EXCLUDED=work.excluded,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_D=block_d,
@@ -139,7 +146,7 @@ def make_plan(
         STUDENT=work.teacher_mean,
         MAXIMA=work.num_neighbors > 0,
         RANKS=work.ranks,
-        RUNNING_MAX=work.coldest < COLDEST_WITHOUT_MAXIMUM,
+        RUNNING_MAX=work.cold,
         ROWS_AT_ONCE=min(tile.block_n, max(1, numbers // block_d)),
         ROW_PARTS=1 if native_fp16 else row_parts,
         QUEUE_PARTS=queue_parts,

@@ -8,8 +8,15 @@ holds nothing above its maximum, and k columns at least as good are among those 
     3. pick the k best of those and put each in its place.
 
 Picking is a search for the k-th largest value by bisection over fp32's ordered bit patterns: at
-most 32 counting passes, whatever k is, and no sort. Equal values go by lowest position. Places are
-counted too, k^2 comparisons per row.
+most 32 counting passes, whatever k is, and no sort. Places are counted too, k^2 comparisons per
+row.
+
+Ties. Equal cosines go by lowest queue row. Where more chunks than there is room for equal the k-th
+largest maximum T, a second search picks those that come first. The 4 CHUNK_GROUPS chunks of one run
+of tiles interleave, and are kept or left together: a run that is left comes after r runs' chunks
+equal to T, r the places that those above T leave, and each of these holds a row equal to T that is
+lower than all of the run's. So at most k - 1 + 4 CHUNK_GROUPS chunks are kept, and k where nothing
+ties.
 
 Tiling: BLOCK_N rows per program, side by side. Traffic per row: the maxima once from HBM (the
 passes after the first hit L1), and k * CHUNK_COLUMNS queue rows from L2.
@@ -27,6 +34,9 @@ from .numerics import INTERPRET, widen
 # What a NaN, or minus infinity, counts as: below every cosine, above what is not a column at all.
 WORST = tl.constexpr(-1e20)
 
+# Halvings that search among 2^30 rows, the most there are.
+SEARCH_STEPS = tl.constexpr(30)
+
 
 class Config(NamedTuple):
     """What one compilation of the kernel is specialised to. Integers only."""
@@ -37,6 +47,7 @@ class Config(NamedTuple):
     CHUNK_GROUPS: int
     TILES_PER_CHUNK: int
     CHUNK_COLUMNS: int
+    EXCLUDED: bool  # one column of each row takes no part
     BLOCK_N: int  # rows per program
     BLOCK_C: int  # values of a row counted together
     BLOCK_J: int  # candidates of a row multiplied together
@@ -52,65 +63,12 @@ def key_of(x):
 
 
 @triton.jit
-def load_keys(values_ptrs, start, length, rows_mask, BLOCK: tl.constexpr):
+def load_keys(values_ptrs, start, lengths, rows_mask, BLOCK: tl.constexpr):
     """Keys (R, BLOCK) of one stretch of the rows' values, and which of them exist."""
     i = start + tl.arange(0, BLOCK)[None, :]
-    exist = rows_mask & (i < length)
+    exist = rows_mask & (i < lengths)
     x = tl.load(values_ptrs + i, mask=exist, other=0.0)
     return key_of(tl.where(x == x, x, WORST)), exist
-
-
-@triton.jit
-def pick_largest(
-    values_ptrs,  # (R, 1) the first value of each row
-    length,
-    count,
-    out_ptrs,  # (R, 1) room for `count` positions each
-    rows_mask,  # (R, 1)
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the positions of every row's ``count`` <= ``length`` largest values, ascending."""
-    smallest = tl.full([R, BLOCK], 0x7FFFFFFF, tl.int32)
-    largest = tl.full([R, BLOCK], -0x80000000, tl.int32)
-    for start in tl.range(0, length, BLOCK):
-        keys, exist = load_keys(values_ptrs, start, length, rows_mask, BLOCK)
-        smallest = tl.minimum(smallest, tl.where(exist, keys, 0x7FFFFFFF))
-        largest = tl.maximum(largest, tl.where(exist, keys, -0x80000000))
-    # At least `count` keys reach `low`, `above` of them and fewer than `count` reach `high`.
-    low = tl.min(smallest, 1, keep_dims=True).to(tl.int64)
-    high = tl.max(largest, 1, keep_dims=True).to(tl.int64) + 1
-    above = tl.zeros([R, 1], tl.int32)
-    open_rows = tl.max((rows_mask & (high - low > 1)).to(tl.int32))
-    while open_rows > 0:
-        middle = low + (high - low) // 2
-        counts = tl.zeros([R, BLOCK], tl.int32)
-        for start in tl.range(0, length, BLOCK):
-            keys, exist = load_keys(values_ptrs, start, length, rows_mask, BLOCK)
-            counts += (exist & (keys >= middle.to(tl.int32))).to(tl.int32)
-        reached = tl.sum(counts, 1, keep_dims=True)
-        # Exactly enough: nothing equals `high` - 1 = `low`, and the search of this row is over.
-        low = tl.where(reached >= count, middle, low)
-        low = tl.where(reached == count, middle - 1, low)
-        above = tl.where(reached <= count, reached, above)
-        high = tl.where(reached <= count, middle, high)
-        open_rows = tl.max((rows_mask & (high - low > 1)).to(tl.int32))
-
-    # Keys above `low` are in; of those equal to it, the first ones.
-    taken = tl.zeros([R, 1], tl.int32)
-    equal_seen = tl.zeros([R, 1], tl.int32)
-    for start in tl.range(0, length, BLOCK):
-        keys, exist = load_keys(values_ptrs, start, length, rows_mask, BLOCK)
-        wide = keys.to(tl.int64)
-        equal = (exist & (wide == low)).to(tl.int32)
-        rank = equal_seen + tl.cumsum(equal, 1) - equal
-        chosen = (exist & (wide > low)) | ((equal == 1) & (rank < count - above))
-        ones = chosen.to(tl.int32)
-        position = taken + tl.cumsum(ones, 1) - ones
-        i = start + tl.zeros([R, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
-        tl.store(out_ptrs + position, i, mask=chosen)
-        taken += tl.sum(ones, 1, keep_dims=True)
-        equal_seen += tl.sum(equal, 1, keep_dims=True)
 
 
 @triton.jit
@@ -132,6 +90,89 @@ def candidate_columns(chunks_ptrs, i, mask, C: tl.constexpr):
 
 
 @triton.jit
+def tie_break(chunks_ptrs, i, mask, CHUNKS: tl.constexpr, C: tl.constexpr):
+    """What equal values go by, lowest first: a chunk's run of tiles, or a candidate's queue row."""
+    if CHUNKS:
+        return i // (4 * C.CHUNK_GROUPS)
+    else:
+        return candidate_columns(chunks_ptrs, i, mask, C)
+
+
+@triton.jit
+def pick_largest(
+    values_ptrs,  # (R, 1) the first value of each row
+    lengths,  # (R, 1) values of each row
+    longest,  # the largest length
+    count,  # <= every length
+    out_ptrs,  # (R, 1) the first position written of each row
+    rows_mask,  # (R, 1)
+    chunks_ptrs,  # (R, 1) the chunks that the values belong to, unless CHUNKS
+    last,  # no tie-break is above it
+    CHUNKS: tl.constexpr,  # the values are all chunks' maxima
+    C: tl.constexpr,  # Config
+):
+    """Write the positions of every row's ``count`` largest values, ascending; how many (R, 1).
+
+    Equal ones go by `tie_break`; there are more than ``count`` where that ties too.
+    """
+    R: tl.constexpr = C.BLOCK_N
+    BLOCK: tl.constexpr = C.BLOCK_C
+    smallest = tl.full([R, BLOCK], 0x7FFFFFFF, tl.int32)
+    largest = tl.full([R, BLOCK], -0x80000000, tl.int32)
+    for start in tl.range(0, longest, BLOCK):
+        keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
+        smallest = tl.minimum(smallest, tl.where(exist, keys, 0x7FFFFFFF))
+        largest = tl.maximum(largest, tl.where(exist, keys, -0x80000000))
+    # At least `count` keys reach `low`, `above` of them and fewer than `count` reach `high`.
+    low = tl.min(smallest, 1, keep_dims=True).to(tl.int64)
+    high = tl.max(largest, 1, keep_dims=True).to(tl.int64) + 1
+    above = tl.zeros([R, 1], tl.int32)
+    open_rows = tl.max((rows_mask & (high - low > 1)).to(tl.int32))
+    while open_rows > 0:
+        middle = low + (high - low) // 2
+        counts = tl.zeros([R, BLOCK], tl.int32)
+        for start in tl.range(0, longest, BLOCK):
+            keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
+            counts += (exist & (keys >= middle.to(tl.int32))).to(tl.int32)
+        reached = tl.sum(counts, 1, keep_dims=True)
+        # Exactly enough: nothing equals `high` - 1 = `low`, and the search of this row is over.
+        low = tl.where(reached >= count, middle, low)
+        low = tl.where(reached == count, middle - 1, low)
+        above = tl.where(reached <= count, reached, above)
+        high = tl.where(reached <= count, middle, high)
+        open_rows = tl.max((rows_mask & (high - low > 1)).to(tl.int32))
+
+    # Keys above `low` are in; of those equal to it, the ones that go before the others: fewer than
+    # are wanted have a tie-break up to `before`, enough have one up to `until`.
+    before = tl.full([R, 1], -1, tl.int32)
+    until = tl.where(above < count, last, -1)
+    tied = tl.max((rows_mask & (until - before > 1)).to(tl.int32))
+    for _ in tl.range(0, tied * SEARCH_STEPS):
+        middle = before + (until - before + 1) // 2
+        counts = tl.zeros([R, BLOCK], tl.int32)
+        for start in tl.range(0, longest, BLOCK):
+            keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
+            order = tie_break(chunks_ptrs, start + tl.arange(0, BLOCK)[None, :], exist, CHUNKS, C)
+            counts += (exist & (keys == low.to(tl.int32)) & (order <= middle)).to(tl.int32)
+        enough = tl.sum(counts, 1, keep_dims=True) >= count - above
+        until = tl.where(enough, middle, until)
+        before = tl.where(enough, before, middle)
+
+    taken = tl.zeros([R, 1], tl.int32)
+    for start in tl.range(0, longest, BLOCK):
+        keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
+        i = start + tl.zeros([R, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
+        first = tie_break(chunks_ptrs, i, exist, CHUNKS, C) <= until
+        wide = keys.to(tl.int64)
+        chosen = exist & ((wide > low) | ((wide == low) & first))
+        ones = chosen.to(tl.int32)
+        position = taken + tl.cumsum(ones, 1) - ones
+        tl.store(out_ptrs + position, i, mask=chosen)
+        taken += tl.sum(ones, 1, keep_dims=True)
+    return taken
+
+
+@triton.jit
 def picked_column(picked_ptrs, cosines_ptrs, chunks_ptrs, j, mask, K, C: tl.constexpr):
     """Cosine and queue row of the j-th picked candidates."""
     i = tl.load(picked_ptrs + j, mask=mask, other=0)
@@ -139,13 +180,14 @@ def picked_column(picked_ptrs, cosines_ptrs, chunks_ptrs, j, mask, K, C: tl.cons
     return tl.load(cosines_ptrs + i, mask=mask, other=0.0), column
 
 
-@triton.jit(do_not_specialize=["N", "K", "k", "num_chunks", "num_kept"])
+@triton.jit(do_not_specialize=["N", "K", "k", "num_chunks", "room"])
 def select_kernel(
     vectors_ptr,  # (N, D)
     queue_ptr,  # (K, D)
     maxima_ptr,  # (N, num_chunks)
-    chunks_ptr,  # (N, num_kept) scratch
-    cosines_ptr,  # (N, num_kept CHUNK_COLUMNS) scratch
+    excluded_ptr,  # (N,) int64, read if EXCLUDED
+    chunks_ptr,  # (N, room) scratch
+    cosines_ptr,  # (N, room CHUNK_COLUMNS) scratch
     picked_ptr,  # (N, k) scratch
     logits_ptr,  # (N, k) out: factor v.Q_j, descending
     indices_ptr,  # (N, k) out, int64
@@ -153,7 +195,7 @@ def select_kernel(
     K,
     k,
     num_chunks,
-    num_kept,  # min(k, num_chunks)
+    room,  # chunks that can be kept
     factor,
     C: tl.constexpr,  # Config
 ):
@@ -162,29 +204,41 @@ def select_kernel(
     n_mask = n < N
     n = n.to(tl.int64)[:, None]
     rows_mask = n_mask[:, None]
-    num_columns = num_kept * C.CHUNK_COLUMNS
     maxima_ptrs = maxima_ptr + n * num_chunks
-    chunks_ptrs = chunks_ptr + n * num_kept
-    cosines_ptrs = cosines_ptr + n * num_columns
+    chunks_ptrs = chunks_ptr + n * room
+    cosines_ptrs = cosines_ptr + n * (room * C.CHUNK_COLUMNS)
     picked_ptrs = picked_ptr + n * k
-    pick_largest(maxima_ptrs, num_chunks, num_kept, chunks_ptrs, rows_mask, R, C.BLOCK_C)
+    all_chunks = tl.zeros([R, 1], tl.int32) + num_chunks
+    num_kept = pick_largest(
+        maxima_ptrs, all_chunks, num_chunks, tl.minimum(k, num_chunks), chunks_ptrs, rows_mask,
+        chunks_ptrs, (num_chunks - 1) // (4 * C.CHUNK_GROUPS), True, C,
+    )  # fmt: skip
     tl.debug_barrier()  # what other threads of the program wrote
+    num_columns = num_kept * C.CHUNK_COLUMNS
+    most_columns = tl.max(tl.where(rows_mask, num_columns, 0))
 
     d = tl.arange(0, C.BLOCK_D)[None, None, :]
     v_mask = rows_mask[:, :, None] & (d < C.D)
     v = widen(tl.load(vectors_ptr + n[:, :, None] * C.D + d, mask=v_mask, other=0.0))
-    for start in tl.range(0, num_columns, C.BLOCK_J):
+    if C.EXCLUDED:
+        excluded = tl.load(excluded_ptr + n, mask=rows_mask, other=-1).to(tl.int32)
+    for start in tl.range(0, most_columns, C.BLOCK_J):
         i = start + tl.arange(0, C.BLOCK_J)[None, :]
         mask = rows_mask & (i < num_columns)
         column = candidate_columns(chunks_ptrs, i, mask, C)
         inside = mask & (column < K)
+        if C.EXCLUDED:
+            inside = inside & (column != excluded)
         q_ptrs = queue_ptr + column.to(tl.int64)[:, :, None] * C.D + d
         q = widen(tl.load(q_ptrs, mask=inside[:, :, None] & (d < C.D), other=0.0))
         x = tl.sum(q * v, 2)  # (R, BLOCK_J)
         x = tl.where(x == x, tl.maximum(x, WORST), WORST)
         tl.store(cosines_ptrs + i, tl.where(inside, x, float("-inf")), mask=mask)
     tl.debug_barrier()
-    pick_largest(cosines_ptrs, num_columns, k, picked_ptrs, rows_mask, R, C.BLOCK_C)
+    pick_largest(
+        cosines_ptrs, num_columns, most_columns, k, picked_ptrs, rows_mask, chunks_ptrs, K - 1,
+        False, C,
+    )  # fmt: skip
     tl.debug_barrier()
 
     # Every one's place is the number of those before it: by value, then by lowest row.
@@ -219,11 +273,12 @@ def launch(
     k: int,
     factor: float,
     plan,  # plan.Plan of the streaming kernel
+    excluded: torch.Tensor | None = None,  # (N,) int64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(factor v.Q_j, descending, (N, k) fp32) and (j, (N, k) int64) of the k nearest rows."""
     c = plan.config
     N = vectors.shape[0]
-    num_kept = min(k, plan.num_chunks)
+    room = min(k - 1 + 4 * c.CHUNK_GROUPS, plan.num_chunks)
     block_top = max(2, 1 << (k - 1).bit_length())
     config = Config(
         D=c.D,
@@ -232,6 +287,7 @@ def launch(
         CHUNK_GROUPS=c.CHUNK_GROUPS,
         TILES_PER_CHUNK=c.TILES_PER_CHUNK,
         CHUNK_COLUMNS=plan.chunk_columns,
+        EXCLUDED=c.EXCLUDED,
         BLOCK_N=ROWS,
         BLOCK_C=max(16, min(1024, 1 << (plan.num_chunks - 1).bit_length())),
         BLOCK_J=max(1, ELEMENTS // (ROWS * c.BLOCK_D)),
@@ -239,14 +295,14 @@ def launch(
         BLOCK_OTHERS=min(block_top, max(1, ELEMENTS // (ROWS * block_top))),
     )
     device = vectors.device
-    chunks = torch.empty((N, num_kept), device=device, dtype=torch.int32)
-    cosines = torch.empty((N, num_kept * plan.chunk_columns), device=device, dtype=torch.float32)
+    chunks = torch.empty((N, room), device=device, dtype=torch.int32)
+    cosines = torch.empty((N, room * plan.chunk_columns), device=device, dtype=torch.float32)
     picked = torch.empty((N, k), device=device, dtype=torch.int32)
     logits = torch.empty((N, k), device=device, dtype=torch.float32)
     indices = torch.empty((N, k), device=device, dtype=torch.int64)
     arguments = (
-        vectors, queue, maxima, chunks, cosines, picked, logits, indices, N, queue.shape[0], k,
-        plan.num_chunks, num_kept, factor,
+        vectors, queue, maxima, queue if excluded is None else excluded, chunks, cosines, picked,
+        logits, indices, N, queue.shape[0], k, plan.num_chunks, room, factor,
     )  # fmt: skip
     launch_kernel(select_kernel, (-(-N // ROWS), 1), arguments, (config,), num_warps=4)
     return logits, indices

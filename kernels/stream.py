@@ -38,8 +38,8 @@ SINGLE = tl.constexpr(0)
 PAIRED = tl.constexpr(1)
 STACKED = tl.constexpr(2)
 
-# The cosine of a column past the end of the queue: no weight, no rank, the least of its chunk. It
-# is finite, so that a weight of zero times it is zero.
+# The cosine of a column past the end of the queue, or of an excluded one: no weight, no rank, the
+# least of its chunk. It is finite, so that a weight of zero times it is zero.
 ABSENT = tl.constexpr(-1e30)
 
 
@@ -48,6 +48,7 @@ class Config(NamedTuple):
 
     D: int
     RAGGED: bool  # the last tile reaches past the end of the queue
+    EXCLUDED: bool  # one column of each row takes no part
     BLOCK_N: int  # samples per program
     BLOCK_K: int  # queue rows per tile
     BLOCK_D: int  # D rounded up to a power of two
@@ -123,6 +124,7 @@ def visit_tile(
     second_scale,
     is_second,  # (M,) in STACKED: which rows are teachers
     positive,  # (M,) what z.Q must exceed to outrank z.t, read if RANKS
+    excluded,  # (M,) the column that takes no part, read if EXCLUDED
     queue_ptr,
     K,
     maxima_ptr,  # of the row block's first row
@@ -144,6 +146,11 @@ def visit_tile(
             exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
             cosines = tl.where(exists, cosines, ABSENT)
             teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
+
+    if C.EXCLUDED:
+        takes_part = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K))[None, :] != excluded[:, None]
+        cosines = tl.where(takes_part, cosines, ABSENT)
+        teacher_cosines = tl.where(takes_part, teacher_cosines, ABSENT)
 
     if C.RANKS:
         ranks += fold_sum((cosines > positive[:, None]).to(tl.int32), C.SUM_GROUPS)
@@ -178,6 +185,7 @@ def stream_kernel(
     first_ptr,  # (N, D) query, or the vectors
     second_ptr,  # (N, D) key
     queue_ptr,  # (K, D)
+    excluded_ptr,  # (N,) int64, read if EXCLUDED
     unit_ptr,  # (2 N, D) normalised rows, out, with NORMALIZE; (N, D) without a key
     parts_ptr,  # (ROW_PARTS, 2 N, D) rows in bf16 parts, out, with ROW_PARTS > 1
     sums_ptr,  # (splits, SLOTS, rows) out; rows: N of the first, then N of the second
@@ -219,6 +227,9 @@ def stream_kernel(
     positive = tl.zeros([M], tl.float32)
     if C.RANKS:
         positive = positive_cosines(first_ptr, second_ptr, n, n_mask, is_second, C)
+    excluded = tl.zeros([M], tl.int32)
+    if C.EXCLUDED:
+        excluded = tl.load(excluded_ptr + n, mask=n_mask, other=-1).to(tl.int32)
     if C.ROW_PARTS > 1:
         first_ptr = parts_ptr
         second_ptr = parts_ptr + second_offset
@@ -250,8 +261,8 @@ def stream_kernel(
     end = tl.minimum(start + tiles_per_split, tl.cdiv(K, C.BLOCK_K))
     for tile in tl.range(start, end, num_stages=C.NUM_STAGES):
         state = visit_tile(
-            state, tile, first, second, scale, second_scale, is_second, positive, queue_ptr, K,
-            maxima_ptr, maxima_offsets, maxima_mask[:, None, None], C,
+            state, tile, first, second, scale, second_scale, is_second, positive, excluded,
+            queue_ptr, K, maxima_ptr, maxima_offsets, maxima_mask[:, None, None], C,
         )  # fmt: skip
 
     first_sums, second_sums, _, ranks = state
@@ -292,6 +303,7 @@ def launch(
     first_scale: float,  # log2(e) / temperature
     second_scale: float,
     plan,  # plan.Plan
+    excluded: torch.Tensor | None = None,  # (N,) int64
 ) -> Streamed:
     """Allocate the workspace and launch. Nothing waits for the device."""
     c = plan.config
@@ -309,8 +321,9 @@ def launch(
         empty((plan.splits, N) if c.RANKS else (0,), dtype=torch.int32),
     )
     arguments = (
-        first, first if second is None else second, queue, *out, N, queue.shape[0],
-        first_scale, second_scale, plan.tiles_per_split, plan.num_chunks // 4,
+        first, first if second is None else second, queue,
+        queue if excluded is None else excluded, *out, N, queue.shape[0], first_scale,
+        second_scale, plan.tiles_per_split, plan.num_chunks // 4,
     )  # fmt: skip
     grid = plan.row_blocks, plan.splits
     launch_kernel(

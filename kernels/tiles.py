@@ -6,7 +6,10 @@ every machine of a kind. `bench/tune_triton.py` times candidates on the GPU at h
 
 No row has been timed yet. They are what ahead-of-time compilation leaves of the candidates that
 arithmetic suggests; tests/test_triton_aot.py holds them to it, and with SOFTCL_AOT=full names the
-modes that still spill: fp32 queues at D = 256, most of D = 512, and on sm_100 the running maximum.
+modes that spill: most of D = 512, and fp32 queues at D = 256. There sums (64, 256) take 128 of 255
+registers on sm_90, and with rows of 16 bits a tile on its way into three parts more than is left:
+16 to 290 bytes a thread spill in every shape of 64 and 128 rows tried, and smaller ones have no
+wgmma. On sm_100 mma.sync spills up to 530 bytes, in every shape of 16 and 32 rows tried.
 The arithmetic:
 
 Rows. A program multiplies 64 rows or more, what one wgmma takes. As keys and values are one tile, a
@@ -22,6 +25,10 @@ STACKED tiles (both kinds of rows get both products) where labels are dense, and
 (two products for student rows, one for teacher rows) have no room for both operands.
 Stages. Three where shared memory still holds two programs, else two. One (mixed labels, bf16,
 D = 256, sm_90) where the addresses of a second would spill: the other program covers the wait.
+tcgen05.mma. Triton gives every product that is added to a sum a copy of it in tensor memory, of
+BLOCK_D of the 512 columns, and cosines and weights need some too. At D = 256 two copies leave no
+room: only mixed bf16 labels, with one product, and searches have it; hard ones share their row with
+the statistics, which take two. The others take mma.sync.
 """
 
 from __future__ import annotations
@@ -74,7 +81,8 @@ SHARED_MEMORY = {
     "gfx942": 64 << 10,
 }
 
-# By target: the tiles of each kind and precision of plan.Work, for D up to 64, 128, 256 and 512.
+# By target: the tiles of each kind and precision of plan.Work, for D up to 64, 128, 256 and 512. A
+# running maximum has "cold" rows of its own where it takes other tiles.
 TABLE = {
     "sm_80": parse("""
 search bf16  128x64/4/3/2   128x64/8/3/1   64x64/4/2/1    64x32/8/2/1
@@ -107,16 +115,19 @@ dense  fp32  s32x32/4/2/2   s32x32/4/2/2   s32x16/4/2/1   s16x16/8/1/1
     "sm_100": parse("""
 search bf16  128x128/8/3/1  128x64/8/3/1   128x64/8/2/1   128x32/8/2/1
 search fp16  128x64/8/2/1   128x32/8/2/1   64x32/4/2/1    64x16/4/2/1
-search fp32  32x32/4/2/2    32x16/4/2/2    32x16/8/2/1    32x16/8/1/1
+search fp32  32x32/4/2/2    32x16/4/2/2    64x32/8/2/1    32x16/8/1/1
 single bf16  128x64/8/3/1   128x64/8/3/1   32x32/4/2/2    32x32/8/2/1
-single fp16  32x16/4/2/2    32x32/4/2/2    32x16/4/2/2    32x16/8/2/1
+single fp16  64x32/8/2/1    64x32/8/2/1    16x32/8/2/1    32x16/8/2/1
 single fp32  32x16/4/2/2    32x16/8/2/1    32x16/8/2/1    32x16/8/1/1
 mixed  bf16  128x64/8/3/1   128x64/8/3/1   128x32/8/2/1   s16x32/8/2/1
-mixed  fp16  128x32/8/2/1   s16x32/4/2/2   s16x16/4/2/2   s16x16/8/2/1
-mixed  fp32  s16x32/4/2/2   s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
+mixed  fp16  64x32/8/2/1    64x32/8/2/1    s8x32/8/2/1    s16x16/8/2/1
+mixed  fp32  64x32/8/2/1    s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
 dense  bf16  s64x32/8/3/1   s64x32/8/3/1   s16x32/4/2/2   s16x32/8/2/1
-dense  fp16  s16x32/4/2/2   s16x32/4/2/2   s16x16/4/2/2   s16x16/8/2/1
-dense  fp32  s16x32/4/2/2   s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
+dense  fp16  s32x32/8/2/1   s32x32/8/2/1   s8x32/8/2/1    s16x16/8/2/1
+dense  fp32  s32x32/8/2/1   s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
+cold-single bf16  64x64/8/3/1    64x32/8/3/1    32x32/4/2/2    32x32/8/2/1
+cold-mixed  bf16  64x32/8/3/1    64x32/8/3/1    64x32/8/2/1    s16x32/8/2/1
+cold-dense  bf16  s64x32/8/3/1   s32x64/8/3/1   s16x32/4/2/2   s16x32/8/2/1
 """),
     "gfx942": parse("""
 search bf16  128x64/4/2/1   64x64/4/2/1    64x32/4/2/1    32x32/4/2/1
@@ -144,11 +155,16 @@ mixed  bf16  64x64/4/3/1    128x32/8/2/1   64x32/8/2/1    s16x16/8/2/1
 INTERPRETER = Tile(32, 64, 4, 1, 1)
 
 
-def find_tile(target: str, kind: str, precision: str, D: int) -> Tile:
-    """The tile of ``target`` for a kind of work and a precision (see plan.Work) and D <= 512."""
+def find_tile(target: str, kind: str, precision: str, D: int, cold: bool = False) -> Tile:
+    """The tile of ``target`` for a kind of work and a precision (see plan.Work) and D <= 512.
+
+    ``cold``: with a running maximum.
+    """
     if target == "interpreter":
         return INTERPRETER
-    return TABLE[target][kind, precision][sum(width < D for width in WIDTHS)]
+    table = TABLE[target]
+    row = table.get((f"cold-{kind}", precision)) if cold else None
+    return (row or table[kind, precision])[sum(width < D for width in WIDTHS)]
 
 
 def target_name(architecture: tuple[int, int] | str, shared_memory: int | None = None) -> str:

@@ -2,7 +2,9 @@
 
 The default run compiles the tiles for D = 128 on every architecture, and for bf16 those for D = 256
 on sm_90 and sm_100, each for the work that fills the most registers. SOFTCL_AOT=full in the
-environment compiles all tiles, for all dtypes of their precision, and all modes.
+environment compiles all tiles, for all dtypes of their precision, and all modes: hours on one core,
+minutes for a part of it, such as -k sm_90-single. A tile of SPILLS is then reported as an expected
+failure, with its bytes, and one that spills no more fails until it is taken off.
 """
 
 from __future__ import annotations
@@ -37,9 +39,19 @@ SHARED_PER_SM = {
 REGISTERS_PER_SM = 1 << 16
 TENSOR_MEMORY = 512  # columns
 
+# (target, kind, precision, width) of the tiles for D <= 256 on sm_90 and sm_100 that spill in some
+# of their modes; kernels/tiles.py says why.
+SPILLS = {
+    (target, kind, "fp32", 256)
+    for target in ("sm_90", "sm_100")
+    for kind in ("single", "mixed", "dense")
+}
+
 
 def works(kind, row_dtype, queue_dtype, D):
     """What a tile is used for; the first is the heaviest."""
+    cold = kind.startswith("cold-")
+    kind = kind.removeprefix("cold-")
     loss = dict(has_key=True, normalize=True, ranks=True)
     modes = {
         "search": [dict(softmax=False, mean=False, num_neighbors=10)],
@@ -60,7 +72,7 @@ def works(kind, row_dtype, queue_dtype, D):
         ],
     }[kind]
     for mode in modes:
-        for coldest in (0.05, 0.01) if mode.get("softmax", True) else (0.05,):
+        for coldest in (0.01,) if cold else (0.05, 0.01) if kind != "search" else (0.05,):
             for K in (65536, 65537):
                 yield Work(4096, K, D, row_dtype, queue_dtype, **mode, coldest=coldest)
 
@@ -79,12 +91,29 @@ def cases():
 
 @pytest.mark.parametrize(("target", "kind", "precision", "width"), list(cases()))
 def test_tile(target, kind, precision, width):
-    tile = tiles.find_tile(target, kind, precision, width)
+    tile = tiles.TABLE[target][kind, precision][tiles.WIDTHS.index(width)]
+    spilled = {}
     for row_dtype, queue_dtype in DTYPES[precision] if FULL else DTYPES[precision][:1]:
         every = list(works(kind, row_dtype, queue_dtype, width))
+        every = [w for w in every if tile_of(target, w) is tile]
         for work in every if FULL else every[:1]:
-            assert (work.kind, work.precision) == (kind, precision)
-            check(aot.compile_stream(work, target), target, tile, work)
+            assert (work.kind, work.precision) == (kind.removeprefix("cold-"), precision)
+            compiled = aot.compile_stream(work, target)
+            check(compiled, target, tile, work)
+            spilled[work] = compiled.spilled
+    if target not in ("sm_90", "sm_100") or width > 256:
+        return
+    worst = max(spilled, key=spilled.get)
+    if (target, kind, precision, width) not in SPILLS:
+        assert spilled[worst] == 0, f"{spilled[worst]} bytes spilled: {worst}"
+    elif FULL:
+        assert spilled[worst] > 0, "it spills no more: take it off SPILLS"
+        modes = sum(x > 0 for x in spilled.values())
+        pytest.xfail(f"{modes} of {len(spilled)} modes spill; {spilled[worst]} bytes: {worst}")
+
+
+def tile_of(target, work):
+    return tiles.find_tile(target, work.kind, work.precision, work.D, work.cold)
 
 
 def check(compiled, target, tile, work):
@@ -93,11 +122,7 @@ def check(compiled, target, tile, work):
     assert shared <= tiles.SHARED_MEMORY[target], f"{shared} bytes of shared memory: {work}"
     assert compiled.tensor_memory <= TENSOR_MEMORY, f"{compiled.tensor_memory} columns: {work}"
     assert compiled.tensor_products > 0, f"no tensor-core instruction: {work}"
-    if target in ("sm_90", "sm_100") and work.D <= 256:
-        assert compiled.spilled == 0, f"{compiled.spilled} bytes spilled: {work}"
-    if (target == "sm_90" and work.D <= 256) or (
-        target == "sm_100" and work.precision == "bf16" and work.D <= 128
-    ):
+    if target == "sm_90" and work.D <= 256 or target == "sm_100" and own_products(work):
         assert compiled.native, f"neither wgmma nor tcgen05.mma: {work}"
     # 1 KB per program is the system's.
     programs = tile.programs_per_sm
@@ -111,6 +136,13 @@ def check(compiled, target, tile, work):
         expected = config.QUEUE_PARTS if work.precision != "bf16" else int(config.NUM_STAGES == 1)
         assert compiled.conversions <= expected, f"{compiled.conversions} conversions: {work}"
         assert expected > 0 or compiled.loop_stores <= 1, f"{compiled.loop_stores} stores: {work}"
+
+
+def own_products(work):
+    """Modes with tcgen05.mma: tensor memory holds their sums once for every product added."""
+    if work.precision == "bf16":
+        return work.D <= 128 or work.kind == "mixed"
+    return work.D <= 128 and work.precision == "fp16" and work.kind != "search"
 
 
 @pytest.mark.parametrize(

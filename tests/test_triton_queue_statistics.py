@@ -67,9 +67,50 @@ def test_neighbors_and_ties(nan_filled_memory, triton_device, order, k):
     vectors, queue = vectors.to(triton_device), queue.to(triton_device)
     *_, logits, indices = triton.queue_statistics(vectors, queue, 0.25, k)
     assert_neighbors_close(logits, indices, vectors, queue, 0.25, tolerance=0.0)
-    # Equal ones that are returned come in the order of their rows.
-    ties = logits[:, 1:] == logits[:, :-1]
-    assert bool((indices[:, 1:] > indices[:, :-1])[ties].all())
+    assert torch.equal(indices, lowest_first(vectors, queue, k))
+
+
+def lowest_first(vectors, queue, k):
+    """The k best rows (N, k), of equal ones the lowest."""
+    exact = vectors.double() @ queue.double().T
+    return exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_lowest_of_equal_rows_in_every_layout(triton_device, monkeypatch, target):
+    """However the chunks of the architecture's tiles interleave, and a tie of the chunks too."""
+    if triton_device == "cuda":
+        pytest.skip("other architectures' tiles need not fit here")
+    monkeypatch.setattr(triton, "target_of", lambda device: (target, 132))
+    generator = torch.Generator().manual_seed(1)
+    vectors, kinds = (
+        torch.randint(-3, 4, (rows, 12), generator=generator) * EXACT_STEP for rows in (3, 4)
+    )
+    queue = kinds[torch.randint(4, (900,), generator=generator)]
+    vectors, queue = vectors.to(B), queue.to(B)
+    for k in (1, 6, 30):
+        *_, indices = triton.queue_statistics(vectors, queue, 0.25, k, sums=False)
+        assert torch.equal(indices, lowest_first(vectors, queue, k))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+@pytest.mark.parametrize("dtype", [F, B], ids=str)
+def test_excluded_row(nan_filled_memory, triton_device, dtype, temperature):
+    """Within a batch: the queue is the vectors themselves, each without its own, nearest, row."""
+    p = on(triton_device, make_problem(70, 3, 33, kind="clustered", dtype=dtype))
+    excluded = torch.arange(70, device=triton_device).repeat_interleave(2)[::2]  # strided
+    excluded[5] = -1
+    got = triton.queue_statistics(p.query, p.query, temperature, 69, excluded=excluded)
+    v = p.query.double()
+    want = reference.queue_statistics(v, v, temperature, 69, excluded=excluded)
+    scale = max(1.0, 0.05 / temperature)
+    assert relative_error(got[0], want[0]) <= LSE_TOLERANCE
+    assert gradient_error(got[1], want[1]) <= 2 * scale * GRADIENT_TOLERANCE[dtype]
+    assert relative_error(got[2], want[2]) <= scale * ENTROPY_TOLERANCE
+    assert relative_error(got[3] * temperature, want[3] * temperature) <= 2e-6
+    own = got[4] == excluded[:, None]
+    assert not bool(own.any())
+    assert bool((got[4].sort(1).values.diff() > 0).all())  # all the others, once
 
 
 @pytest.mark.parametrize("k", [3, 40])

@@ -51,15 +51,19 @@ def run(p, rule, temperature=0.1, teacher_temperature=0.05, **options):
     )
 
 
-def check(p, rule, temperature=0.1, teacher_temperature=0.05, *, positive=True, scale=1.0):
+def check(
+    p, rule, temperature=0.1, teacher_temperature=0.05, *, positive=True, scale=1.0, excluded=None
+):
     """One call against the oracle; everything that comes back is judged."""
-    got = run(p, rule, temperature, teacher_temperature, positive=positive)
+    options = {} if excluded is None else {"excluded": excluded}
+    got = run(p, rule, temperature, teacher_temperature, positive=positive, **options)
     oracle = loss_oracle(
         p,
         rule,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         positive=positive,
+        **options,
     )
     # One rounding of a cosine, 6e-8, moves a logit by 6e-8 / temperature: what is promised for
     # temperatures in use grows below them.
@@ -70,17 +74,26 @@ def check(p, rule, temperature=0.1, teacher_temperature=0.05, *, positive=True, 
         assert relative_error(got[3], oracle[3]) <= scale * ENTROPY_TOLERANCE
     else:
         assert got[2].shape == got[3].shape == (0,)
-    exact = p.query.double() @ p.queue.double().T
+    exact = cosines(p.query, p.queue, excluded)
     own = (p.query.double() * p.key.double()).sum(1, keepdim=True)
     assert bool((got[4] >= (exact > own + 1e-6).sum(1)).all())
     assert bool((got[4] <= (exact > own - 1e-6).sum(1)).all())
     k = rule.num_neighbors
     assert got[5].shape == (len(p.query), k)
     if k:
-        exact = p.key.double() @ p.queue.double().T
+        exact = cosines(p.key, p.queue, excluded)
         assert all(len(set(row)) == k for row in got[5].tolist())
         kept = exact.gather(1, got[5]).sort(1, descending=True).values
         assert float((kept - exact.topk(k, 1).values).abs().max()) <= 2e-6
+
+
+def cosines(rows, queue, excluded):
+    """Exact ones (N, K), minus infinity where a column is excluded."""
+    exact = rows.double() @ queue.double().T
+    if excluded is not None:
+        n = (excluded >= 0).nonzero()[:, 0]
+        exact[n, excluded[n]] = -math.inf
+    return exact
 
 
 def fitting(rule, K):
@@ -118,6 +131,33 @@ def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, 
     monkeypatch.setattr(triton, "target_of", lambda device: (target, 132))
     D = {F: 40, B: 128, H: 64}[dtype]
     check(make_problem(3, 200, D, dtype=dtype), rule)
+
+
+@pytest.mark.parametrize(
+    ("target", "temperature"),
+    [("interpreter", 0.01), ("sm_90", 0.05), ("sm_90", 0.01), ("sm_80", 0.05)],
+)
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_excluded_row(triton_device, monkeypatch, rule, target, temperature):
+    """The nearest row, the last one, none: in every layout of the tiles, in a split of its own."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(triton, "target_of", lambda device: (target, 2))
+    elif target != "interpreter":
+        pytest.skip("other architectures' tiles need not fit here")
+    p = make_problem(5, 129, 24, kind="clustered", dtype=B if target == "sm_90" else H)
+    excluded = (p.key.double() @ p.queue.double().T).argmax(1)
+    excluded[2:4] = torch.tensor([128, -1])
+    p, excluded = on(triton_device, p), excluded.to(triton_device)
+    check(p, rule, 0.1, temperature, excluded=excluded, scale=2.0)  # as in test_sharp_labels
+
+
+def test_one_row_left(triton_device):
+    """A queue of two rows without one of them says nothing about relations: no confidence."""
+    p = on(triton_device, make_problem(3, 2, 8))
+    excluded = torch.tensor([0, 1, -1], device=triton_device)
+    for rule in (AdaptiveSoftLabels(1), AdaptiveNeighborLabels(1), HardLabels()):
+        check(p, rule, excluded=excluded)
+    assert run(p, AdaptiveSoftLabels(1), excluded=excluded)[2][:2].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 40])

@@ -24,6 +24,7 @@ MOST_NEIGHBORS = 1024
 MOST_DIMENSIONS = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
+OPTIONS = frozenset({"excluded"})
 
 
 def unsupported(call: Call) -> str | None:
@@ -57,6 +58,7 @@ def queue_statistics(
     num_neighbors: int,
     *,
     sums: bool = True,
+    excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
 
@@ -68,15 +70,17 @@ def queue_statistics(
     work = plan.Work(
         N, K, D, vectors.dtype, queue.dtype,
         softmax=sums, mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
+        excluded=excluded is not None,
     )  # fmt: skip
     how = plan.make_plan(work, *target_of(vectors.device))
+    excluded = None if excluded is None else excluded.contiguous()
     scale = plan.LOG2_E / temperature
     with on_device(vectors.device):
-        streamed = stream.launch(vectors, None, queue, scale, scale, how)
+        streamed = stream.launch(vectors, None, queue, scale, scale, how, excluded)
         neighbors = no_neighbors(vectors)
         if num_neighbors > 0:
             neighbors = select.launch(
-                vectors, queue, streamed.maxima, num_neighbors, 1.0 / temperature, how
+                vectors, queue, streamed.maxima, num_neighbors, 1.0 / temperature, how, excluded
             )
         if not sums:
             empty = neighbors[0].new_empty
@@ -96,6 +100,7 @@ def soft_contrastive(
     normalize: bool,
     gradient: bool,
     diagnostics: bool,
+    excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (N,), dquery (N, D), confidence, entropy, positive_rank (N,), neighbor_indices (N, n).
 
@@ -113,18 +118,22 @@ def soft_contrastive(
         num_neighbors=rule.num_neighbors,
         normalize=normalize,
         ranks=diagnostics,
+        excluded=excluded is not None,
         coldest=min(temperature, teacher_temperature) if rule.needs_softmax else temperature,
     )  # fmt: skip
     how = plan.make_plan(work, *target_of(query.device))
+    excluded = None if excluded is None else excluded.contiguous()
     scales = plan.LOG2_E / temperature, plan.LOG2_E / teacher_temperature
     with on_device(query.device):
-        streamed = stream.launch(query, key, queue, *scales, how)
+        streamed = stream.launch(query, key, queue, *scales, how, excluded)
         z, t = (streamed.unit_rows[:N], streamed.unit_rows[N:]) if normalize else (query, key)
         neighbors = no_neighbors(query)
         if rule.num_neighbors > 0:
-            neighbors = select.launch(t, queue, streamed.maxima, rule.num_neighbors, scales[1], how)
+            neighbors = select.launch(
+                t, queue, streamed.maxima, rule.num_neighbors, scales[1], how, excluded
+            )
         results = finish.finish_loss(
-            query, z, t, queue, streamed, *neighbors, rule, temperature, scales, how,
+            query, z, t, queue, streamed, *neighbors, rule, temperature, scales, how, excluded,
             positive=positive, gradient=gradient, diagnostics=diagnostics,
         )  # fmt: skip
     return *results, neighbors[1] if diagnostics else neighbors[1][:, :0].clone()
