@@ -6,8 +6,17 @@
 
 Each row is one run of ``python -m softcl.train --method NAME`` with its recipe for ``shapes`` and
 one seed, in a process of its own. Finished runs in --out are not repeated and unfinished ones are
-continued, so the command may be stopped and started again. The last row is the negative control:
-ASCL with the teacher's view taken of another image, from which nothing can be learnt.
+continued, so the command may be stopped and started again.
+
+The last rows are negative controls: ASCL with the teacher's view taken of another image, so that
+the pairs teach nothing. That image is drawn from the whole set. Within the batch would not do:
+batch norm makes the vectors of a batch sum to about zero, so that every other image of it tells
+something of one's own, and the network learns that.
+
+Without batch norm at the projector's end such a control still moves: all outputs fall together and
+then drift, told apart from the older keys of the queue, and the features of a net so moved have a
+better k-NN than those of its first weights. So there are two controls, each to be compared with the
+row of the same flags; that with batch norm is the one from which nothing is learnt.
 """
 
 from __future__ import annotations
@@ -20,8 +29,10 @@ import sys
 from pathlib import Path
 
 # Name of the row -> flags of softcl.train.
+BATCH_NORM = ["--projector-norm", "all"]
 ROWS = {
     "ascl": ["--method", "ascl"],
+    "ascl (batch norm)": ["--method", "ascl", *BATCH_NORM],
     "ascl (byol form)": ["--method", "ascl", "--form", "byol"],
     "snclr": ["--method", "snclr"],
     "snclr (code form)": ["--method", "snclr", "--form", "code"],
@@ -32,14 +43,18 @@ ROWS = {
     "nnclr": ["--method", "nnclr"],
     "msf": ["--method", "msf"],
 }
-CONTROL = "control: shuffled pairs"
+CONTROLS = {
+    "control: shuffled pairs (batch norm)": ROWS["ascl (batch norm)"],
+    "control: shuffled pairs": ROWS["ascl"],
+}
+ALL = ROWS | CONTROLS
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train every method on shapes; print a table")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, CONTROL], default=[*ROWS, CONTROL])
+    parser.add_argument("--only", nargs="+", choices=[*ALL], default=[*ALL], metavar="ROW")
     arguments, flags = parser.parse_known_args()
     lines = [
         "| method | k-NN | over untrained | loss's backend | seconds | images/s | peak memory |",
@@ -64,9 +79,9 @@ def run(name: str, folder: Path, flags: list[str]) -> Path:
     if (folder / "last.pt").exists():
         command = ["--resume", str(folder)]
     else:
-        command = ["--data", "shapes", *ROWS.get(name, ROWS["ascl"]), "--knn-every", "0"]
+        command = ["--data", "shapes", *ALL[name], "--knn-every", "0"]
         command += [*flags, "--out", str(folder), "--overwrite"]
-    program = [__file__, "--control"] if name == CONTROL else ["-m", "softcl.train"]
+    program = [__file__, "--control"] if name in CONTROLS else ["-m", "softcl.train"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, *program, *command],
@@ -95,7 +110,9 @@ def row(name: str, folder: Path) -> str:
 
 
 def control(flags: list[str]) -> int:
-    """softcl.train with pairs that do not belong together: the key's view of the image before."""
+    """softcl.train with pairs that do not belong together: the key's view of some other image."""
+    import torch
+
     from softcl.train import main as train
     from softcl.training import run as training
 
@@ -103,8 +120,13 @@ def control(flags: list[str]) -> int:
 
     def shuffled_views(method, images, size):
         views = original(method, images, size)
-        key = views["key"]
-        return {**views, "key": lambda batch, generator: key(batch.roll(1, 0), generator)}
+
+        def key(batch, generator):
+            chance = torch.rand(len(batch), generator=generator, device=generator.device)
+            others = images.batch((chance * len(images)).long().cpu()).to(batch.device)
+            return views["key"](others, generator)
+
+        return {**views, "key": key}
 
     training.build_views = shuffled_views
     return train(flags)
