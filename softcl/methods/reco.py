@@ -15,8 +15,9 @@ Zhang et al., arXiv 2211.01796. "Code" below is github.com/zhangyifei01/ReCo.
     loss      = mean over the batch of L_moco + global_weight L_global + local_weight L_local
 
 The paper writes the global term as a divergence; the code's cross-entropy has the same gradient.
-mix = "mixup" is a branch of the code that is switched off. Order: EMA (the student's passes do not
-change what it copies), forward passes, losses against both queues as they are, SGD, keys in.
+Label rules: all mass on the positive, twice, and the teacher's softmax. mix = "mixup" is a branch
+of the code that is switched off. Order: EMA (the student's passes do not change what it copies),
+forward passes, losses against both queues as they are, SGD, keys in.
 """
 
 from __future__ import annotations
