@@ -41,8 +41,8 @@ def shapes_defaults(method: Any, lr: float = 0.06) -> Defaults:
 
     A backbone this small needs no wide projector. Small batches, for the number of steps is what
     counts; plain batch norm; a queue of eight batches, whose keys are nearly those of the teacher
-    as it is: a longer one is told apart by its age. What a method has of its own beyond that was
-    chosen on this set.
+    as it is: a longer one is told apart by its age. Where a method differs from that, or from its
+    own defaults, the number was chosen on this set.
     """
     return Defaults(
         method=method,

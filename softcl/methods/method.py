@@ -81,7 +81,7 @@ class Batch:
 
         Gradients reach the rows.
         """
-        return rows if queue is None else torch.cat([rows, queue.to(rows.dtype)])
+        return rows if queue is None else torch.cat([rows, queue])
 
     def own(self, rows: Tensor) -> Tensor:
         """The place of each of these rows among everyone's, (N,) int64."""
