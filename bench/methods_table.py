@@ -8,9 +8,9 @@ Each row is one run of ``python -m softcl.train --method NAME`` with its recipe 
 one seed, in a process of its own. Finished runs in --out are not repeated and unfinished ones are
 continued, so the command may be stopped and started again.
 
-"Centred" is the k-NN with the mean feature subtracted: the first weights' features lie close to
-their mean, which hides what they tell of an image, and any change of the weights, by whatever loss,
-uncovers that.
+"Centred" is the k-NN with the mean of all features subtracted before their norms are divided out:
+the first weights' features lie close to their mean, which hides what they tell of an image, and a
+change of the weights, by whatever loss, uncovers that.
 
 The last rows are negative controls, ASCL with a teacher's view that tells nothing of the student's:
 that of another image, and noise. The other image is drawn from the whole set, not from the batch:
@@ -150,6 +150,7 @@ def measure_centred(folder: Path) -> None:
     import torch
     from torch.nn.functional import normalize
 
+    from softcl.evaluation import eval_mode, extract
     from softcl.evaluation.backbone import find_checkpoint
     from softcl.training.build import build_knn, build_state, load_images
     from softcl.training.config import TrainConfig
@@ -164,7 +165,12 @@ def measure_centred(folder: Path) -> None:
     for name in ("untrained", "trained"):
         if name == "trained":
             encoder.load_state_dict(content["student"])
-        queries, bank = knn.encoder_features(encoder)
+        places = ((knn.queries, knn.query_indices), (knn.bank, knn.bank_indices))
+        with eval_mode(encoder):
+            queries, bank = (
+                extract(*place, encoder.features, knn.size, device, normalize=False)
+                for place in places
+            )
         mean = bank.mean(0)
         scores[name] = knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
     (folder / "centred.json").write_text(json.dumps(scores))
