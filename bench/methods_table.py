@@ -6,8 +6,16 @@
 
 Each row is one run of ``python -m softcl.train --method NAME`` with its recipe for ``shapes`` and
 one seed, in a process of its own. Finished runs in --out are not repeated and unfinished ones are
-continued, so the command may be stopped and started again. The last row is the negative control:
-ASCL with the teacher's view taken of another image, from which nothing can be learnt.
+continued, so the command may be stopped and started again.
+
+"Centred" is the k-NN with the mean of all features subtracted before their norms are divided out:
+the first weights' features lie close to their mean, which hides what they tell of an image, and a
+change of the weights, by whatever loss, uncovers that.
+
+The last rows are negative controls, ASCL with a teacher's view that tells nothing of the student's:
+that of another image, and noise. The other image is drawn from the whole set, not from the batch:
+batch norm makes the vectors of a batch sum to about zero, so that every other image of it tells
+something of one's own.
 """
 
 from __future__ import annotations
@@ -32,18 +40,20 @@ ROWS = {
     "nnclr": ["--method", "nnclr"],
     "msf": ["--method", "msf"],
 }
-CONTROL = "control: shuffled pairs"
+CONTROLS = ("control: shuffled pairs", "control: noise for keys")
+ALL = ROWS | dict.fromkeys(CONTROLS, ROWS["ascl"])
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train every method on shapes; print a table")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the runs")
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, CONTROL], default=[*ROWS, CONTROL])
+    parser.add_argument("--only", nargs="+", choices=[*ALL], default=[*ALL], metavar="ROW")
     arguments, flags = parser.parse_known_args()
     lines = [
-        "| method | k-NN | over untrained | loss's backend | seconds | images/s | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| method | k-NN | over untrained | centred | loss's backend | seconds | images/s "
+        "| peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in arguments.only:
         folder = arguments.out / "".join(c if c.isalnum() else "-" for c in name).strip("-")
@@ -51,7 +61,9 @@ def main() -> int:
         print(lines[-1], flush=True)
     untrained = json.loads((folder / "baselines.json").read_text())
     start, pixels = untrained["untrained"], untrained["pixels"]
-    text = "\n".join(lines) + f"\n\nUntrained backbone {start:.1%}, raw pixels {pixels:.1%}."
+    middle = json.loads((folder / "centred.json").read_text())["untrained"]
+    text = "\n".join(lines) + f"\n\nUntrained backbone {start:.1%}, centred {middle:.1%}, "
+    text += f"raw pixels {pixels:.1%}."
     (arguments.out / "table.md").write_text(text + "\n")
     print(f"\n{text}")
     return 0
@@ -59,17 +71,29 @@ def main() -> int:
 
 def run(name: str, folder: Path, flags: list[str]) -> Path:
     """Train one row to its end; the folder of its run."""
-    if (folder / "result.json").exists():
-        return folder
+    if not (folder / "result.json").exists():
+        train(name, folder, flags)
+    if not (folder / "centred.json").exists():
+        child(name, [__file__, "--centred", str(folder)])
+    return folder
+
+
+def train(name: str, folder: Path, flags: list[str]) -> None:
     if (folder / "last.pt").exists():
         command = ["--resume", str(folder)]
     else:
-        command = ["--data", "shapes", *ROWS.get(name, ROWS["ascl"]), "--knn-every", "0"]
+        command = ["--data", "shapes", *ALL[name], "--knn-every", "0"]
         command += [*flags, "--out", str(folder), "--overwrite"]
-    program = [__file__, "--control"] if name == CONTROL else ["-m", "softcl.train"]
+    program = [__file__, "--control", name] if name in CONTROLS else ["-m", "softcl.train"]
+    memory = child(name, [*program, *command])
+    (folder / "peak_memory.json").write_text(json.dumps(memory))
+
+
+def child(name: str, command: list[str]) -> int:
+    """Run Python to its end; the largest memory that it had, in bytes."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, *program, *command],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
     )
@@ -77,40 +101,84 @@ def run(name: str, folder: Path, flags: list[str]) -> Path:
     _, status, usage = os.wait4(process.pid, 0)  # the memory of this child alone
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(output.decode() + f"{name}: softcl.train ended with {process.returncode}")
-    (folder / "peak_memory.json").write_text(json.dumps(usage.ru_maxrss * 1024))
-    return folder
+        sys.exit(output.decode() + f"{name}: {command[1]} ended with {process.returncode}")
+    return usage.ru_maxrss * 1024
 
 
 def row(name: str, folder: Path) -> str:
     result = json.loads((folder / "result.json").read_text())
     memory = json.loads((folder / "peak_memory.json").read_text())
+    centred = json.loads((folder / "centred.json").read_text())["trained"]
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speeds = sorted(step["images_per_s"] for step in steps if "images_per_s" in step)
     gain = 100 * (result["knn_top1"] - result["knn_untrained"])
     return (
-        f"| {name} | {result['knn_top1']:.1%} | {gain:+.1f} | {result['backend']} "
+        f"| {name} | {result['knn_top1']:.1%} | {gain:+.1f} | {centred:.1%} | {result['backend']} "
         f"| {result['seconds']:.0f} | {speeds[len(speeds) // 2]:.0f} | {memory / 2**20:.0f} MiB |"
     )
 
 
-def control(flags: list[str]) -> int:
-    """softcl.train with pairs that do not belong together: the key's view of the image before."""
+def control(name: str, flags: list[str]) -> int:
+    """softcl.train with keys that tell nothing of their queries."""
+    import torch
+
     from softcl.train import main as train
     from softcl.training import run as training
 
     original = training.build_views
 
-    def shuffled_views(method, images, size):
+    def views_of_others(method, images, size):
         views = original(method, images, size)
-        key = views["key"]
-        return {**views, "key": lambda batch, generator: key(batch.roll(1, 0), generator)}
 
-    training.build_views = shuffled_views
+        def noise(batch, generator):
+            shape, device = (len(batch), 3, size, size), generator.device
+            return torch.randn(shape, generator=generator, device=device).to(batch.device)
+
+        def other(batch, generator):
+            chance = torch.rand(len(batch), generator=generator, device=generator.device)
+            others = images.batch((chance * len(images)).long().cpu()).to(batch.device)
+            return views["key"](others, generator)
+
+        return {**views, "key": noise if "noise" in name else other}
+
+    training.build_views = views_of_others
     return train(flags)
+
+
+def measure_centred(folder: Path) -> None:
+    """k-NN of the untrained and of the trained backbone, with the bank's mean row subtracted."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from softcl.evaluation import eval_mode, extract
+    from softcl.evaluation.backbone import find_checkpoint
+    from softcl.training.build import build_knn, build_state, load_images
+    from softcl.training.config import TrainConfig
+    from softcl.training.settings import fill
+
+    _, content = find_checkpoint(folder / "last.pt")
+    config, device = TrainConfig.from_dict(content["config"]), torch.device("cpu")
+    images, *sets, _ = load_images(config)
+    config, method, _ = fill(config, images, config.image_size)
+    encoder, knn = build_state(config, method, device).student, build_knn(config, *sets, device)
+    scores = {}
+    for name in ("untrained", "trained"):
+        if name == "trained":
+            encoder.load_state_dict(content["student"])
+        places = ((knn.queries, knn.query_indices), (knn.bank, knn.bank_indices))
+        with eval_mode(encoder):
+            queries, bank = (
+                extract(*place, encoder.features, knn.size, device, normalize=False)
+                for place in places
+            )
+        mean = bank.mean(0)
+        scores[name] = knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
+    (folder / "centred.json").write_text(json.dumps(scores))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--control"]:
-        sys.exit(control(sys.argv[2:]))
+        sys.exit(control(sys.argv[2], sys.argv[3:]))
+    if sys.argv[1:2] == ["--centred"]:
+        sys.exit(measure_centred(Path(sys.argv[2])))
     sys.exit(main())

@@ -23,12 +23,17 @@ def nearest(t: Tensor, queue: Tensor, k: int) -> Tensor:
     return queue[(t @ queue.T).topk(k, dim=1).indices]
 
 
+def confidence(similarities: Tensor, tau: float) -> Tensor:
+    """ASCL's c, (N, 1)."""
+    q = (similarities / tau).softmax(1)
+    entropy = -torch.special.xlogy(q, q).sum(1, keepdim=True)
+    return 1 - entropy / math.log(similarities.shape[1])
+
+
 def adaptive(similarities: Tensor, n: int, tau: float) -> Tensor:
     """ASCL's min(1, c n q), (N, K)."""
     q = (similarities / tau).softmax(1)
-    entropy = -torch.special.xlogy(q, q).sum(1, keepdim=True)
-    c = 1 - entropy / math.log(similarities.shape[1])
-    return (c * n * q).clamp(max=1.0)
+    return (confidence(similarities, tau) * n * q).clamp(max=1.0)
 
 
 def queue_labels(method: Method, t: Tensor, queue: Tensor) -> Tensor:
@@ -41,47 +46,69 @@ def queue_labels(method: Method, t: Tensor, queue: Tensor) -> Tensor:
         return torch.cat([0 * one, (d / method.teacher_temperature).softmax(1)], 1)
     if isinstance(method, SCE):
         w = method.positive_weight
-        if method.form == "paper":
+        if method.form == "paper" or method.use_keys:
             q = torch.cat([0 * one, (d / method.teacher_temperature).softmax(1)], 1)
         else:
             q = (torch.cat([0 * one, d], 1) / method.teacher_temperature).softmax(1)
         return w * torch.cat([one, none], 1) + (1 - w) * q
-    y = torch.cat([one, adaptive(d, method.num_neighbors, method.teacher_temperature)], 1)
+    n, soft = method.num_neighbors, adaptive(d, method.num_neighbors, method.teacher_temperature)
+    if method.labels in ("ahcl", "hard"):
+        near = none.scatter(1, d.topk(n, dim=1).indices, 1.0)
+        soft = near * (
+            confidence(d, method.teacher_temperature) if method.labels == "ahcl" else 1.0
+        )
+    y = torch.cat([one, none if method.labels == "normal" else soft], 1)
     return y / y.sum(1, keepdim=True)
 
 
+def cross_entropies(method: Method, z: Tensor, t: Tensor, queue: Tensor) -> Tensor:
+    """Of all N x (1 + K) labels, for one direction or crop."""
+    logits = torch.cat([(z * t).sum(1, keepdim=True), z @ queue.T], 1) / method.temperature
+    if isinstance(method, ReSSL):  # no positive in the student's softmax
+        logits = torch.cat([torch.full_like(logits[:, :1], -1e30), logits[:, 1:]], 1)
+    return cross_entropy(logits, queue_labels(method, t, queue), reduction="none")
+
+
 def queue_loss(method: Method, batch: Batch) -> Tensor:
-    """Cross-entropy of all N x (1 + K) labels, for each direction or crop in turn."""
+    """For each direction or crop in turn; with use_keys each row has a queue of its own."""
     queue = unit(batch.rows())
     views, teachers = method.student_sees(), method.teacher_sees()
     rows = []
     for number, view in enumerate(views):
         z = unit(batch.predicted[view])
         t = unit(batch.teacher[teachers[number % len(teachers)]])
-        logits = torch.cat([(z * t).sum(1, keepdim=True), z @ queue.T], 1) / method.temperature
-        if isinstance(method, ReSSL):  # no positive in the student's softmax
-            logits = torch.cat([torch.full_like(logits[:, :1], -1e30), logits[:, 1:]], 1)
-        rows.append(cross_entropy(logits, queue_labels(method, t, queue), reduction="none"))
+        if not getattr(method, "use_keys", False):
+            rows.append(cross_entropies(method, z, t, queue))
+            continue
+        for i in range(len(z)):
+            seen = torch.cat([t[:i], t[i + 1 :], queue])
+            rows.append(cross_entropies(method, z[i : i + 1], t[i : i + 1], seen))
     return torch.cat(rows)
 
 
 def ascl_byol_loss(method: ASCL, batch: Batch) -> Tensor:
-    h, t = unit(batch.predicted["query"]), unit(batch.teacher["key"])
-    N = len(t)
-    labels = torch.eye(N, dtype=torch.float64)
-    if method.labels == "soft":
-        for i in range(N):
-            others = [j for j in range(N) if j != i]
-            soft = adaptive(t[i : i + 1] @ t[others].T, method.num_neighbors, 0.05)
-            labels[i, others] = soft[0]
-    labels = labels / labels.sum(1, keepdim=True)
-    return (labels * (2 - 2 * h @ t.T)).sum(1)
+    rows = []
+    for view, other in zip(method.student_sees(), method.teacher_sees(), strict=True):
+        h, t = unit(batch.predicted[view]), unit(batch.teacher[other])
+        N = len(t)
+        labels = torch.eye(N, dtype=torch.float64)
+        if method.labels == "soft":
+            for i in range(N):
+                others = [j for j in range(N) if j != i]
+                soft = adaptive(t[i : i + 1] @ t[others].T, method.num_neighbors, 0.05)
+                labels[i, others] = soft[0]
+        labels = labels / labels.sum(1, keepdim=True)
+        rows.append((labels * (2 - 2 * h @ t.T)).sum(1))
+    return torch.cat(rows)
 
 
 def msf_loss(method: MSF, batch: Batch) -> Tensor:
-    z, queue = unit(batch.predicted["query"]), unit(batch.rows())
-    rows = nearest(unit(batch.teacher["key"]), queue, method.num_neighbors)
-    return ((z[:, None] - rows) ** 2).sum(2).mean(1)  # |z - v|^2 = 2 - 2 z.v of unit vectors
+    queue, losses = unit(batch.rows()), []
+    for view, other in zip(method.student_sees(), method.teacher_sees(), strict=True):
+        z = unit(batch.predicted[view])
+        rows = nearest(unit(batch.teacher[other]), queue, method.num_neighbors)
+        losses.append(((z[:, None] - rows) ** 2).sum(2).mean(1))  # |z - v|^2 = 2 - 2 z.v
+    return torch.cat(losses)
 
 
 def nnclr_loss(method: NNCLR, batch: Batch) -> Tensor:
@@ -159,15 +186,23 @@ CASES: dict[str, Method] = {
     "ressl": ReSSL(**SMALL),
     "ressl 3 crops": ReSSL(crops=3, **SMALL),
     "ressl symmetric": ReSSL(symmetric=True, **SMALL),
+    "ressl keys": ReSSL(use_keys=True, crops=2, **SMALL),
     "sce paper": SCE(positive_weight=0.3, **SMALL),
     "sce code": SCE(form="code", positive_weight=0.3, **SMALL),
     "sce symmetric": SCE(symmetric=True, predictor_hidden=8, **SMALL),
+    "sce keys": SCE(use_keys=True, form="code", positive_weight=0.3, **SMALL),
+    "sce keys symmetric": SCE(use_keys=True, symmetric=True, **SMALL),
     "ascl 1": ASCL(num_neighbors=1, **SMALL),
     "ascl 5": ASCL(num_neighbors=5, **SMALL),
+    "ascl ahcl": ASCL(labels="ahcl", num_neighbors=3, **SMALL),
+    "ascl hard": ASCL(labels="hard", num_neighbors=3, **SMALL),
+    "ascl normal": ASCL(labels="normal", **SMALL),
     "ascl symmetric": ASCL(num_neighbors=2, symmetric=True, **SMALL),
     "ascl byol": ASCL(form="byol", num_neighbors=3, predictor_hidden=8, **SMALL),
+    "ascl byol symmetric": ASCL(form="byol", symmetric=True, predictor_hidden=8, **SMALL),
     "byol": ASCL(form="byol", labels="normal", predictor_hidden=8, **SMALL),
     "msf": MSF(**{**SMALL, "predictor_hidden": 8}),
+    "msf symmetric": MSF(symmetric=True, **{**SMALL, "predictor_hidden": 8}),
     "nnclr": NNCLR(**{**SMALL, "predictor_hidden": 8}),
     "nnclr 3": NNCLR(num_neighbors=3, **{**SMALL, "predictor_hidden": 8}),
     "snclr paper": SNCLR(**{**SMALL, "predictor_hidden": 8}),

@@ -10,10 +10,11 @@ import torch
 from dense_methods import CASES, SMALL, D, K, N, dense_loss
 from torch import Tensor, nn
 
-from softcl import AdaptiveSoftLabels, queue_statistics
+from softcl import AdaptiveSoftLabels, options_of, queue_statistics
 from softcl.methods import (
     ASCL,
     METHODS,
+    MSF,
     SCE,
     SNCLR,
     Batch,
@@ -95,9 +96,11 @@ def test_loss_and_gradients_equal_the_formula(name, kind):
     assert sum(float(g.abs().sum()) > 0 for g in wanted) >= 1
 
 
-@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].options()])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, to) for to in FUSED for name in CASES if CASES[name].options() <= options_of(to)],
+)
 def test_fused_backends_keep_their_promise(name, kind, backend):
     """Against the formula in float64 on the same float32 inputs, within the operator's bounds.
 
@@ -139,6 +142,8 @@ def test_half_precision_vectors_sum_in_float32(name):
 
 
 def test_in_batch_relations_need_the_option():
+    assert CASES["sce keys"].options() == CASES["ressl keys"].options() == {"excluded"}
+    assert CASES["sce paper"].options() == CASES["ressl"].options() == frozenset()
     method = ASCL(form="byol", **SMALL)
     assert method.options() == {"excluded"} and method.queues() == {} and not method.shuffles
     assert ASCL(form="byol", labels="normal", **SMALL).options() == frozenset()
@@ -187,9 +192,15 @@ def test_snclr_without_neighbors_is_infonce_over_the_keys(form):
     torch.testing.assert_close(rows_of(method, batch), factor * expected)
 
 
-@pytest.mark.parametrize("kind", [MoCo, ReSSL, SCE, ASCL])
-def test_symmetric_is_the_mean_of_the_two_directions(kind):
-    both, one = kind(symmetric=True, **SMALL), kind(**SMALL)
+@pytest.mark.parametrize("numbers", [{}, {"use_keys": True}, {"form": "byol"}], ids=str)
+@pytest.mark.parametrize("kind", [MoCo, ReSSL, SCE, ASCL, MSF])
+def test_symmetric_is_the_mean_of_the_two_directions(kind, numbers):
+    if not numbers.keys() <= kind.__dataclass_fields__.keys() or (
+        kind is SCE and "form" in numbers
+    ):
+        pytest.skip("not a choice of this method")
+    small = {**SMALL, "predictor_hidden": 0} if kind is MSF else SMALL
+    both, one = kind(symmetric=True, **numbers, **small), kind(**numbers, **small)
     batch, _ = make_batch(both)
     swap = {"query": "key", "key": "query"}
     mirrored = Batch(
@@ -200,8 +211,9 @@ def test_symmetric_is_the_mean_of_the_two_directions(kind):
     )
     expected = (rows_of(one, batch).mean() + rows_of(one, mirrored).mean()) / 2
     torch.testing.assert_close(rows_of(both, batch).mean(), expected)
-    keys = both.keys(batch)["queue"]
-    assert torch.equal(keys, torch.cat([batch.teacher["key"], batch.teacher["query"]]))
+    if both.queues():
+        keys = both.keys(batch)["queue"]
+        assert torch.equal(keys, torch.cat([batch.teacher["key"], batch.teacher["query"]]))
 
 
 def test_one_crop_of_several_is_the_single_crop():
@@ -229,6 +241,50 @@ def test_msf_counts_its_own_key_when_it_is_enqueued_first():
     found = queue_statistics(unit, queue.rows, 1.0, num_neighbors=1).neighbor_indices
     assert torch.equal(found[:, 0], torch.arange(N))
     assert METHODS["msf"].enqueue == "before" and METHODS["moco"].enqueue == "after"
+
+
+# ---- parts of a batch ----
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOfTwo(Batch):
+    """What process `rank` of two has that take turns with the rows; it keeps what it would give."""
+
+    rank: int = 0
+    others: list[Tensor] | None = None
+    given: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def everyones(self, rows: Tensor, queue: Tensor | None = None) -> Tensor:
+        self.given.append(rows.detach())
+        other = rows if self.others is None else self.others[len(self.given) - 1]
+        pair = (rows, other) if self.rank == 0 else (other, rows)
+        return super().everyones(torch.stack(pair, 1).flatten(0, 1), queue)
+
+    def own(self, rows: Tensor) -> Tensor:
+        return 2 * super().own(rows) + self.rank
+
+
+@pytest.mark.parametrize("name", ["snclr code", "nnclr 3", "ascl byol", "ressl keys", "sce keys"])
+def test_parts_of_a_batch_have_the_losses_of_the_whole(name):
+    """The set that SNCLR, NNCLR and the relations inside a batch look at is everyone's."""
+    method = CASES[name]
+    batch, _ = make_batch(method, "clustered")
+    whole = rows_of(method, batch).view(-1, N)
+
+    def part(rank: int, others: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        vectors = [
+            {x: rows[rank::2] for x, rows in views.items()}
+            for views in (batch.student, batch.predicted, batch.teacher)
+        ]
+        mine = PartOfTwo(*vectors, batch.queues, batch.heads, rank=rank, others=others)
+        return rows_of(method, mine).view(-1, N // 2), mine.given
+
+    for rank in (0, 1):
+        alone, _ = part(rank)
+        _, others = part(1 - rank)
+        rows, _ = part(rank, others)
+        torch.testing.assert_close(rows, whole[:, rank::2], rtol=1e-11, atol=1e-11)
+        assert not torch.allclose(alone, rows)
 
 
 # ---- mixing ----
@@ -332,12 +388,15 @@ def plug_in_call(name: str, method: Method, batch: Batch, **options) -> Tensor:
         notes = batch.notes
         weak = batch.rows("weak queue")
         return criterion(*predicted, *teacher, notes["order"], notes["share"], batch.rows(), weak)
-    if "crops" in name:
+    if name in ("ressl 3 crops", "ressl keys"):
         return criterion(torch.cat(predicted), *teacher, batch.rows())
+    if method.symmetric:
+        keys = tuple(batch.teacher[view] for view in ("query", "key"))
+        return criterion(predicted, keys, batch.queues.get("queue"))
     return criterion(*predicted, *teacher, batch.queues.get("queue"))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "symmetric" not in name])
+@pytest.mark.parametrize("name", CASES)
 def test_a_plug_in_is_its_method(name):
     method = CASES[name]
     batch, _ = make_batch(method, "clustered")

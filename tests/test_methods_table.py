@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from softcl.data import ImageSet
+
 pytest.importorskip("timm")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,17 +40,20 @@ def make_table(tmp_path: Path, *only: str) -> str:
 
 
 def test_rows_and_control(tmp_path: Path):
-    table = load()
-    text = make_table(tmp_path, "moco", table.CONTROL)
+    control = load().CONTROLS[0]
+    text = make_table(tmp_path, "moco", control)
     rows = [line for line in text.splitlines() if line.startswith("| moco")]
     result = json.loads((tmp_path / "runs/moco/result.json").read_text())
     assert rows and f"| moco | {result['knn_top1']:.1%} |" in rows[0] and "MiB" in rows[0]
-    assert f"| {table.CONTROL} |" in text and "Untrained backbone" in text
+    centred = json.loads((tmp_path / "runs/moco/centred.json").read_text())
+    assert f"| {centred['trained']:.1%} | cpu |" in rows[0] or "reference" in rows[0]
+    assert f"centred {centred['untrained']:.1%}" in text
+    assert f"| {control} |" in text and "Untrained backbone" in text
     assert (tmp_path / "runs/table.md").read_text() in text + "\n"
     # A second call repeats nothing; an unfinished run is continued.
     before = (tmp_path / "runs/moco/last.pt").stat().st_mtime_ns
     (tmp_path / "runs/control--shuffled-pairs/result.json").unlink()
-    assert make_table(tmp_path, "moco", table.CONTROL).count("| moco |") == 2
+    assert make_table(tmp_path, "moco", control).count("| moco |") == 2
     assert (tmp_path / "runs/moco/last.pt").stat().st_mtime_ns == before
 
 
@@ -64,13 +69,34 @@ def test_the_controls_pairs_do_not_belong_together(monkeypatch):
     from softcl import train
     from softcl.training import run
 
+    pixels = (torch.arange(500) % 251).to(torch.uint8).view(500, 1, 1, 1).expand(-1, 3, 1, 1)
+    images = ImageSet(pixels, None, [], (0.5,) * 3, (0.5,) * 3, "numbered")
     seen = {}
     monkeypatch.setattr(run, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
-    monkeypatch.setattr(train, "main", lambda _: seen.update(run.build_views(None, None, 0)) or 0)
-    assert load().control([]) == 0
-    batch = torch.arange(4)
+    monkeypatch.setattr(train, "main", lambda _: seen.update(run.build_views(None, images, 0)) or 0)
+    assert load().control("control: shuffled pairs", []) == 0
+    batch, generator = images.batch(torch.arange(200)), torch.Generator().manual_seed(0)
     assert torch.equal(seen["query"](batch, None), batch)
-    assert torch.equal(seen["key"](batch, None), torch.tensor([3, 0, 1, 2]))
+    keys = seen["key"](batch, generator)
+    assert keys.shape == batch.shape
+    assert (keys == batch)[:, 0].float().mean() < 0.05
+    # Of the whole set, and of others in the next step.
+    assert len(keys[:, 0].unique()) > 100
+    assert not torch.equal(keys, seen["key"](batch, generator))
+
+
+def test_the_other_controls_keys_are_noise(monkeypatch):
+    from softcl import train
+    from softcl.training import run
+
+    seen = {}
+    monkeypatch.setattr(run, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
+    monkeypatch.setattr(train, "main", lambda _: seen.update(run.build_views(None, None, 8)) or 0)
+    assert load().control(load().CONTROLS[1], []) == 0
+    images, generator = torch.zeros(64, 3, 8, 8), torch.Generator().manual_seed(0)
+    keys = seen["key"](images, generator)
+    assert keys.shape == images.shape and abs(float(keys.std()) - 1) < 0.05
+    assert not torch.equal(keys, seen["key"](images, generator))
 
 
 def echo(batch, generator):

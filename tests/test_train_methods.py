@@ -21,6 +21,7 @@ VARIANTS = {
     "ascl byol": ["--form", "byol"],
     "snclr code": ["--form", "code"],
     "sce code": ["--form", "code", "--symmetric"],
+    "sce keys": ["--use-keys"],
     "ressl crops": ["--crops", "3"],
     "moco symmetric": ["--symmetric"],
     "reco mixup": ["--mix", "mixup"],
@@ -97,6 +98,7 @@ def test_flags_override_the_recipe():
     ("flags", "message"),
     [
         ("--method moco --labels soft", "--labels soft: does not apply to method moco"),
+        ("--method moco --use-keys", "--use-keys True: does not apply to method moco"),
         ("--method msf --crops 2", "--crops 2: does not apply to method msf"),
         ("--method snclr --form byol", "--form byol: must be one of paper, code"),
         ("--method ressl --crops 9", "--crops 9: crops must be in [1, 5], got 9"),

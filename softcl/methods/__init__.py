@@ -5,7 +5,14 @@ Each is also a loss module for training loops of your own: see :mod:`softcl.meth
 
 from softcl.methods.ascl import ASCL
 from softcl.methods.defaults import Defaults
-from softcl.methods.method import Batch, Method, QueueMethod, Result, View
+from softcl.methods.method import (
+    Batch,
+    Method,
+    QueueMethod,
+    RelationalMethod,
+    Result,
+    View,
+)
 from softcl.methods.moco import MoCo
 from softcl.methods.msf import MSF
 from softcl.methods.nnclr import NNCLR
@@ -39,6 +46,7 @@ __all__ = [
     "QueueMethod",
     "ReCo",
     "ReSSL",
+    "RelationalMethod",
     "Result",
     "View",
 ]

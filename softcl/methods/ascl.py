@@ -24,8 +24,9 @@ images are, and trusts it as far as it is sure.
     p    = softmax([z . t, z . Q_1 .. z . Q_K] / temperature)         the positive included
     loss = - mean over the batch of sum_j y_j log p_j
 
-Order of a step: EMA update of the teacher; student and teacher forward; loss against the queue as
-it is; backward; SGD; then the keys t enter the queue.
+Label rule: y, of the teacher's similarities. Order of a step: EMA update of the teacher; student
+and teacher forward; loss against the queue as it is; backward; SGD; then the keys t enter the
+queue.
 
 Both encoders use split batch norm with 8 splits, and the teacher sees the batch shuffled. K counts
 the queue's rows even while they are still random, so training starts close to MoCo (c is about 0.18
@@ -124,10 +125,10 @@ class ASCL(QueueMethod):
         for view, other in zip(self.student_sees(), self.teacher_sees(), strict=True):
             h = normalize(batch.predicted[view], dim=1)
             t = normalize(batch.teacher[other], dim=1)
-            own = torch.arange(len(t), device=t.device)
+            own = batch.own(t) if self.options() else None
             labels = label_mean(
-                self.rule(), t, t, teacher_temperature=self.teacher_temperature,
-                excluded=own if self.options() else None, backend=batch.backend,
+                self.rule(), t, batch.everyones(t), backend=batch.backend,
+                teacher_temperature=self.teacher_temperature, excluded=own,
             )  # fmt: skip
             rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
             shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))

@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 Queue = MemoryQueue | Tensor
+Pair = tuple[Tensor, Tensor]
 
 
 class MethodLoss(nn.Module):
@@ -110,12 +111,21 @@ class MethodLoss(nn.Module):
 
 
 class _QueueLoss(MethodLoss):
-    """One direction: query against key and queue."""
+    """Query against key and queue."""
 
-    def forward(self, query: Tensor, key: Tensor, queue: Queue | None = None) -> Tensor:
-        """The loss of query (N, D) with key (N, D) against the queue; gradient to query alone."""
+    def forward(
+        self, query: Tensor | Pair, key: Tensor | Pair, queue: Queue | None = None
+    ) -> Tensor:
+        """The loss of query (N, D) with key (N, D) against the queue; gradient to query alone.
+
+        With ``symmetric=True`` query and key are pairs: what the student and what the teacher make
+        of the first and of the second view; the keys of both enter the queue.
+        """
         queues = {"queue": self._rows_of(queue)} if self.method.queues() else {}
-        return self._reduced({"query": query}, {"key": key}, queues)
+        if not self.method.symmetric:
+            return self._reduced({"query": query}, {"key": key}, queues)
+        student, teacher = (dict(zip(("query", "key"), x, strict=True)) for x in (query, key))
+        return self._reduced(student, teacher, queues)
 
 
 class ASCLLoss(_QueueLoss):
@@ -150,7 +160,10 @@ class MoCoLoss(_QueueLoss):
 
 
 class SCELoss(_QueueLoss):
-    """SCE's loss (``softcl.methods.sce``): ``criterion(query, key, queue)``."""
+    """SCE's loss (``softcl.methods.sce``): ``criterion(query, key, queue)``.
+
+    With ``use_keys=True`` the other keys of the batch take part beside the queue's rows.
+    """
 
     method_class = SCE
 
@@ -168,12 +181,16 @@ class ReSSLLoss(_QueueLoss):
     """ReSSL's loss (``softcl.methods.ressl``): ``criterion(query, key, queue)``.
 
     query (V N, D) may be the projections of V strong crops stacked, V = ``crops``, crop by crop,
-    with key (N, D) of the one weak view.
+    with key (N, D) of the one weak view. ``use_keys`` is as in :class:`SCELoss`.
     """
 
     method_class = ReSSL
 
-    def forward(self, query: Tensor, key: Tensor, queue: Queue | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor | Pair, key: Tensor | Pair, queue: Queue | None = None
+    ) -> Tensor:
+        if self.method.symmetric:
+            return super().forward(query, key, queue)
         names = self.method.student_sees()
         crops = dict(zip(names, query.chunk(len(names)), strict=True))
         return self._reduced(crops, {"key": key}, {"queue": self._rows_of(queue)})

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from softcl.labels import LabelRule
 from softcl.ops import Diagnostics, soft_contrastive_loss
@@ -71,6 +72,20 @@ class Batch:
         """The rows of a queue that may take part in a loss, (K, D)."""
         queue = self.queues[name]
         return queue if isinstance(queue, Tensor) else queue.rows[: queue.filled]
+
+    # A loss that reads the whole batch asks these two: where several processes have a part each,
+    # they tell of all.
+
+    def everyones(self, rows: Tensor, queue: Tensor | None = None) -> Tensor:
+        """Rows (N, D) of this batch as the set to compare with, and a queue's after them.
+
+        Gradients reach the rows.
+        """
+        return rows if queue is None else torch.cat([rows, queue])
+
+    def own(self, rows: Tensor) -> Tensor:
+        """The place of each of these rows among everyone's, (N,) int64."""
+        return torch.arange(len(rows), device=rows.device)
 
 
 class Result(NamedTuple):
@@ -202,19 +217,15 @@ class Method:
 
 
 @dataclass(frozen=True)
-class QueueMethod(Method):
-    """A method whose loss is a label rule's over one queue.
+class SymmetricMethod(Method):
+    """A method of a student's and a teacher's view that may also run with the two swapped.
 
     Attributes:
-        teacher_temperature: of the teacher's softmax over the queue.
         symmetric: both views go through both encoders, and the loss is the mean of the two
-            directions against one snapshot of the queue; all keys enter it afterwards.
+            directions against one snapshot of the queue; the keys of both enter it together.
     """
 
-    teacher_temperature: float = 0.05
     symmetric: bool = False
-
-    positive: ClassVar[bool] = True  # whether the positive is in the student's denominator
 
     def student_sees(self) -> tuple[str, ...]:
         return ("query", "key") if self.symmetric else ("query",)
@@ -225,6 +236,19 @@ class QueueMethod(Method):
     def keys(self, batch: Batch) -> dict[str, Tensor]:
         return {"queue": torch.cat([batch.teacher[name] for name in self.teacher_sees()])}
 
+
+@dataclass(frozen=True)
+class QueueMethod(SymmetricMethod):
+    """A method whose loss is a label rule's over one queue.
+
+    Attributes:
+        teacher_temperature: of the teacher's softmax over the queue.
+    """
+
+    teacher_temperature: float = 0.05
+
+    positive: ClassVar[bool] = True  # whether the positive is in the student's denominator
+
     def loss(self, batch: Batch) -> Result:
         return self.queue_loss(batch)
 
@@ -232,10 +256,16 @@ class QueueMethod(Method):
         """The loss of the views stacked as rows of one call."""
         query = torch.cat([batch.predicted[name] for name in self.student_sees()])
         key = torch.cat([batch.teacher[name] for name in self.teacher_sees()])
+        return self.rule_loss(batch, query, key, batch.rows(), **options)
+
+    def rule_loss(
+        self, batch: Batch, query: Tensor, key: Tensor, candidates: Tensor, **options: Any
+    ) -> Result:
+        """The label rule's loss of query and key against candidates (K, D)."""
         rows, shown = soft_contrastive_loss(
             query,
             key,
-            batch.rows(),
+            candidates,
             self.rule(),
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
@@ -247,3 +277,33 @@ class QueueMethod(Method):
             **options,
         )
         return Result(rows, shown)
+
+
+@dataclass(frozen=True)
+class RelationalMethod(QueueMethod):
+    """A method of the teacher's relations, which may be those to the batch's other keys as well.
+
+    Attributes:
+        use_keys: the other keys of the batch stand beside the queue's rows, in the student's
+            softmax and in the teacher's; a row's own key is in neither, but as its positive
+            (github.com/juliendenize/eztorch). K is then the queue's rows + N - 1.
+    """
+
+    use_keys: bool = False
+
+    def options(self) -> frozenset[str]:
+        return frozenset({"excluded"} if self.use_keys else ())
+
+    def keys_loss(self, batch: Batch, **options: Any) -> Result:
+        """Each direction against its own keys and the queue; the crops of a view share theirs."""
+        teachers, views = self.teacher_sees(), self.student_sees()
+        crops = len(views) // len(teachers)
+        found = []
+        for number, name in enumerate(teachers):
+            query = torch.cat([batch.predicted[view] for view in views[number :: len(teachers)]])
+            key = batch.teacher[name]
+            candidates = batch.everyones(normalize(key, dim=1), batch.rows())
+            options["excluded"] = batch.own(key).repeat(crops)
+            options["queries_per_key"] = crops
+            found.append(self.rule_loss(batch, query, key, candidates, **options))
+        return Result(torch.cat([part.rows for part in found]), found[0].shown)

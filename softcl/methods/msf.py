@@ -10,6 +10,9 @@ github.com/UMBCvision/MSF.
 
 Label rule: the mean m of the neighbours; no softmax, so no temperature. Order: EMA, forward passes,
 keys into the queue, loss, SGD.
+
+symmetric: the MNN bench adds the mirrored direction. Here the keys of both views enter the queue
+before either loss, so that both see one snapshot of it.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ import torch
 from torch.nn.functional import normalize
 
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
-from softcl.methods.method import Batch, Method, Result
+from softcl.methods.method import Batch, Result, SymmetricMethod
 from softcl.ops import queue_statistics
 
 
 @dataclass(frozen=True)
-class MSF(Method):
+class MSF(SymmetricMethod):
     """The method's numbers; the defaults are the MNN bench's for CIFAR.
 
     Attributes:
@@ -41,17 +44,19 @@ class MSF(Method):
     def loss(self, batch: Batch) -> Result:
         queue = batch.rows()
         with torch.no_grad():
-            key = normalize(batch.teacher["key"], dim=1)
+            key = torch.cat([batch.teacher[name] for name in self.teacher_sees()])
+            key = normalize(key, dim=1)
             found = queue_statistics(
                 key, queue, 1.0, num_neighbors=self.num_neighbors, sums=False, backend=batch.backend
             )
             mean = queue[found.neighbor_indices].to(found.neighbor_logits.dtype).mean(1)  # (N, D)
-        z = normalize(batch.predicted["query"], dim=1)
+        query = torch.cat([batch.predicted[name] for name in self.student_sees()])
+        z = normalize(query, dim=1)
         return Result(2.0 - 2.0 * (z.to(mean.dtype) * mean).sum(1))
 
 
 DEFAULTS: dict[str, Defaults] = {
-    # k 5, weak teacher. The bench adds the mirrored direction.
+    # k 5, weak teacher. The bench trains both directions (symmetric=True), at twice the cost.
     "cifar10": mnn_bench_defaults(MSF(), 32),
     "cifar100": mnn_bench_defaults(MSF(), 32),
     "tiny_imagenet": mnn_bench_defaults(MSF(queue_size=16384, momentum=0.996), 64),

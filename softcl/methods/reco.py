@@ -15,8 +15,9 @@ Zhang et al., arXiv 2211.01796. "Code" below is github.com/zhangyifei01/ReCo.
     loss      = mean over the batch of L_moco + global_weight L_global + local_weight L_local
 
 The paper writes the global term as a divergence; the code's cross-entropy has the same gradient.
-mix = "mixup" is a branch of the code that is switched off. Order: EMA (the student's passes do not
-change what it copies), forward passes, losses against both queues as they are, SGD, keys in.
+Label rules: all mass on the positive, twice, and the teacher's softmax. mix = "mixup" is a branch
+of the code that is switched off. Order: EMA (the student's passes do not change what it copies),
+forward passes, losses against both queues as they are, SGD, keys in.
 """
 
 from __future__ import annotations
@@ -126,7 +127,13 @@ DEFAULTS: dict[str, Defaults] = {
     "imagenet": Defaults(
         ReCo(momentum=0.999, queue_size=65536), "resnet50", 224, 200, 256, 0.03, 0.9, 1e-4, 5
     ),
+    # Chosen on shapes: without batch norm at the projector's end, or with its rate of 0.06, the
+    # outputs collapse within an epoch, the queue told apart from the positive by its age.
     "shapes": shapes_defaults(
-        ReCo(queue_size=512, projection_dim=128, projector_hidden=512, num_splits=1)
+        ReCo(
+            queue_size=512, projection_dim=128, projector_hidden=512, projector_norm="all",
+            num_splits=1,
+        ),
+        lr=0.03,
     ),
-}
+}  # fmt: skip

@@ -14,6 +14,9 @@ Several crops: the student sees ``crops`` strong views of falling size, each com
 weak view of the teacher; the loss is their mean. The code's crops at 224 px have sides 224, 192,
 160, 128 and 96 and area ranges from (0.2, 1) down to (0.086, 0.429): the side's share of 224 times
 (0.2, 1). Here the same shares are taken of the run's image size.
+
+use_keys: the batch's other keys stand beside the queue's rows in both softmaxes, the own key in
+neither (github.com/juliendenize/eztorch).
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ from dataclasses import dataclass
 
 from softcl.labels import LabelRule, RelationalLabels
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
-from softcl.methods.method import Batch, QueueMethod, Result, View
+from softcl.methods.method import Batch, RelationalMethod, Result, View
 
 SHARES = tuple(side / 224 for side in (224, 192, 160, 128, 96))
 
 
 @dataclass(frozen=True)
-class ReSSL(QueueMethod):
+class ReSSL(RelationalMethod):
     """The method's numbers; the defaults are those for CIFAR.
 
     Attributes:
@@ -60,6 +63,8 @@ class ReSSL(QueueMethod):
         return RelationalLabels()
 
     def loss(self, batch: Batch) -> Result:
+        if self.use_keys:
+            return self.keys_loss(batch)
         return self.queue_loss(batch, queries_per_key=self.crops)
 
 
@@ -76,5 +81,9 @@ DEFAULTS: dict[str, Defaults] = {
         ReSSL(queue_size=131072, momentum=0.999, projector_hidden=4096, projection_dim=512),
         "resnet50", 224, 200, 256, 0.05, 0.9, 1e-4, 5, "sgd", False,
     ),
-    "shapes": shapes_defaults(ReSSL(queue_size=512, projector_hidden=512, num_splits=1)),
+    # Chosen on shapes: without batch norm at the projector's end the relations are uniform after an
+    # epoch, and stay so.
+    "shapes": shapes_defaults(
+        ReSSL(queue_size=512, projector_hidden=512, projector_norm="all", num_splits=1)
+    ),
 }  # fmt: skip

@@ -14,9 +14,12 @@ form = "paper" is this. form = "code": with a queue, the code's teacher softmax 
 the positive, of logit 0 and not -infinity: over [0, t.Q_1 .. t.Q_K] / teacher_temperature. A share
 1 / (1 + sum_j exp(t.Q_j / teacher_temperature)) of the mass 1 - w so leaks to the positive.
 
-Order: forward passes, loss, optimiser, then the EMA of the teacher (after the step, other than
-MoCo), keys into the queue. Symmetric: both directions against one snapshot of the queue, then both
-views' keys enter it.
+use_keys: the batch's other keys stand beside the queue's rows in both softmaxes (eztorch). The code
+masks the own key in the teacher's softmax there, so nothing leaks: both forms are the paper's.
+
+Label rule: the mixture y. Order: forward passes, loss, optimiser, then the EMA of the teacher
+(after the step, other than MoCo), keys into the queue. Symmetric: both directions against one
+snapshot of the queue, then both views' keys enter it.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ from dataclasses import dataclass
 
 from softcl.labels import LabelRule, MixedLabels
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
-from softcl.methods.method import Batch, QueueMethod, Result
+from softcl.methods.method import Batch, RelationalMethod, Result
 
 
 @dataclass(frozen=True)
-class SCE(QueueMethod):
+class SCE(RelationalMethod):
     """The method's numbers; the defaults are the code's for CIFAR-10.
 
     Attributes:
@@ -54,6 +57,8 @@ class SCE(QueueMethod):
         return MixedLabels(self.positive_weight)
 
     def loss(self, batch: Batch) -> Result:
+        if self.use_keys:
+            return self.keys_loss(batch)
         return self.queue_loss(batch, virtual_logit=self.form == "code")
 
 

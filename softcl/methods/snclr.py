@@ -23,10 +23,10 @@ In the code the labels sum to 2 and the gradient flows through w into y: both ar
 are trained linear maps; the paper names them, the softmax and the scale (gamma), and gives the
 scale no value: 1 here. `threshold` is the code's switch that drops the w_r up to 1/n.
 
-M is visited by the streaming operator and its logits are never stored. Order: EMA, forward passes,
-both searches and losses against C as it is, optimiser, then the keys of view 2 enter C. Two quirks
-of the code are left out: a term that it multiplies by 0, and a ring that drops the rest of a batch
-at its end.
+Label rule: the positiveness w. M, of the whole batch, is visited by the streaming
+operator and its logits are never stored. Order: EMA, forward passes, both searches and losses
+against C as it is, optimiser, then the keys of view 2 enter C. Two quirks of the code are left out:
+a term that it multiplies by 0, and a ring that drops the rest of a batch at its end.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ class SNCLR(Method):
         z = normalize(batch.predicted[view], dim=1)
         y = normalize(batch.student[view], dim=1)
         candidates = self.candidates(batch, batch.teacher[other]).to(z.dtype)  # (N, n + 1, D)
-        lse = queue_statistics(
-            z, candidates.flatten(0, 1), self.temperature, backend=batch.backend
-        ).lse
+        everyones = batch.everyones(candidates.flatten(0, 1))  # M, of the whole batch
+        lse = queue_statistics(z, everyones, self.temperature, backend=batch.backend).lse
         # In the precision of the sums, whatever the vectors' is.
         z, y, candidates = (x.to(lse.dtype) for x in (z, y, candidates))
         own = torch.einsum("nd,nrd->nr", z, candidates) / self.temperature

@@ -124,7 +124,9 @@ class TrainConfig:
     crops: int | None = _flag(_METHOD, at_least=1,
         help="ressl: strong views for the student, at most 5")
     symmetric: bool | None = _flag(_METHOD,
-        help="moco, ressl, sce, ascl: both views through both encoders, or not")
+        help="moco, ressl, sce, ascl, msf: both views through both encoders, or not")
+    use_keys: bool | None = _flag(_METHOD,
+        help="sce, ressl: relations to the batch's other keys too, or not")
     student_view: str | None = _flag(_METHOD, metavar="NAME",
         help="recipe of the student's view")
     teacher_view: str | None = _flag(_METHOD, metavar="NAME",
