@@ -85,8 +85,8 @@ class TrainConfig:
         help="labelled images for k-NN, any kind (default: the test split of --data)")
     image_size: int | None = _flag(_DATA, at_least=8, at_most=4096,
         help="side of the views in pixels (default: the images' own)")
-    workers: int | None = _flag(_DATA, at_least=1, at_most=256, may_change=True,
-        help="threads that decode images (default: one per core, at most 16)")
+    workers: int | None = _flag(_DATA, at_least=0, at_most=256, may_change=True,
+        help="threads that decode images (default: one per core, at most 16); 0: none")
 
     arch: str | None = _flag(_MODEL, metavar="NAME",
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
