@@ -84,7 +84,7 @@ class TrainConfig:
     eval_data: str | None = _flag(_DATA, metavar="SPEC",
         help="labelled images for k-NN, any kind (default: the test split of --data)")
     image_size: int | None = _flag(_DATA, at_least=8, at_most=4096,
-        help="side of the views in pixels (default: the images' own)")
+        help="side of the views in pixels (default: the images' own; STL-10: 64)")
     workers: int | None = _flag(_DATA, at_least=0, at_most=256, may_change=True,
         help="threads that decode images (default: one per core, at most 16); 0: none")
 
