@@ -28,6 +28,7 @@ from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, c
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean
 from softcl.training.optimizers import build_optimizer
 from softcl.training.settings import check_method_flags, fill, recipe_size
+from softcl.training.speed import check_speed, settle_speed, speed_up
 from softcl.training.step import TrainState, View, derived_seed
 
 
@@ -67,10 +68,13 @@ def assemble(config: TrainConfig) -> Parts:
     check_method_flags(config)
     check_arch(config.arch)
     device = resolve_device(config.device)
+    check_speed(config, device)
     images, bank, queries, evaluation = load_images(config)
     config, method, defaults = fill(config, images, view_side(images, config))
+    config = settle_speed(config, device)
     build_views(method, images, config.image_size)
     state = build_state(config, method, device)
+    speed_up(config, state)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
     return Parts(config, defaults, images, evaluation, state, backend, knn)

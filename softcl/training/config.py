@@ -172,6 +172,14 @@ class TrainConfig:
         help="auto, cuda, triton, cpu or reference")
     device: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
         help="auto, cpu, cuda or cuda:N")
+    precision: str | None = _flag(_RUN, metavar="NAME", choices=("fp32", "bf16"),
+        help="of student and teacher (default: bf16 on GPUs that have it)")
+    compile: bool = _flag(_RUN, False, may_change=True,
+        help="torch.compile of student and teacher")
+    cuda_graph: bool = _flag(_RUN, False, may_change=True,
+        help="the same, with CUDA graphs")
+    channels_last: bool | None = _flag(_RUN, may_change=True,
+        help="memory format of the networks (default: on GPUs, without split batch norm)")
     out: str | None = _flag(_RUN, may_change=True, metavar="FOLDER",
         help="run folder (default: a new one under runs/)")
     overwrite: bool = _flag(_RUN, False, may_change=True,
