@@ -58,7 +58,7 @@ def build_parser() -> CommandParser:
     add("--limit", type=int, metavar="N", help="use at most so many images of each set")
     add("--seed", type=int, default=0, metavar="N", help="of the probes (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    add("--workers", type=int, metavar="N", help="threads that decode images")
+    add("--workers", type=int, metavar="N", help="threads that decode images; 0: none")
     add("--out", metavar="FILE", help="write the results as JSON too")
     # fmt: on
     return parser
@@ -97,7 +97,7 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    least = {"image_size": 8, "knn_k": 1, "epochs": 1, "limit": 2, "workers": 1, "seed": 0}
+    least = {"image_size": 8, "knn_k": 1, "epochs": 1, "limit": 2, "workers": 0, "seed": 0}
     for name, bound in least.items():
         value = getattr(options, name)
         if value is not None and value < bound:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from softcl.data import ImageSet
+from softcl.methods import METHODS
 from softcl.train import main
+from softcl.training.build import view_side
 from softcl.training.config import (
     ConfigError,
     TrainConfig,
@@ -100,6 +102,33 @@ def test_settings_come_from_the_methods_defaults():
 )
 def test_defaults_follow_the_data(statistics: str, size: int, name: str):
     assert defaults_for("ascl", image_set(8, size, statistics), size)[0] == name
+
+
+@pytest.mark.parametrize(
+    "size, statistics, given, side",
+    [
+        (96, "stl10", None, 64),  # as ASCL and ReSSL have it
+        (96, "stl10", 96, 96),
+        (64, "tiny", None, 64),
+        (32, "cifar10", None, 32),
+        (16, "shapes", None, 16),  # never larger than the images
+        (96, "imagenet", None, 96),  # a set without a recipe of its own
+    ],
+)
+def test_views_have_the_size_of_the_recipe(size: int, statistics: str, given: int, side: int):
+    for method in ("ascl", "ressl"):
+        config = TrainConfig(method=method, image_size=given)
+        assert view_side(image_set(8, size, statistics), config) == side
+
+
+def test_stl10_is_trained_on_at_64_pixels(tmp_path, capsys):
+    for part, count in (("train", 20), ("test", 10), ("unlabeled", 20)):
+        (tmp_path / f"{part}_X.bin").write_bytes(bytes(count * 3 * 96 * 96))
+        (tmp_path / f"{part}_y.bin").write_bytes(bytes(i % 10 + 1 for i in range(count)))
+    assert main(["--data", str(tmp_path), "--arch", "resnet_tiny", "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["defaults"] == "stl10" and plan["config"]["image_size"] == 64
+    assert "40 images, 96x96" in plan["images"] and "10 images, 96x96" in plan["evaluation"]
 
 
 def test_defaults_shrink_to_small_data_and_short_runs():
@@ -304,6 +333,33 @@ def test_hundreds_of_wrong_lines_end_in_three_lines(tmp_path, monkeypatch, capsy
         error = captured.err.splitlines()
         assert 1 <= len(error) <= 3 and "Traceback" not in captured.err, line
         assert line.split()[0].split("=")[0] in error[0] or "unexpected" in error[0], line
+    assert list(tmp_path.iterdir()) == []
+
+
+def foreign_lines() -> list[str]:
+    """For every method: each flag of the others that it does not have, with a right value."""
+    lines = []
+    for method, kind in METHODS.items():
+        own = {field.name for field in dataclasses.fields(kind)}
+        for field in dataclasses.fields(TrainConfig):
+            group = field.metadata["group"].split(" ")[0]
+            if group not in ("model", "method") or field.name in ("method", "arch", *own):
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            value = {int: " 1", float: " 0.5", str: " none", bool: ""}[value_type(field)]
+            lines.append(f"--seed 3 {flag}{value} --method {method}")
+    return lines
+
+
+def test_flags_of_another_method_end_in_three_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = foreign_lines()
+    assert len(lines) >= 40
+    for line in lines:
+        assert main(line.split()) == 2, line
+        error = capsys.readouterr().err.splitlines()
+        assert 1 <= len(error) <= 3 and error[0].startswith(f"softcl.train: {line.split()[2]}")
+        assert f"does not apply to method {line.split()[-1]}" in error[0], line
     assert list(tmp_path.iterdir()) == []
 
 

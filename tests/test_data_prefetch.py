@@ -31,7 +31,7 @@ def lazily(folder, workers: int = 2, **options) -> ImageSet:
     return data
 
 
-@pytest.mark.parametrize("workers", [1, 5])
+@pytest.mark.parametrize("workers", [0, 1, 5])
 @pytest.mark.parametrize("image_size", [None, 4])
 def test_same_pixels_as_a_resident_set(folder, workers, image_size):
     resident = load_dataset(str(folder), "all", image_size=image_size)
@@ -49,7 +49,7 @@ def test_the_memory_limit_decides(folder):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("memory_limit", [None, 0])
 def test_batches_come_in_order(folder, workers, depth, memory_limit):
     data = load_dataset(str(folder), "all", memory_limit=memory_limit, workers=workers)
@@ -74,6 +74,14 @@ def test_no_more_than_depth_batches_are_taken_ahead(folder):
     assert len(taken) == 3
     next(stream)
     assert len(taken) == 4
+    stream.close()
+
+
+def test_without_workers_no_thread_is_started(folder):
+    before = set(threading.enumerate())
+    stream = batches(lazily(folder, 0), (torch.tensor([i]) for i in range(100)))
+    next(stream)
+    assert set(threading.enumerate()) <= before
     stream.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,37 @@ def test_collapse_is_warned_of_once(flags, monkeypatch, tmp_path, capsys):
     assert len(lines) == 2
     assert "collapse: at step 2 " in lines[0] and "spread 0.040" in lines[0]
     assert "collapse: at step 5 " in lines[1]
+
+
+# -------------------------------------------------------------------------------------------- disk
+
+
+def test_a_disk_that_is_full_and_then_is_not(flags, tmp_path, capsys):
+    """A real tmpfs with room for one checkpoint and a half, and then for more."""
+    assert main([*flags, "--out", "whole"]) == 0
+    place = tmp_path / "small"
+    place.mkdir()
+    room = (tmp_path / "whole/last.pt").stat().st_size * 3 // 2
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        capsys.readouterr()
+        assert main([*flags, "--checkpoint-every", "3", "--out", "small/run"]) == 1
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and "No space left on device" in error
+        assert "last.pt: cannot write" in error and "the checkpoint before it is kept" in error
+        assert read_checkpoint(place / "run/last.pt")["step"] == 3
+        assert not list((place / "run").glob(".*.tmp"))
+        subprocess.run(["mount", "-o", f"remount,size={6 * room}", str(place)], check=True)
+        assert main(["--resume", "small/run"]) == 0
+        assert_same_run(tmp_path / "whole", place / "run")
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 # ------------------------------------------------------------------------------------------- locks

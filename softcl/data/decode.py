@@ -1,4 +1,7 @@
-"""One image file to uint8 RGB pixels of a given size, whatever its mode, depth and orientation."""
+"""One image file to uint8 RGB pixels of a given size, whatever its mode, depth and orientation.
+
+docs/images.md is the table of what becomes of unusual and of damaged files.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
+# What is opened, whatever a file is called. Pillow would run a program on some of the others: a
+# PostScript file called .jpg is handed to Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 
 def pillow():
@@ -84,7 +90,7 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
     """(height, width) of an upright image, from its header."""
-    with pillow().open(path) as image:
+    with pillow().open(path, formats=FORMATS) as image:
         width, height = image.size
         turned = _orientation(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
@@ -92,7 +98,7 @@ def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
 
 def decode(path: str | Path | BinaryIO, height: int, width: int) -> np.ndarray:
     """Pixels (3, height, width) uint8 of the file; any exception means that it cannot be read."""
-    with pillow().open(path) as image:
+    with pillow().open(path, formats=FORMATS) as image:
         image.draft(
             None, (2 * width, 2 * height)
         )  # lets JPEG skip detail that a resize would discard

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def _default_workers() -> int:
     return max(1, min(16, available or 1))
 
 
+def _on_threads(workers: int, function: Callable[[int], None], values: Iterable[int]) -> None:
+    """Call `function` for each of `values` on so many threads; without any, in this one."""
+    if workers == 0:
+        for value in values:
+            function(value)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode") as pool:
+        for _ in pool.map(function, values):
+            pass
+
+
 def _reason(error: Exception) -> str:
     text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)).splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
@@ -55,7 +67,7 @@ def _refuse_if_many(root: Path, skipped: list[str], total: int) -> None:
 
 
 class LazyImages:
-    """Images decoded when they are asked for, by a pool of threads.
+    """Images decoded when they are asked for, by a pool of threads, or by the caller's alone.
 
     A file that turns out unreadable is replaced by the next one of the same class, listed in
     `skipped`; more than 1 % of them raise DataError.
@@ -72,7 +84,10 @@ class LazyImages:
         self.skipped: list[str] = list(listing.skipped)
         self._broken: set[int] = set()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode")
+        self.workers = workers
+        self._pool = None
+        if workers:
+            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -102,7 +117,8 @@ class LazyImages:
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Images of indices (N,): uint8 (N, 3, H, W), in the order asked for."""
         result = torch.empty((len(indices), 3, *self.size), dtype=torch.uint8)
-        for _ in self._pool.map(self._decode, result.numpy(), indices.tolist()):
+        decode_all = map if self._pool is None else self._pool.map
+        for _ in decode_all(self._decode, result.numpy(), indices.tolist()):
             pass
         return result
 
@@ -143,9 +159,7 @@ def _read_all(
             except Exception as error:
                 broken[i] = f"{printable(listing.files[i])}: {_reason(error)}"
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode") as pool:
-        for _ in pool.map(read, range(0, len(listing.files), CHUNK)):
-            pass
+    _on_threads(workers, read, range(0, len(listing.files), CHUNK))
     unreadable = [broken[i] for i in sorted(broken)]
     _refuse_if_many(listing.root, unreadable, len(listing.files))
     skipped = listing.skipped + unreadable
@@ -174,7 +188,7 @@ def _load_listing(
 ) -> ImageSet:
     """Decode a listing's images, now where they fit in memory, or else on demand."""
     decode.pillow()
-    workers = workers or _default_workers()
+    workers = _default_workers() if workers is None else workers
     size = _probe(listing, requested)
     limit = _default_memory_limit() if memory_limit is None else memory_limit
     labels = listing.labels
@@ -266,7 +280,7 @@ def load_dataset(
                   raw pixels keep their size.
     memory_limit  bytes of pixels above which images are decoded on demand; default a quarter of
                   the machine's memory
-    workers       threads that decode; default the cores, at most 16
+    workers       threads that decode; default the cores, at most 16; 0 for the caller's own alone
     data_format   a word of formats.FORMATS, or "auto"
 
     Raises DataError, one line that names the path, where the data cannot be read; ImportError,

@@ -21,13 +21,14 @@ def batches(
     """Yield (indices (N,), uint8 images (N, 3, H, W) on `device`) for each index tensor of `order`.
 
     A resident set is indexed directly. For a set decoded on demand, one thread keeps `depth`
-    batches ready; their order and content are those of `order`, whatever the number of workers.
+    batches ready, unless it was told to use no threads; order and content are those of `order`,
+    whatever the number of workers.
     An error while decoding is raised at the batch concerned.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     device = torch.device(device)
-    if image_set.resident:
+    if image_set.resident or getattr(image_set.images, "workers", 1) == 0:
         for indices in order:
             yield indices, image_set.batch(indices).to(device, non_blocking=True)
         return

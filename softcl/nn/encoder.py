@@ -63,7 +63,13 @@ class Encoder(nn.Module):
     """projector(backbone(images)): (N, 3, H, W) -> (N, D), not normalised.
 
     ``features`` gives the backbone's output (N, F), which is what evaluation reads.
+
+    Attributes:
+        precision: what autocast computes ``forward`` in; None for none. ``features`` has none, and
+            the projections come out in float32.
     """
+
+    precision: torch.dtype | None = None
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
@@ -71,7 +77,11 @@ class Encoder(nn.Module):
         self.projector = projector
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.projector(self.backbone(images))
+        if self.precision is None:
+            return self.projector(self.backbone(images))
+        with torch.autocast(images.device.type, self.precision):
+            projections = self.projector(self.backbone(images))
+        return projections.float()
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> (N, F), before the projector."""

@@ -27,7 +27,8 @@ from softcl.nn import (
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean
 from softcl.training.optimizers import build_optimizer
-from softcl.training.settings import check_method_flags, fill
+from softcl.training.settings import check_method_flags, fill, recipe_size
+from softcl.training.speed import check_speed, settle_speed, speed_up
 from softcl.training.step import TrainState, View, derived_seed
 
 
@@ -67,10 +68,13 @@ def assemble(config: TrainConfig) -> Parts:
     check_method_flags(config)
     check_arch(config.arch)
     device = resolve_device(config.device)
+    check_speed(config, device)
     images, bank, queries, evaluation = load_images(config)
-    config, method, defaults = fill(config, images, image_side(images, config))
+    config, method, defaults = fill(config, images, view_side(images, config))
+    config = settle_speed(config, device)
     build_views(method, images, config.image_size)
     state = build_state(config, method, device)
+    speed_up(config, state)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
     return Parts(config, defaults, images, evaluation, state, backend, knn)
@@ -136,7 +140,8 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
     except DataError as error:
         hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
         raise DataError(f"{error}{hint}") from error
-    options["image_size"] = image_side(train, config)
+    if config.image_size is None:  # to be stored in one size with the training images
+        options["image_size"] = train.size[1]
     bank = train
     if split in ("unlabeled", "train+unlabeled"):
         bank = load_dataset(config.data, "train", **own, **options)
@@ -161,11 +166,17 @@ def _labelled_split(spec: str) -> str:
     return "test" if divided else "all"
 
 
-def image_side(images: ImageSet, config: TrainConfig) -> int:
-    """Side of the views: the one asked for, or that of the images."""
+def view_side(images: ImageSet, config: TrainConfig) -> int:
+    """Side of the views: the one asked for, or that of the images.
+
+    Where the method's recipe for these very images has a smaller one, that: STL-10's 96 px are
+    trained on at 64.
+    """
     if config.image_size is not None:
         return config.image_size
-    return int(images.batch(torch.tensor([0])).shape[-1])
+    own = images.size[1]
+    recipe = recipe_size(config.method, images)
+    return own if recipe is None else min(own, recipe)
 
 
 def fingerprint(images: ImageSet) -> str:

@@ -84,9 +84,9 @@ class TrainConfig:
     eval_data: str | None = _flag(_DATA, metavar="SPEC",
         help="labelled images for k-NN, any kind (default: the test split of --data)")
     image_size: int | None = _flag(_DATA, at_least=8, at_most=4096,
-        help="side of the views in pixels (default: the images' own)")
-    workers: int | None = _flag(_DATA, at_least=1, at_most=256, may_change=True,
-        help="threads that decode images (default: one per core, at most 16)")
+        help="side of the views in pixels (default: the images' own; STL-10: 64)")
+    workers: int | None = _flag(_DATA, at_least=0, at_most=256, may_change=True,
+        help="threads that decode images (default: one per core, at most 16); 0: none")
 
     arch: str | None = _flag(_MODEL, metavar="NAME",
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
@@ -174,6 +174,14 @@ class TrainConfig:
         help="auto, cuda, triton, cpu or reference")
     device: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
         help="auto, cpu, cuda or cuda:N")
+    precision: str | None = _flag(_RUN, metavar="NAME", choices=("fp32", "bf16"),
+        help="of student and teacher (default: bf16 on GPUs that have it)")
+    compile: bool = _flag(_RUN, False, may_change=True,
+        help="torch.compile of student and teacher")
+    cuda_graph: bool = _flag(_RUN, False, may_change=True,
+        help="the same, with CUDA graphs")
+    channels_last: bool | None = _flag(_RUN, may_change=True,
+        help="memory format of the networks (default: on GPUs, without split batch norm)")
     out: str | None = _flag(_RUN, may_change=True, metavar="FOLDER",
         help="run folder (default: a new one under runs/)")
     overwrite: bool = _flag(_RUN, False, may_change=True,

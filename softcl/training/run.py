@@ -22,6 +22,7 @@ from softcl.training.progress import Progress, Status, clock
 from softcl.training.resume import FORMAT
 from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
 from softcl.training.schedules import learning_rate, teacher_momentum
+from softcl.training.speed import begin_step, describe_speed
 from softcl.training.step import query_spread, train_step
 from softcl.training.view_sheet import SHEET, draw_views
 
@@ -95,6 +96,7 @@ class Run:
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
+        begin_step(config)
         try:
             measures = train_step(
                 state,
@@ -413,6 +415,7 @@ def describe(run: Run) -> None:
         f"{config.warmup_epochs:g} epochs of warm-up, weight decay {config.weight_decay:g}, "
         f"seed {config.seed}"
     )
+    say(f"networks   {describe_speed(config)}")
     say(f"backend    {run.backend}")
     say(f"run        {run.folder.path}")
 

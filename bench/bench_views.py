@@ -1,0 +1,130 @@
+"""Weak and strong view of a batch: ours, batched, and torchvision's transforms image by image.
+
+    pytest bench/bench_views.py --benchmark-only [--full] [--peer torchvision] [--threads 2] ...
+
+A round makes both views of a batch of 256 (32 px; with --full also 96 -> 64 px and 64 of 256 -> 224
+px), as every step of ASCL or MoCo needs them. Ours is first held to Pillow: some samples, made with
+the same parameters. images_per_s in the extra information counts a pair of views as one image.
+
+"cpu" is PyTorch's operations on the CPU, "cuda" the same on a GPU with numbers drawn there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bench.table import Row
+from bench.view_peers import PEERS, absent, by_pillow, make_peer
+from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, weak_view
+from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, draw_colors, draw_crop
+from softcl.training.allocator import keep_freed_pages
+
+SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 3.0, 50, 3
+CHECKED = 32
+# In levels of 8 bits. Pillow rounds after each operation, and its hue has 256 values.
+MEAN_LEVELS, WORST_LEVELS = 1.5, 8.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Both views, `side` px wide, of a batch of images `source` px wide."""
+
+    batch: int
+    source: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"views {self.batch}x{self.source}px to {self.side}px"
+
+
+QUICK = (Work(256, 32, 32),)
+FULL = (*QUICK, Work(256, 96, 64), Work(64, 256, 224))
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    ours = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    ours = [x for x in ours if x in (option("--backend") or ours)]
+    peers = [x for x in option("--peer") or PEERS if x in PEERS]
+    metafunc.parametrize("work", FULL if option("--full") else QUICK, ids=str)
+    metafunc.parametrize("contender", [*ours, *peers], ids=lambda x: x.replace(" ", "-"))
+
+
+def make_images(work: Work) -> ImageSet:
+    """A batch of the generated set, enlarged where it is too small."""
+    pixels = make_shapes(work.batch).images
+    if work.source != pixels.shape[-1]:
+        size = (work.source, work.source)
+        pixels = torch.nn.functional.interpolate(pixels.float(), size, mode="bicubic")
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    mean, std = STATISTICS["shapes"]
+    return ImageSet(pixels, None, [], mean, std, "shapes", "shapes")
+
+
+def make_ours(images: ImageSet, side: int, device: str) -> Callable[[], object]:
+    pixels, generator = images.images.to(device), torch.Generator(device)
+    common = (side, images.mean, images.std, generator)
+
+    def make():
+        views = weak_view(pixels, *common), strong_view(pixels, *common)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return views
+
+    return make
+
+
+def check(images: ImageSet, side: int, device: str) -> None:
+    """Both views of some samples agree with Pillow's, made with the same parameters."""
+    images = ImageSet(images.images[:CHECKED], None, [], images.mean, images.std, images.name)
+    height, width = images.size
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (images.mean, images.std))
+    for view, columns in ((weak_view, 0), (strong_view, COLOR_COLUMNS)):
+        common = (side, images.mean, images.std)
+        # A generator on the CPU gives the same numbers for every device.
+        made = view(images.images.to(device), *common, torch.Generator().manual_seed(1)).cpu()
+        generator = torch.Generator().manual_seed(1)
+        numbers = torch.rand((CHECKED, CROP_COLUMNS + columns), generator=generator)
+        crop = draw_crop(numbers[:, :CROP_COLUMNS], height, width)
+        colors = draw_colors(numbers[:, CROP_COLUMNS:]) if columns else None
+        expected = [by_pillow(x, crop, colors, i, side) for i, x in enumerate(images.images)]
+        levels = ((made * std + mean - torch.stack(expected)) * 255).abs().flatten(1)
+        assert float(levels.mean()) <= MEAN_LEVELS, f"{levels.mean():.2f} levels off Pillow"
+        worst = float(levels.quantile(0.99, dim=1).max())
+        assert worst <= WORST_LEVELS, f"a sample is {worst:.1f} levels off Pillow's"
+
+
+def bench_weak_and_strong(benchmark, report, work, contender):
+    group = str(work)
+    reason = absent()
+    if reason:
+        report(Row(group, contender, note=reason))
+        pytest.skip(reason)
+    keep_freed_pages()
+    images, batches = make_images(work), 1
+    if contender in PEERS:
+        make, batches = make_peer(contender, images, work.batch, work.side)
+    else:
+        check(images, work.side, contender)
+        make = make_ours(images, work.side, contender)
+    make()
+    start = time.perf_counter()
+    make()
+    rounds = int(SECONDS / (time.perf_counter() - start))
+    benchmark.group = group
+    benchmark.pedantic(make, rounds=max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds)))
+    if benchmark.stats is None:  # --benchmark-disable: the check alone
+        return
+    seconds = benchmark.stats.stats.median / batches
+    report(Row(group, contender, seconds))
+    benchmark.extra_info.update(
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        images_per_s=work.batch / seconds,
+        device=torch.cuda.get_device_name() if contender == "cuda" else "cpu",
+    )
