@@ -53,15 +53,15 @@ inline std::size_t finish_shared_bytes(int num_neighbors) {
 }
 
 /// The nearest queue rows of row n, whose elements are x, into memory.sorted(). By all threads.
+/// No barrier here: the selection begins with one, before it reads the vector, and has had others
+/// since the row before was read.
 template <typename T>
 SOFTCL_DEVICE void find_neighbors(const FinishParams& p, const SelectMemory& memory, std::int64_t n,
                                   const float (&x)[kElements]) {
-  ptx::sync_threads();  // the last row's neighbours have been read
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
     ptx::store_shared(memory.vector() + (threadIdx.x + i * kFinishThreads) * 4, x[i]);
   }
-  ptx::sync_threads();
   select_neighbors(memory, p.maxima + n * p.num_chunks, p.chunks, static_cast<const T*>(p.queue),
                    p.partial.dim, p.aligned, p.candidates + blockIdx.x * p.candidates_per_block);
 }

@@ -72,6 +72,19 @@ SOFTCL_DEVICE void atomic_add(std::int64_t* counter, std::int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
 }
 
+// ---- Global memory that threads share -----------------------------------------------------------
+// Plain accesses; on the host they are watched as those of shared memory are.
+
+template <typename T>
+SOFTCL_DEVICE T load_global(const T* address) {
+  return *address;
+}
+
+template <typename T>
+SOFTCL_DEVICE void store_global(T* address, T value) {
+  *address = value;
+}
+
 /// Starts copying `bytes` (0 to 16) from global to shared memory and zeroing the rest of the 16.
 /// Both addresses are multiples of 16, also where nothing is read.
 SOFTCL_DEVICE void cp_async(std::uint32_t target, const void* source, int bytes) {

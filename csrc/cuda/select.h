@@ -58,7 +58,8 @@ SOFTCL_DEVICE std::uint32_t index_of(std::uint64_t key) {
 }
 
 /// A key that exactly k of key_at(0) .. key_at(n - 1) reach. Keys are distinct, apart from zeros,
-/// which are none; there are at least k. Called by all threads; the same in all.
+/// which are none; there are at least k. Called by all threads; the same in all. Whatever they
+/// wrote before the call is there for key_at.
 template <typename KeyAt>
 SOFTCL_DEVICE std::uint64_t kth_largest(const SelectMemory& memory, int n, int k, KeyAt key_at) {
   std::uint64_t prefix = 0;
@@ -174,13 +175,14 @@ SOFTCL_DEVICE void select_neighbors(const SelectMemory& memory, const float* max
     const std::int64_t column = i < total ? column_of(i) : chunks.queue_size;
     const bool exists = column < chunks.queue_size;
     const float x = cosine_with(memory, queue + (exists ? column : 0) * dim, dim, aligned);
-    if (i < total && threadIdx.x % 8 == 0) candidates[i] = x;
+    if (i < total && threadIdx.x % 8 == 0) ptx::store_global(candidates + i, x);
   }
-  ptx::sync_threads();
+  // kth_largest synchronises before it reads the first of them.
   const auto candidate_key = [&](int i) -> std::uint64_t {
     const std::int64_t column = column_of(i);
-    return column < chunks.queue_size ? key_of(candidates[i], static_cast<std::uint32_t>(column))
-                                      : 0;
+    return column < chunks.queue_size
+               ? key_of(ptx::load_global(candidates + i), static_cast<std::uint32_t>(column))
+               : 0;
   };
   take_largest(memory, total, kth_largest(memory, total, memory.k, candidate_key), candidate_key,
                [&](std::uint32_t position, int, std::uint64_t key) {

@@ -96,7 +96,7 @@ SOFTCL_DEVICE void store_maxima(State<S>& state, const float (&s)[2][4][4], cons
       if (!ends) continue;
       const std::int64_t sample = sample_of<S>(r, i);
       if (half_index() == 0 && sample < p.num_rows)
-        p.maxima[sample * p.num_chunks + chunk] = largest;
+        ptx::store_global(p.maxima + sample * p.num_chunks + chunk, largest);
       largest = kAbsent;
     }
   }
@@ -134,16 +134,18 @@ SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
       const std::int64_t sum_row = sample + (S::kPair ? r * p.num_rows : 0);
       if (is_writer) {
         float* sums = p.sums + split * kNumSlots * p.num_sum_rows + sum_row;
-        const auto slot = [&](SumSlot s) -> float& { return sums[s * p.num_sum_rows]; };
+        const auto store = [&](SumSlot s, float x) {
+          ptx::store_global(sums + s * p.num_sum_rows, x);
+        };
         if (p.softmax || (S::kPair && r == 0)) {
-          slot(kWeights) = weight;
-          slot(kCosines) = cosine;
-          slot(kMaximum) = state.maximum[r][i];
+          store(kWeights, weight);
+          store(kCosines, cosine);
+          store(kMaximum, state.maximum[r][i]);
         }
-        if (S::kPair && r == 1 && p.softmax) slot(kStudentCosines) = student;
-        if (r < S::kMeanTiles) slot(kMeanWeights) = state.mean_weight[r][2 * i];
+        if (S::kPair && r == 1 && p.softmax) store(kStudentCosines, student);
+        if (r < S::kMeanTiles) store(kMeanWeights, state.mean_weight[r][2 * i]);
         if (p.ranks != nullptr && (!S::kPair || r == 0))
-          p.ranks[split * p.num_rows + sample] = rank;
+          ptx::store_global(p.ranks + split * p.num_rows + sample, rank);
       }
       if (r >= S::kMeanTiles) continue;
       float* mean = p.means + (split * p.num_mean_rows + sum_row) * p.dim;
@@ -152,7 +154,7 @@ SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
         SOFTCL_UNROLL
         for (int e = 2 * i; e < 2 * i + 2; ++e) {
           const int d = half_index() * S::kMeanDim + 8 * n + accumulator_column(lane_index(), e);
-          if (d < p.dim) mean[d] = state.mean[r][n][e];
+          if (d < p.dim) ptx::store_global(mean + d, state.mean[r][n][e]);
         }
       }
     }

@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "block.h"
 #include "plan.h"
+#include "ptx.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -59,6 +60,19 @@ std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t 
           plan.num_filled_chunks};
 }
 
+// Four blocks of 64 threads that exchange numbers with their neighbours: for the test of
+// watch_global.
+void exchange_in_global_memory(int block_stride, bool synchronize) {
+  using namespace softcl::cuda;
+  std::vector<float> numbers(4 * 64);
+  host::run_grid(dim3(4), dim3(64), 0, [&] {
+    float* mine = numbers.data() + blockIdx.x * block_stride;
+    ptx::store_global(mine + threadIdx.x, 1.0f);
+    if (synchronize) ptx::sync_threads();
+    ptx::load_global(mine + (threadIdx.x ^ 1));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(softcl_cuda_host, module) {
@@ -72,6 +86,8 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
       "seed"_a = 0, "omit"_a = "",
       "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect.");
   module.def("sites", &softcl::cuda::host::sites, "The barriers and waits met since set_options.");
+  module.def("exchange_in_global_memory", &exchange_in_global_memory, "block_stride"_a,
+             "synchronize"_a);
   module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
              "num_neighbors"_a, "multiprocessors"_a);
   module.def(

@@ -98,6 +98,18 @@ inline void atomic_add(std::int64_t* counter, std::int64_t value) {
   *counter += value;
 }
 
+template <typename T>
+T load_global(const T* address) {
+  host::watch_global(address, Access::kRead);
+  return *address;
+}
+
+template <typename T>
+void store_global(T* address, T value) {
+  host::watch_global(address, Access::kWrite);
+  *address = value;
+}
+
 inline void cp_async(std::uint32_t target, const void* source, int bytes) {
   host::start_copy(target, source, bytes);
 }
