@@ -99,6 +99,13 @@ void cuda_enqueue(Address keys, Address queue, Address refused, std::int64_t num
 }  // namespace
 
 void bind_cuda(py::module_& module) {
+  module.def(
+      "cuda_most_dimensions",
+      [](int vector_type, int queue_type, int device) {
+        return cuda::most_dimensions(ElementType(vector_type), ElementType(queue_type), device);
+      },
+      "vector_type"_a, "queue_type"_a, "device"_a,
+      "The largest D of such rows and queue that a CUDA device has shared memory for.");
   module.def("cuda_queue_statistics", &cuda_queue_statistics, py::kw_only(), "vectors"_a, "queue"_a,
              "vector_type"_a, "queue_type"_a, "num_vectors"_a, "queue_size"_a, "dim"_a,
              "num_neighbors"_a, "temperature"_a, "lse"_a, "mean"_a, "entropy"_a,

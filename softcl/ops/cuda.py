@@ -7,8 +7,10 @@
 Experimental: it has not yet run on a GPU, and backend="auto" does not choose it. The same sources,
 compiled for the CPU by ``csrc/cuda/host``, run in the tests.
 
-Rows and queue are bfloat16 or float16, both alike, with D <= 256. Nothing waits for the device, so
-a call can be captured in a CUDA graph.
+Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Where both are of one
+16-bit type their own products are made; otherwise every number is taken in two 16-bit parts, at
+three products for one. Nothing waits for the device, so a call can be captured in
+a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,12 +25,11 @@ from softcl.labels import RULES, LabelRule
 from softcl.ops.backends import Call
 
 MOST_NEIGHBORS = 1024
-MOST_DIMENSIONS = 256
 MOST_ROWS = 1 << 30
 OLDEST_CAPABILITY = (8, 0)
 
 # The values of ElementType in csrc/include/softcl/element_type.h.
-ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Rule name -> value of LabelKind in csrc/include/softcl/labels.h.
 LABEL_KINDS = {name: kind for kind, name in enumerate(RULES)}
@@ -54,6 +55,14 @@ def _capability(index: int) -> tuple[int, int]:
     return module.cuda_compute_capability(index)
 
 
+@functools.cache
+def _most_dimensions(vector_dtype: torch.dtype, queue_dtype: torch.dtype, index: int) -> int:
+    """The largest D that fits into the device's shared memory."""
+    module, _ = _load()
+    types = (ELEMENT_TYPES[vector_dtype], ELEMENT_TYPES[queue_dtype])
+    return module.cuda_most_dimensions(*types, index)
+
+
 def unsupported(call: Call) -> str | None:
     """Why this backend cannot run ``call``, or None."""
     module, reason = _load()
@@ -61,15 +70,16 @@ def unsupported(call: Call) -> str | None:
         return reason
     if call.device.type != "cuda":
         return f"the tensors are on {call.device.type}"
-    capability = _capability(_index_of(call.device))
+    index = _index_of(call.device)
+    capability = _capability(index)
     if capability < OLDEST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if call.vector_dtype not in ELEMENT_TYPES:
-        return f"the vectors are {call.vector_dtype}, not bfloat16 or float16"
-    if call.queue_dtype != call.vector_dtype:
-        return f"the vectors are {call.vector_dtype}, the queue {call.queue_dtype}"
-    if call.D > MOST_DIMENSIONS:
-        return f"D={call.D} is above {MOST_DIMENSIONS}"
+    for name, dtype in (("vectors", call.vector_dtype), ("queue", call.queue_dtype)):
+        if dtype not in ELEMENT_TYPES:
+            return f"the {name} are {dtype}, not float32, bfloat16 or float16"
+    most = _most_dimensions(call.vector_dtype, call.queue_dtype, index)
+    if call.D > most:
+        return f"D={call.D} is above {most}"
     if call.num_neighbors > MOST_NEIGHBORS:
         return f"num_neighbors={call.num_neighbors} is above {MOST_NEIGHBORS}"
     if max(call.N, call.K) > MOST_ROWS:

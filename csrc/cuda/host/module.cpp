@@ -51,11 +51,11 @@ namespace {
 // `multiprocessors`.
 std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
                                             bool paired, int mean_rows, std::int64_t num_neighbors,
-                                            int multiprocessors) {
+                                            int multiprocessors, int kernel_type) {
   using softcl::cuda::Pairing;
   const softcl::cuda::Plan plan = softcl::cuda::make_plan(
       {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
-       num_neighbors, false, multiprocessors});
+       num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type)});
   return {plan.splits, plan.tiles_per_split, plan.steps_per_chunk, plan.num_chunks,
           plan.num_filled_chunks};
 }
@@ -89,7 +89,7 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
   module.def("exchange_in_global_memory", &exchange_in_global_memory, "block_stride"_a,
              "synchronize"_a);
   module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
-             "num_neighbors"_a, "multiprocessors"_a);
+             "num_neighbors"_a, "multiprocessors"_a, "kernel_type"_a = 1);
   module.def(
       "piece_offset",
       [](int dim, int row, int piece) {
@@ -98,6 +98,7 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
                             : softcl::cuda::piece_offset<256>(row, piece);
       },
       "dim"_a, "row"_a, "piece"_a);
+  module.def("piece_after", &softcl::cuda::piece_after, "address"_a, "distance"_a);
   module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "steps_per_chunk"_a);
   module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "steps_per_chunk"_a);
 }

@@ -34,6 +34,8 @@ inline void sync_threads(const char* file = __builtin_FILE(), int line = __built
   host::barrier({file, line});
 }
 
+inline void keep_order() {}
+
 template <typename T>
 struct Shuffle {
   T value, result;
@@ -182,6 +184,10 @@ inline std::uint16_t fp16_of(float x) {
   // From the smallest normal on, a unit carries into the exponent by itself.
   return sign |
          static_cast<std::uint16_t>(last_place == -24 ? units : units + ((last_place + 24) << 10));
+}
+
+inline std::uint32_t pack_fp16(float low, float high) {
+  return fp16_of(low) | std::uint32_t(fp16_of(high)) << 16;
 }
 
 // ---- Matrices of 16-bit numbers
