@@ -11,40 +11,6 @@
 namespace py = pybind11;
 using namespace pybind11::literals;
 
-// ---- The runtime's calls
-// -------------------------------------------------------------------------
-
-cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
-
-const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidValue";
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
-
-// A small one, so that small problems have several splits and rows share a block.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 << 10;
-  return cudaSuccess;
-}
-
-// ---- The module
-// ----------------------------------------------------------------------------------
-
 namespace {
 
 // (splits, tiles per split, steps per chunk, chunks, filled chunks) for a device of
