@@ -15,11 +15,12 @@ import time
 import pytest
 import torch
 
-from bench.memory import available_memory, fresh_process, peak_increase
-from bench.peers import PEERS
-from bench.shapes import GRID, MAIN, QUICK, Shape, cpu_floor, eager_bytes, loss_cost
+from bench.memory import available_memory, cuda_peak_increase, fresh_process, peak_increase
+from bench.peers import PEERS, absent
+from bench.shapes import GRID, MAIN, QUICK, Shape, cpu_floor, eager_bytes, least_bytes, loss_cost
 from bench.table import Row
 from softcl import AdaptiveSoftLabels, soft_contrastive_loss
+from softcl.ops.backends import BACKENDS
 from softcl.testing import (
     RULES,
     Problem,
@@ -32,6 +33,7 @@ from softcl.training.allocator import keep_freed_pages
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
 AS_IT_COMES = "eager as it comes"
+DTYPES = ("float32", "bfloat16", "float16")
 DENSE = AdaptiveSoftLabels(5)  # the rule that needs everything
 
 # Peers are not bound by this project's promises: they must agree, not excel.
@@ -47,11 +49,16 @@ def pytest_generate_tests(metafunc):
     rules = (*RULES, DENSE) if full else (DENSE,)
     if option("--rule"):
         rules = [r for r in (*RULES, DENSE) if r.name in option("--rule")]
-    backends = option("--backend") or available_backends(make_problem(2, 8, 4), DENSE)
-    peers = option("--peer") or (*PEERS, AS_IT_COMES)
-    contenders = [x for x in (*backends, *peers) if x != "none"]
+    on_cpu = option("--device") == "cpu"
+    smallest = make_problem(2, 8, 4, device=option("--device"))
+    backends = option("--backend") or available_backends(smallest, DENSE)
+    peers = option("--peer") or (*PEERS, *((AS_IT_COMES,) if on_cpu else ()))
+    known = (*BACKENDS, *PEERS, AS_IT_COMES)
+    contenders = [x for x in (*backends, *peers) if x in known]
+    dtypes = option("--dtype") or (DTYPES if full else ("float32",) if on_cpu else ("bfloat16",))
     metafunc.parametrize("shape", shapes, ids=str)
     metafunc.parametrize("rule", rules, ids=lambda r: f"{r.name}-{r.num_neighbors}")
+    metafunc.parametrize("dtype", dtypes)
     metafunc.parametrize("contender", contenders, ids=lambda x: x.replace(" ", "-"))
 
 
@@ -61,12 +68,13 @@ class Step:
     Global state, so that the other process can be told which step to do by its arguments alone.
     """
 
-    inputs: tuple[Shape, Problem] | None = None
+    inputs: tuple[tuple, Problem] | None = None
 
-    def __init__(self, shape: Shape, rule, contender: str) -> None:
-        if Step.inputs is None or Step.inputs[0] != shape:
+    def __init__(self, shape: Shape, rule, contender: str, dtype: str, device: str) -> None:
+        if Step.inputs is None or Step.inputs[0] != (shape, dtype, device):
             Step.inputs = None  # before there are new ones
-            Step.inputs = shape, make_problem(*shape)
+            problem = make_problem(*shape, dtype=getattr(torch, dtype), device=device)
+            Step.inputs = (shape, dtype, device), problem
         self.problem = Step.inputs[1]
         self.query = self.problem.query.detach().requires_grad_()
         self.rule, self.contender = rule, contender
@@ -99,19 +107,38 @@ def loss_rows(contender, query, key, queue, rule):
     )
 
 
+def keeps_weights(shape: Shape) -> bool:
+    """Whether the CPU backend does: then it is what the floor of all contenders counts."""
+    try:
+        from softcl import _C
+    except ImportError:
+        return False
+    return _C.cpu_keeps_weights(*shape, torch.get_num_threads())
+
+
+def step_bytes(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
 def check(step: Step, rows: torch.Tensor) -> None:
     """Hold some rows of a step's results to the oracle."""
     p, is_peer = step.problem, step.contender in PEERS or step.contender == AS_IT_COMES
     some = torch.arange(0, len(rows), max(1, len(rows) // CHECKED_ROWS))
     part = Problem(p.query[some], p.key[some], p.queue)
-    oracle = loss_oracle(part, step.rule, positive=step.rule.name != "relational")
+    oracle = loss_oracle(
+        part,
+        step.rule,
+        positive=step.rule.name != "relational",
+        normalize=step.contender == "lightly",  # its gradient goes through a normalisation
+    )
     assert_loss_close(
         rows[some],
         step.query.grad[some],
         oracle,
-        torch.float32,
+        p.query.dtype,
         temperature=TEMPERATURE,
-        scale=PEER_SCALE if is_peer else 1.0,
+        # A gradient in half precision is rounded once more, to the dtype of the query.
+        scale=PEER_SCALE if is_peer else 1.0 if p.query.dtype == torch.float32 else 3.0,
     )
 
 
@@ -149,25 +176,35 @@ def elsewhere(contender, spare):
         yield pool
 
 
-def bench_loss_and_gradient(benchmark, report, ceilings, elsewhere, shape, rule, contender):
+def bench_loss_and_gradient(
+    benchmark, report, ceilings, elsewhere, device, shape, rule, dtype, contender
+):
     group = f"{shape} {rule.name}" + (f"({rule.num_neighbors})" if rule.num_neighbors else "")
-    cost = loss_cost(shape, rule)
+    group += "" if dtype == "float32" else f" {dtype}"
+    reason = absent(contender, device, rule)
+    if reason:
+        report(Row(group, contender, note=reason))
+        pytest.skip(reason)
+    cost = loss_cost(shape, rule, device == "cpu" and keeps_weights(shape))
     needed, free = eager_bytes(shape, rule), available_memory()
-    if contender in ("eager", "compiled", AS_IT_COMES) and needed > 0.7 * free:
+    if device == "cpu" and contender in ("eager", "compiled", AS_IT_COMES) and needed > 0.7 * free:
         note = f"not run: needs about {needed / 1e9:.0f} GB"
         report(Row(group, contender, note=note))
         pytest.skip(note)
 
+    work = shape, rule, contender, dtype, device
     peak = None
-    if contender != "compiled":  # the compiler's own memory would count
-        peak = elsewhere.submit(prepare_elsewhere, shape, rule, contender).result()
+    if device == "cpu" and contender != "compiled":  # the compiler's own memory would count
+        peak = elsewhere.submit(prepare_elsewhere, *work).result()
     if contender == AS_IT_COMES:
 
         def step():
             elsewhere.submit(step_elsewhere).result()
     else:
-        step = Step(shape, rule, contender)
+        step = Step(*work)
         check(step, step())
+    if device == "cuda":
+        peak = cuda_peak_increase(step)
     start = time.perf_counter()
     step()
     rounds = int(SECONDS / (time.perf_counter() - start))
@@ -180,9 +217,14 @@ def bench_loss_and_gradient(benchmark, report, ceilings, elsewhere, shape, rule,
     floor = cpu_floor(cost, limits) if limits else None
     report(Row(group, contender, seconds, cost.flop, floor, peak))
     benchmark.extra_info.update(
+        shape=list(shape),
+        rule=rule.name,
+        dtype=dtype,
+        contender=contender,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         flop=cost.flop,
+        bytes=least_bytes(shape, step_bytes(dtype)),
         gflops=cost.flop / seconds / 1e9,
         exponentials=cost.exponentials,
         ceilings=limits,

@@ -60,3 +60,13 @@ def available_memory() -> float:
     """Bytes that the machine can still give; infinite where unknown."""
     meminfo = Path("/proc/meminfo")
     return float(_status(meminfo, "MemAvailable")) if meminfo.exists() else float("inf")
+
+
+def cuda_peak_increase(function: Callable[[], object]) -> int:
+    """Bytes by which PyTorch's allocations on the device grow at most while ``function`` runs."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -5,6 +5,10 @@
     chunked     blocks of rows through in-place operations and the analytic gradient
     attention   PyTorch's fused attention on stacked rows [z / tau_s; t / tau_t], keys = values =
                 queue, for the sums; a product and torch.topk in blocks of rows for neighbours
+    flex        the same through FlexAttention, compiled, on CUDA devices
+    flash-attn  the same through the package flash-attn, on CUDA devices, where it is installed
+    linear-ce   hard labels: torch.nn.functional.linear_cross_entropy over the queue
+    lightly     hard labels: lightly's NTXentLoss with the queue as its memory bank
 
 A peer takes (query, key, queue, rule, temperature, teacher_temperature, positive) and returns the
 losses (N,), with a gradient for the query. Same formulas as :mod:`softcl.labels`.
@@ -13,6 +17,7 @@ losses (N,), with a gradient for the query. Same formulas as :mod:`softcl.labels
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -125,12 +130,15 @@ def chunked(query, key, queue, rule, temperature, teacher_temperature, positive=
     return _KnownGradient.apply(query, loss, dquery)
 
 
-def attention(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+def attention(
+    query, key, queue, rule, temperature, teacher_temperature, positive=True, statistics=None
+):
     z, t = query.detach(), key
+    statistics = statistics or _attention_statistics
     rows = [z / temperature]
     if rule.needs_softmax:
         rows.append(t / teacher_temperature)
-    lse, mean = _attention_statistics(torch.cat(rows), queue)
+    lse, mean = statistics(torch.cat(rows), queue)
     (lse, teacher_lse), (mean, teacher_mean) = ((x[: len(z)], x[len(z) :]) for x in (lse, mean))
     confidence = None
     if rule.needs_softmax:
@@ -161,6 +169,54 @@ def _attention_statistics(rows: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
     return lse.reshape(-1).float(), mean[0, 0].float()
 
 
+@functools.cache
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex_statistics(rows: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+    q, kv = rows.to(queue.dtype)[None, None], queue[None, None]
+    mean, lse = _compiled_flex_attention()(q, kv, kv, scale=1.0, return_lse=True)
+    return lse.reshape(-1).float(), mean[0, 0].float()
+
+
+def _flash_attn_statistics(rows: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_func
+
+    q, kv = rows.to(queue.dtype)[None, :, None], queue[None, :, None]
+    mean, lse, _ = flash_attn_func(q, kv, kv, softmax_scale=1.0, return_attn_probs=True)
+    return lse.reshape(-1).float(), mean[0, :, 0].float()
+
+
+def linear_ce(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+    # Cross-entropy with the class 0 is lse - z . Q_0 / temperature: the positive then joins.
+    logits = query / temperature
+    target = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    entropy = torch.nn.functional.linear_cross_entropy(logits, queue, target, reduction="none")
+    lse = entropy.float() + (logits * queue[0]).sum(1)
+    own = (query * key).sum(1) / temperature
+    return torch.logaddexp(lse, own) - own
+
+
+def lightly(query, key, queue, rule, temperature, teacher_temperature, positive=True):
+    loss = _ntxent(temperature)
+    loss.memory_bank.bank = queue.T
+    # Without the update of the bank, which lightly makes in the same call.
+    loss.memory_bank.forward = lambda output, **_: (output, queue.T)
+    return loss(query, key)
+
+
+@functools.cache
+def _ntxent(temperature: float):
+    from lightly.loss import NTXentLoss
+
+    loss = NTXentLoss(temperature=temperature, memory_bank_size=(1, 1))
+    loss.cross_entropy.reduction = "none"
+    return loss
+
+
 def _search(t: Tensor, queue: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest t . Q_j of every row and their places: (N, k), (N, k)."""
     found = [
@@ -181,4 +237,22 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "compiled": compiled,
     "chunked": chunked,
     "attention": attention,
+    "flex": functools.partial(attention, statistics=_flex_statistics),
+    "flash-attn": functools.partial(attention, statistics=_flash_attn_statistics),
+    "linear-ce": linear_ce,
+    "lightly": lightly,
 }
+
+
+def absent(peer: str, device: str, rule: LabelRule) -> str | None:
+    """Why a peer cannot run here, or None."""
+    if peer in ("linear-ce", "lightly") and rule.name != "hard":
+        return "not run: knows hard labels alone"
+    if peer in ("flex", "flash-attn") and device != "cuda":
+        return "not run: for CUDA devices"
+    if peer == "linear-ce" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"not run: torch {torch.__version__} does not have it"
+    module = {"flash-attn": "flash_attn", "lightly": "lightly"}.get(peer)
+    if module and importlib.util.find_spec(module) is None:
+        return f"not run: {module} is not installed"
+    return None

@@ -5,9 +5,10 @@
     softmax weights                                                  N K exponentials each
 
 Hard labels need the first two for the student, neighbours one product for the teacher as well, and
-rules that read the teacher's mean all four. The floor of a call is that many multiply-adds and
-exponentials at the rates this machine reaches with nothing else to do: on a CPU both take the same
-units, so the times add.
+rules that read the teacher's mean all four; where the queue is so short that softmax weights can
+be kept until their shares are known, three: both means are one. The floor of a call is that many
+multiply-adds and exponentials at the rates this machine reaches with nothing else to do: on a CPU
+both take the same units, so the times add.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class Cost(NamedTuple):
     exponentials: float
 
 
-def loss_cost(shape: Shape, rule: LabelRule) -> Cost:
+def loss_cost(shape: Shape, rule: LabelRule, keeps_weights: bool = False) -> Cost:
     """Of the loss with its gradient."""
-    teacher = 2 if rule.needs_mean else 1 if rule.needs_softmax or rule.num_neighbors > 0 else 0
+    teacher = 1 if rule.needs_softmax or rule.num_neighbors > 0 else 0
+    if rule.needs_mean and not keeps_weights:
+        teacher = 2
     softmaxes = 2 if rule.needs_softmax else 1
     pairs = float(shape.N) * shape.K
     return Cost(2.0 * pairs * shape.D * (2 + teacher), pairs * softmaxes)
@@ -65,6 +68,12 @@ def cpu_floor(cost: Cost, ceilings: tuple[float, float]) -> float:
     """Seconds, given multiply-adds and exponentials per second."""
     multiply_adds, exponentials = ceilings
     return cost.flop / 2.0 / multiply_adds + cost.exponentials / exponentials
+
+
+def least_bytes(shape: Shape, element_bytes: int) -> float:
+    """Read once: queue, query and key; written once: losses and gradient."""
+    rows = shape.K + 3.0 * shape.N
+    return element_bytes * rows * shape.D + 4.0 * shape.N
 
 
 def eager_bytes(shape: Shape, rule: LabelRule) -> float:

@@ -12,6 +12,7 @@
 
 #include "cpu/ceilings.h"
 #include "cpu/isa.h"
+#include "cpu/queue_pass.h"
 #include "softcl/enqueue.h"
 #include "softcl/params.h"
 
@@ -34,7 +35,7 @@ void cpu_queue_statistics(Address vectors, Address queue, int vector_type, int q
                           std::int64_t num_vectors, std::int64_t queue_size, std::int64_t dim,
                           std::int64_t num_neighbors, double temperature, int num_threads,
                           Address lse, Address mean, Address entropy, Address neighbor_logits,
-                          Address neighbor_indices) {
+                          Address neighbor_indices, Address excluded) {
   softcl::QueueStatisticsParams params;
   params.vectors = pointer_to<const void>(vectors);
   params.queue = pointer_to<const void>(queue);
@@ -51,6 +52,7 @@ void cpu_queue_statistics(Address vectors, Address queue, int vector_type, int q
   params.entropy = pointer_to<float>(entropy);
   params.neighbor_logits = pointer_to<float>(neighbor_logits);
   params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
+  params.excluded = pointer_to<const std::int64_t>(excluded);
   const py::gil_scoped_release release;
   softcl::cpu::queue_statistics(params);
 }
@@ -61,7 +63,7 @@ void cpu_soft_contrastive(Address query, Address key, Address queue, int vector_
                           double positive_weight, double temperature, double teacher_temperature,
                           bool positive, bool normalize, int num_threads, Address loss,
                           Address dquery, Address confidence, Address entropy,
-                          Address positive_rank, Address neighbor_indices) {
+                          Address positive_rank, Address neighbor_indices, Address excluded) {
   softcl::SoftContrastiveParams params;
   params.query = pointer_to<const void>(query);
   params.key = pointer_to<const void>(key);
@@ -83,6 +85,7 @@ void cpu_soft_contrastive(Address query, Address key, Address queue, int vector_
   params.entropy = pointer_to<float>(entropy);
   params.positive_rank = pointer_to<std::int64_t>(positive_rank);
   params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
+  params.excluded = pointer_to<const std::int64_t>(excluded);
   const py::gil_scoped_release release;
   softcl::cpu::soft_contrastive(params);
 }
@@ -134,15 +137,19 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_queue_statistics", &cpu_queue_statistics, py::kw_only(), "vectors"_a, "queue"_a,
              "vector_type"_a, "queue_type"_a, "num_vectors"_a, "queue_size"_a, "dim"_a,
              "num_neighbors"_a, "temperature"_a, "num_threads"_a, "lse"_a, "mean"_a, "entropy"_a,
-             "neighbor_logits"_a, "neighbor_indices"_a,
+             "neighbor_logits"_a, "neighbor_indices"_a, "excluded"_a = 0,
              "Writes the softmax statistics of a queue; see QueueStatisticsParams in params.h.");
   module.def("cpu_soft_contrastive", &cpu_soft_contrastive, py::kw_only(), "query"_a, "key"_a,
              "queue"_a, "vector_type"_a, "queue_type"_a, "num_queries"_a, "queue_size"_a, "dim"_a,
              "rule"_a, "num_neighbors"_a, "positive_weight"_a, "temperature"_a,
              "teacher_temperature"_a, "positive"_a, "normalize"_a, "num_threads"_a, "loss"_a,
              "dquery"_a, "confidence"_a, "entropy"_a, "positive_rank"_a, "neighbor_indices"_a,
+             "excluded"_a = 0,
              "Writes the loss of a label rule and its gradient; see SoftContrastiveParams in "
              "params.h.");
+  module.def("cpu_keeps_weights", &softcl::cpu::keeps_weights, "num_queries"_a, "queue_size"_a,
+             "dim"_a, "num_threads"_a,
+             "Whether dense labels with a gradient take three products in place of four.");
   module.def("cpu_enqueue", &cpu_enqueue, py::kw_only(), "keys"_a, "queue"_a, "num_keys"_a,
              "queue_size"_a, "dim"_a, "pointer"_a, "key_type"_a, "queue_type"_a, "normalize"_a,
              "Writes keys into the ring queue; returns how many were refused. See enqueue.h.");

@@ -17,13 +17,21 @@ from softcl.ops import cpu
 from softcl.testing import RULES, assert_loss_close, assert_neighbors_close
 from softcl.testing import loss_oracle, make_problem
 torch.set_num_threads(2)
-for N, K, D in ((1, 1, 1), (17, 97, 65), (70, 2000, 130)):
+for N, K, D in ((1, 1, 1), (17, 97, 65), (70, 2000, 130), (200, 500, 40)):
     p = make_problem(N, K, D, queue_dtype=torch.bfloat16)
     for rule in RULES:
         rule = type(rule)(K) if rule.num_neighbors > K else rule
         got = cpu.soft_contrastive(p.query, p.key, p.queue, rule, 0.1, 0.05, positive=True,
                                    normalize=False, gradient=True, diagnostics=True)
         assert_loss_close(got[0], got[1], loss_oracle(p, rule), torch.float32)
+        if K < 2 or rule.num_neighbors == K:
+            continue
+        excluded = torch.arange(N) % K
+        got = cpu.soft_contrastive(p.query, p.key, p.queue, rule, 0.1, 0.05, positive=True,
+                                   normalize=False, gradient=True, diagnostics=True,
+                                   excluded=excluded)
+        oracle = loss_oracle(p, rule, excluded=excluded)
+        assert_loss_close(got[0], got[1], oracle, torch.float32)
     k = min(K, 100)
     *_, logits, indices = cpu.queue_statistics(p.query, p.queue, 0.1, k)
     assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)

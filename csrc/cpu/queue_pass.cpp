@@ -8,62 +8,13 @@
 #include "isa.h"
 #include "parallel.h"
 #include "pieces.h"
+#include "plan.h"
 
 namespace softcl::cpu {
 
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309417232121458;
-
-// Strips and sums of a block, which the sweep visits once per tile, may take so much of the L2
-// cache; strips alone, which are only read, twice that.
-constexpr std::int64_t kBlockBytes = 256 << 10;
-// Lists of neighbours may take so much per block.
-constexpr std::int64_t kListBytes = 16 << 20;
-// A split is at least so long, or merging its sums would show.
-constexpr std::int64_t kMinSplitRows = 768;
-struct Plan {
-  int lanes;
-  std::int64_t strips;  // of all rows
-  std::int64_t strips_per_block;
-  std::int64_t blocks;
-  std::int64_t tile_rows;
-  std::int64_t split_rows;  // queue rows in a split, a multiple of tile_rows
-  std::int64_t splits;
-  std::int64_t num_threads;
-
-  bool is_split() const { return splits > 1; }
-  std::int64_t block_strips(std::int64_t block) const {
-    return std::min(strips_per_block, strips - block * strips_per_block);
-  }
-};
-
-Plan make_plan(const PassRequest& request, int lanes) {
-  Plan plan;
-  plan.lanes = lanes;
-  plan.num_threads = std::max(1, request.num_threads);
-  const std::int64_t D = request.dim, K = request.queue_size, threads = plan.num_threads;
-  plan.tile_rows = D <= 256 ? 96 : D <= 1024 ? 48 : 24;
-
-  std::int64_t strip_bytes = 0, list_bytes = 1, block_bytes = 2 * kBlockBytes;
-  for (int i = 0; i < request.num_reductions; ++i) {
-    const ReductionRequest& r = request.reductions[i];
-    strip_bytes += lanes * D * 4 * (r.has_mean ? 2 : 1);
-    if (r.has_mean) block_bytes = kBlockBytes;
-    list_bytes += lanes * list_capacity(r.num_neighbors, K) * std::int64_t{sizeof(Neighbor)};
-  }
-  plan.strips = divide_up(request.num_rows, lanes);
-  const std::int64_t largest =
-      std::max<std::int64_t>(1, std::min(block_bytes / strip_bytes, kListBytes / list_bytes));
-  plan.strips_per_block = even_blocks(plan.strips, largest, threads);
-  plan.blocks = divide_up(plan.strips, plan.strips_per_block);
-
-  const std::int64_t splits = std::min(best_splits(plan.blocks, threads), K / kMinSplitRows);
-  plan.split_rows =
-      divide_up(divide_up(K, std::max<std::int64_t>(1, splits)), plan.tile_rows) * plan.tile_rows;
-  plan.splits = divide_up(K, plan.split_rows);
-  return plan;
-}
 
 // What a reduction leaves for one block and one split.
 struct Piece {
@@ -74,7 +25,10 @@ struct Piece {
 // What a thread needs while it sweeps and while it finishes rows.
 struct Workspace {
   float* tile;
-  float* weights;
+  float* similarities[kMaxReductions] = {};
+  float* weights[kMaxReductions] = {};
+  float* kept[kMaxReductions] = {};   // (strips_per_block, kept_rows, lanes)
+  float* share[kMaxReductions] = {};  // (strips_per_block, lanes)
   float* partial_mean[kMaxReductions] = {};
   double* mean[kMaxReductions] = {};
   Neighbor* candidates[kMaxReductions] = {};
@@ -82,11 +36,9 @@ struct Workspace {
 
 class Pass {
  public:
-  Pass(const PassRequest& request, const FinishStrip& finish)
-      : request_(request),
-        finish_(finish),
-        kernels_(sweep_kernels()),
-        plan_(make_plan(request, kernels_.lanes)) {}
+  Pass(const PassRequest& request, const Plan& plan, const WeighStrip& weigh,
+       const FinishStrip& finish)
+      : request_(request), weigh_(weigh), finish_(finish), kernels_(sweep_kernels()), plan_(plan) {}
 
   void run() {
     Arena measure;
@@ -97,6 +49,7 @@ class Pass {
     if (!plan_.is_split()) {
       parallel_for(threads, plan_.blocks, [&](std::int64_t block, int thread) {
         sweep(block, 0, pieces_[thread], workspaces_[thread]);
+        if (plan_.keeps_weights()) combine(block, pieces_[thread], workspaces_[thread]);
         for (std::int64_t strip = 0; strip < plan_.block_strips(block); ++strip) {
           finish_strip(block, &pieces_[thread], strip, thread);
         }
@@ -129,7 +82,8 @@ class Pass {
           r.sum = arena.take<double>(rows);
           r.weighted = arena.take<double>(rows);
         }
-        if (wanted.has_mean) r.mean = arena.take<double>(rows * D);
+        if (has_sums_of_rows(i)) r.mean = arena.take<double>(rows * D);
+        if (wants_alignment(i)) r.alignment = arena.take<double>(rows);
         if (wanted.positive != nullptr) r.rank = arena.take<std::int64_t>(rows);
         if (wanted.num_neighbors > 0) {
           r.neighbors.k = wanted.num_neighbors;
@@ -142,12 +96,12 @@ class Pass {
     }
     for (Workspace& w : workspaces_) {
       w.tile = arena.take<float>(plan_.tile_rows * tile_stride(D));
-      w.weights = arena.take<float>(plan_.tile_rows * plan_.lanes);
+      lay_out_weights(arena, w);
       for (int i = 0; i < request_.num_reductions; ++i) {
         const ReductionRequest& wanted = request_.reductions[i];
-        if (wanted.has_mean) {
+        if (has_sums_of_rows(i)) {
           w.partial_mean[i] = arena.take<float>(rows * D);
-          w.mean[i] = arena.take<double>(plan_.lanes * D);
+          if (!plan_.keeps_weights()) w.mean[i] = arena.take<double>(plan_.lanes * D);
         }
         if (wanted.num_neighbors > 0 && plan_.is_split()) {
           w.candidates[i] = arena.take<Neighbor>(plan_.lanes * plan_.splits * capacity_of(wanted));
@@ -156,11 +110,35 @@ class Pass {
     }
   }
 
+  // One S and E for all, unless the first reduction's S must outlive the second's.
+  void lay_out_weights(Arena& arena, Workspace& w) const {
+    const std::int64_t size = plan_.tile_rows * plan_.lanes;
+    w.similarities[0] = w.similarities[1] = w.weights[0] = w.weights[1] = arena.take<float>(size);
+    if (wants_alignment(1)) {
+      w.similarities[1] = w.weights[0] = w.weights[1] = arena.take<float>(size);
+    }
+    if (!plan_.keeps_weights()) return;
+    for (int i = 0; i < request_.num_reductions; ++i) {
+      w.kept[i] = arena.take<float>(plan_.strips_per_block * plan_.kept_rows * plan_.lanes);
+      w.share[i] = arena.take<float>(plan_.strips_per_block * plan_.lanes);
+    }
+  }
+
+  // Where weights are kept the first reduction takes the sums of both.
+  bool has_sums_of_rows(int i) const {
+    return request_.reductions[i].has_mean && (i == 0 || !plan_.keeps_weights());
+  }
+
+  bool wants_alignment(int i) const {
+    return i == 1 && (request_.reductions[i].has_alignment || plan_.keeps_weights());
+  }
+
   std::int64_t capacity_of(const ReductionRequest& wanted) const {
     return list_capacity(wanted.num_neighbors, std::min(request_.queue_size, plan_.split_rows));
   }
 
-  void sweep(std::int64_t block, std::int64_t split, Piece& piece, Workspace& workspace) const {
+  SweepTask task_of(std::int64_t block, std::int64_t split, const Piece& piece,
+                    const Workspace& workspace) const {
     const std::int64_t first_row = block * plan_.strips_per_block * plan_.lanes;
     SweepTask task;
     task.queue = request_.queue;
@@ -170,22 +148,55 @@ class Pass {
     task.end = std::min(task.begin + plan_.split_rows, request_.queue_size);
     task.strips = plan_.block_strips(block);
     task.num_reductions = request_.num_reductions;
+    if (request_.excluded != nullptr) task.excluded = request_.excluded + first_row;
+    task.kept_rows = plan_.kept_rows;
     task.tile_rows = plan_.tile_rows;
     task.tile = workspace.tile;
-    task.weights = workspace.weights;
     for (int i = 0; i < request_.num_reductions; ++i) {
       const ReductionRequest& wanted = request_.reductions[i];
-      Reduction& r = piece.reductions[i];
+      Reduction r = piece.reductions[i];
       r.rows = wanted.rows->strips + first_row * request_.dim;
       r.positive = wanted.positive == nullptr ? nullptr : wanted.positive + first_row;
       r.scale = sweep_scale(wanted.temperature);
       r.has_softmax = wanted.has_softmax;
-      r.has_mean = wanted.has_mean;
+      r.has_mean = wanted.has_mean && !plan_.keeps_weights();
+      r.kept = workspace.kept[i];
+      r.share = workspace.share[i];
       task.reductions[i] = r;
       task.partial_mean[i] = workspace.partial_mean[i];
+      task.similarities[i] = workspace.similarities[i];
+      task.weights[i] = workspace.weights[i];
     }
+    return task;
+  }
+
+  void sweep(std::int64_t block, std::int64_t split, Piece& piece,
+             const Workspace& workspace) const {
+    SweepTask task = task_of(block, split, piece, workspace);
     kernels_.sweep(task);
     piece.finite = task.finite;
+  }
+
+  // After the sweep of a block: the shares of its rows, then their mean of both reductions.
+  void combine(std::int64_t block, Piece& piece, const Workspace& workspace) const {
+    for (std::int64_t local = 0; local < plan_.block_strips(block); ++local) {
+      StripResult results[kMaxReductions];
+      for (int i = 0; i < kMaxReductions; ++i) {
+        merge_sums(&piece, i, local, results[i]);
+        merge_neighbors(&piece, i, local, nullptr, results[i]);
+      }
+      double shares[kMaxReductions][kMaxLanes];
+      weigh_(block * plan_.strips_per_block + local, results, shares);
+      for (int i = 0; i < kMaxReductions; ++i) {
+        for (int lane = 0; lane < plan_.lanes; ++lane) {
+          const std::int64_t row = local * plan_.lanes + lane;
+          workspace.share[i][row] = float(shares[i][lane] / piece.reductions[i].sum[row]);
+        }
+      }
+    }
+    SweepTask task = task_of(block, 0, piece, workspace);
+    task.reductions[0].has_mean = true;
+    kernels_.combine(task);
   }
 
   // Strip `local` of a block whose pieces, one per split, lie at `pieces`.
@@ -194,14 +205,14 @@ class Pass {
     for (std::int64_t split = 0; split < plan_.splits; ++split) finite &= pieces[split].finite;
     StripResult results[kMaxReductions];
     for (int i = 0; i < request_.num_reductions; ++i) {
-      merge_sums(pieces, i, local, workspaces_[thread].mean[i], results[i]);
+      merge_sums(pieces, i, local, results[i]);
+      merge_mean(pieces, i, local, workspaces_[thread].mean[i], results[i]);
       merge_neighbors(pieces, i, local, workspaces_[thread].candidates[i], results[i]);
     }
     finish_(block * plan_.strips_per_block + local, results, finite, thread);
   }
 
-  void merge_sums(const Piece* pieces, int i, std::int64_t local, double* mean,
-                  StripResult& result) const {
+  void merge_sums(const Piece* pieces, int i, std::int64_t local, StripResult& result) const {
     const ReductionRequest& wanted = request_.reductions[i];
     const int lanes = plan_.lanes;
     const std::int64_t row = local * lanes, splits = plan_.splits;
@@ -214,33 +225,46 @@ class Pass {
       }
     }
     if (!wanted.has_softmax) return;
-    double offset[kMaxLanes], sum[kMaxLanes], weighted[kMaxLanes];
     for (int lane = 0; lane < lanes; ++lane) {
-      offset[lane] = -std::numeric_limits<double>::infinity();
+      double offset = -std::numeric_limits<double>::infinity();
       for (std::int64_t split = 0; split < splits; ++split) {
-        offset[lane] =
-            std::max(offset[lane], double(pieces[split].reductions[i].offset[row + lane]));
+        offset = std::max(offset, double(pieces[split].reductions[i].offset[row + lane]));
       }
-      sum[lane] = weighted[lane] = 0.0;
+      double sum = 0.0, weighted = 0.0, alignment = 0.0;
       for (std::int64_t split = 0; split < splits; ++split) {
         const Reduction& r = pieces[split].reductions[i];
-        const double difference = offset[lane] - double(r.offset[row + lane]);
+        const double difference = offset - double(r.offset[row + lane]);
         const double factor = std::exp2(-difference);
-        sum[lane] += factor * r.sum[row + lane];
-        weighted[lane] += factor * (r.weighted[row + lane] - difference * r.sum[row + lane]);
+        sum += factor * r.sum[row + lane];
+        weighted += factor * (r.weighted[row + lane] - difference * r.sum[row + lane]);
+        if (r.alignment != nullptr) alignment += factor * r.alignment[row + lane];
       }
-      const double log_sum = std::log(sum[lane]);
-      result.lse[lane] = kLn2 * offset[lane] + log_sum;
+      const double log_sum = std::log(sum);
+      result.offset[lane] = offset;
+      result.sum[lane] = sum;
+      result.lse[lane] = kLn2 * offset + log_sum;
       // The offset cancels; both terms are small where lse - E[x] would cancel.
-      result.entropy[lane] = log_sum - kLn2 * weighted[lane] / sum[lane];
+      result.entropy[lane] = log_sum - kLn2 * weighted / sum;
+      result.alignment[lane] = alignment / sum;
     }
-    if (!wanted.has_mean) return;
+  }
+
+  void merge_mean(Piece* pieces, int i, std::int64_t local, double* mean,
+                  StripResult& result) const {
+    if (!has_sums_of_rows(i)) return;
+    const int lanes = plan_.lanes;
+    const std::int64_t row = local * lanes, splits = plan_.splits;
+    if (plan_.keeps_weights()) {
+      result.mean = pieces[0].reductions[i].mean + row * request_.dim;
+      return;
+    }
     result.mean = mean;
     for (std::int64_t split = 0; split < splits; ++split) {
       const Reduction& r = pieces[split].reductions[i];
       double factor[kMaxLanes];
       for (int lane = 0; lane < lanes; ++lane) {
-        factor[lane] = std::exp2(double(r.offset[row + lane]) - offset[lane]) / sum[lane];
+        factor[lane] =
+            std::exp2(double(r.offset[row + lane]) - result.offset[lane]) / result.sum[lane];
       }
       const double* part = r.mean + row * request_.dim;
       for (std::int64_t d = 0; d < request_.dim; ++d) {
@@ -277,6 +301,7 @@ class Pass {
   }
 
   const PassRequest& request_;
+  const WeighStrip& weigh_;
   const FinishStrip& finish_;
   const SweepKernels& kernels_;
   const Plan plan_;
@@ -295,7 +320,12 @@ double sweep_temperature(double temperature) {
 }
 
 void run_pass(const PassRequest& request, const FinishStrip& finish) {
-  Pass(request, finish).run();
+  Pass(request, make_plan(request, sweep_kernels().lanes), {}, finish).run();
+}
+
+void run_combined_pass(const PassRequest& request, const WeighStrip& weigh,
+                       const FinishStrip& finish) {
+  Pass(request, make_combined_plan(request, sweep_kernels().lanes).value(), weigh, finish).run();
 }
 
 }  // namespace softcl::cpu

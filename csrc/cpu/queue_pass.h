@@ -5,6 +5,10 @@
 // leaves its sums, and they are merged in ascending order. The cut depends on the sizes and the
 // number of threads only, and not on which thread runs what: same inputs, same number of threads,
 // same bits.
+//
+// Short queues: a caller that needs one linear combination of both means, with shares that follow
+// from the sums, gets it for one product in place of two. A block's softmax weights are kept, in at
+// most kKeptBytes a thread, and the block visits the queue once more.
 
 #pragma once
 
@@ -24,6 +28,7 @@ struct ReductionRequest {
   double temperature = 1.0;
   bool has_softmax = false;
   bool has_mean = false;
+  bool has_alignment = false;  // of the second reduction with the first
   std::int64_t num_neighbors = 0;
 };
 
@@ -36,6 +41,7 @@ struct PassRequest {
   int num_threads = 1;
   int num_reductions = 0;
   ReductionRequest reductions[kMaxReductions];
+  const std::int64_t* excluded = nullptr;  // (strips * lanes,) or null, see SweepTask
 };
 
 /// log2(e) / temperature as the sweep has it, in fp32.
@@ -51,6 +57,8 @@ struct StripResult {
   double lse[kMaxLanes];
   double entropy[kMaxLanes];
   std::int64_t rank[kMaxLanes];
+  double offset[kMaxLanes], sum[kMaxLanes];  // sum 2^offset = e^lse
+  double alignment[kMaxLanes];    // E[v' . Q] of the first reduction's rows v', if has_alignment
   double* mean = nullptr;         // (D, lanes) if has_mean
   Neighbor* neighbors = nullptr;  // (lanes, neighbor_stride), best first
   std::int64_t neighbor_stride = 0;
@@ -63,5 +71,23 @@ using FinishStrip =
     std::function<void(std::int64_t strip, StripResult* results, bool finite, int thread)>;
 
 void run_pass(const PassRequest& request, const FinishStrip& finish);
+
+/// Called once per strip when the sums are known: writes the share of each reduction's mean in the
+/// combination. The results have no means; the second has an alignment.
+using WeighStrip = std::function<void(std::int64_t strip, const StripResult* results,
+                                      double (*shares)[kMaxLanes])>;
+
+/// Whether run_combined_pass serves this request better: two reductions with means, and a queue
+/// short enough for their weights to be kept.
+bool can_combine(const PassRequest& request);
+
+/// The same for what `bench/` counts: two reductions with means over a queue of these sizes.
+bool keeps_weights(std::int64_t num_rows, std::int64_t queue_size, std::int64_t dim,
+                   int num_threads);
+
+/// The same as run_pass, but that results[0].mean is share_0 mean_0 + share_1 mean_1, and
+/// results[1] has none.
+void run_combined_pass(const PassRequest& request, const WeighStrip& weigh,
+                       const FinishStrip& finish);
 
 }  // namespace softcl::cpu

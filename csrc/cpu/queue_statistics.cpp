@@ -22,7 +22,7 @@ void check(const QueueStatisticsParams& p) {
   check_count("num_vectors", p.num_vectors, 1, kLargest);
   check_count("queue_size", p.queue_size, 1, kLargest);
   check_count("dim", p.dim, 1, kLargest);
-  check_count("num_neighbors", p.num_neighbors, 0, p.queue_size);
+  check_count("num_neighbors", p.num_neighbors, 0, p.queue_size - (p.excluded != nullptr ? 1 : 0));
   check_count("num_threads", p.num_threads, 1, 4096);
   check_temperature("temperature", p.temperature);
   check_type("vector_type", p.vector_type);
@@ -61,16 +61,18 @@ void write_row(const QueueStatisticsParams& p, std::int64_t row, int lane, int l
 void queue_statistics(const QueueStatisticsParams& p) {
   check(p);
   const bool is_search = p.lse == nullptr && p.entropy == nullptr && p.mean == nullptr;
-  if (is_search && p.num_neighbors > 0 && screened_search(p)) return;
+  if (is_search && p.num_neighbors > 0 && p.excluded == nullptr && screened_search(p)) return;
   const int lanes = sweep_kernels().lanes;
   const std::int64_t strips = (p.num_vectors + lanes - 1) / lanes;
   Rows rows;
-  float* scratch = nullptr;  // (threads, D)
+  std::int64_t* excluded = nullptr;  // (strips, lanes)
+  float* scratch = nullptr;          // (threads, D)
   const auto lay_out = [&](Arena& arena) {
     rows.strips = arena.take<float>(strips * lanes * p.dim);
     rows.norm = arena.take<double>(strips * lanes);
     rows.finite = arena.take<bool>(strips * lanes);
     scratch = arena.take<float>(p.num_threads * p.dim);
+    if (p.excluded != nullptr) excluded = arena.take<std::int64_t>(strips * lanes);
   };
   Arena measure;
   lay_out(measure);
@@ -79,6 +81,10 @@ void queue_statistics(const QueueStatisticsParams& p) {
   parallel_for(p.num_threads, strips, [&](std::int64_t strip, int thread) {
     read_strip(p.vectors, p.vector_type, p.num_vectors, p.dim, false, strip * lanes, lanes,
                scratch + thread * p.dim, rows);
+    for (int lane = 0; p.excluded != nullptr && lane < lanes; ++lane) {
+      const std::int64_t row = strip * lanes + lane;
+      excluded[row] = row < p.num_vectors ? p.excluded[row] : -1;
+    }
   });
 
   PassRequest request;
@@ -88,6 +94,7 @@ void queue_statistics(const QueueStatisticsParams& p) {
   request.queue_size = p.queue_size;
   request.dim = p.dim;
   request.num_threads = p.num_threads;
+  request.excluded = excluded;
   request.num_reductions = 1;
   request.reductions[0].rows = &rows;
   request.reductions[0].temperature = p.temperature;

@@ -4,6 +4,10 @@
 //     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)     (g without the positive)
 //     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / max(|u|, 1e-12)
 //
+// m = m' + b mu, where m' is of the positive and the neighbours: the gradient needs g and mu only
+// as exp(LSE_s - L) g - b mu, one mean where the pass can combine them, and the loss needs of mu
+// only z.mu, which is the teacher's expectation of the student's similarities.
+//
 // The sums of the pass are fp32 products; what is below is O(N D (1 + n)), in double, and runs over
 // the lanes of a strip side by side.
 
@@ -31,7 +35,8 @@ void check(const SoftContrastiveParams& p) {
   check_count("queue_size", p.queue_size, 1, kLargest);
   check_count("dim", p.dim, 1, kLargest);
   check_count("rule", static_cast<std::int64_t>(p.rule.kind), 0, kNumLabelKinds - 1);
-  check_count("num_neighbors", p.rule.num_neighbors, 0, p.queue_size);
+  check_count("num_neighbors", p.rule.num_neighbors, 0,
+              p.queue_size - (p.excluded != nullptr ? 1 : 0));
   check_count("num_threads", p.num_threads, 1, 4096);
   check_temperature("temperature", p.temperature);
   check_temperature("teacher_temperature", p.teacher_temperature);
@@ -50,6 +55,7 @@ class SoftContrastive {
         kernels_(sweep_kernels()),
         strips_((params.num_queries + kernels_.lanes - 1) / kernels_.lanes),
         log_queue_size_(std::log(double(params.queue_size))),
+        log_queue_size_without_one_(std::log(double(params.queue_size - 1))),
         num_neighbors_(neighbors_to_find(params)),
         temperature_(sweep_temperature(params.temperature)),
         teacher_temperature_(sweep_temperature(params.teacher_temperature)) {}
@@ -67,10 +73,26 @@ class SoftContrastive {
       read_strip(p_.key, p_.vector_type, p_.num_queries, p_.dim, p_.normalize, strip * lanes, lanes,
                  scratch, t_);
       if (p_.positive_rank != nullptr) similarity_of_positives(strip, thread);
+      for (int lane = 0; p_.excluded != nullptr && lane < lanes; ++lane) {
+        const std::int64_t row = strip * lanes + lane;
+        excluded_[row] = row < p_.num_queries ? p_.excluded[row] : -1;
+      }
     });
-    run_pass(request(), [&](std::int64_t strip, StripResult* results, bool finite, int thread) {
+    request_ = request();
+    combined_ = can_combine(request_);
+    const FinishStrip finish = [&](std::int64_t strip, StripResult* results, bool finite,
+                                   int thread) {
       finish_strip(strip, results, finite, label_means_ + thread * kernels_.lanes * p_.dim);
-    });
+    };
+    const WeighStrip weigh = [&](std::int64_t strip, const StripResult* results,
+                                 double (*shares)[kMaxLanes]) {
+      const Sums sums = sums_of(strip, results);
+      for (int lane = 0; lane < kernels_.lanes; ++lane) {
+        shares[0][lane] = sums.queue_share[lane];
+        shares[1][lane] = -sums.mean_label[lane];
+      }
+    };
+    combined_ ? run_combined_pass(request_, weigh, finish) : run_pass(request_, finish);
   }
 
  private:
@@ -90,6 +112,7 @@ class SoftContrastive {
     }
     row_scratch_ = arena.take<float>(p_.num_threads * p_.dim);
     label_means_ = arena.take<double>(p_.num_threads * kernels_.lanes * p_.dim);
+    if (p_.excluded != nullptr) excluded_ = arena.take<std::int64_t>(rows);
     if (p_.positive_rank == nullptr) return;
     positive_ = arena.take<float>(rows);
     tile_rows_ = (kernels_.lanes + kTileGranularity - 1) / kTileGranularity * kTileGranularity;
@@ -110,6 +133,7 @@ class SoftContrastive {
     request.queue_size = p_.queue_size;
     request.dim = p_.dim;
     request.num_threads = p_.num_threads;
+    request.excluded = excluded_;
     request.num_reductions = has_teacher_softmax() || num_neighbors_ > 0 ? 2 : 1;
     ReductionRequest& student = request.reductions[0];
     student.rows = &z_;
@@ -121,7 +145,8 @@ class SoftContrastive {
     teacher.rows = &t_;
     teacher.temperature = p_.teacher_temperature;
     teacher.has_softmax = has_teacher_softmax();
-    teacher.has_mean = reads_mean(p_.rule);
+    teacher.has_mean = reads_mean(p_.rule) && p_.dquery != nullptr;
+    teacher.has_alignment = reads_mean(p_.rule) && p_.dquery == nullptr;
     teacher.num_neighbors = num_neighbors_;
     return request;
   }
@@ -144,6 +169,72 @@ class SoftContrastive {
     }
   }
 
+  // Per lane: all that follows from a strip's sums without a mean.
+  struct Sums {
+    double confidence[kMaxLanes];
+    double logit[kMaxLanes];           // z . t / temperature
+    double total[kMaxLanes];           // L
+    double queue_share[kMaxLanes];     // exp(LSE_s - L)
+    double positive_share[kMaxLanes];  // exp(z . t / temperature - L); 0 without the positive
+    double labels[kMaxLanes];          // p + a + sum_j w_j
+    double mean_label[kMaxLanes];      // b = a / labels
+  };
+
+  Sums sums_of(std::int64_t strip, const StripResult* results) const {
+    const int lanes = kernels_.lanes;
+    const std::int64_t D = p_.dim;
+    const float* z = z_.strips + strip * lanes * D;
+    const float* t = t_.strips + strip * lanes * D;
+    Sums sums;
+    double positive[kMaxLanes] = {};
+    for (std::int64_t d = 0; d < D; ++d) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const std::int64_t x = d * lanes + lane;
+        positive[lane] += double(z[x]) * double(t[x]);
+      }
+    }
+    for (int lane = 0; lane < lanes; ++lane) {
+      const double lse = results[0].lse[lane], logit = positive[lane] / temperature_;
+      const double total =
+          p_.positive ? std::max(lse, logit) + std::log1p(std::exp(-std::abs(lse - logit))) : lse;
+      sums.logit[lane] = logit;
+      sums.total[lane] = total;
+      sums.queue_share[lane] = p_.positive ? std::exp(lse - total) : 1.0;
+      sums.positive_share[lane] = p_.positive ? std::exp(logit - total) : 0.0;
+      sums.confidence[lane] =
+          has_teacher_softmax()
+              ? label_confidence(results[1].entropy[lane], log_queue_size(strip * lanes + lane))
+              : 0.0;
+      const double mean_weight =
+          reads_mean(p_.rule) ? label_mean_weight(p_.rule, sums.confidence[lane]) : 0.0;
+      sums.labels[lane] = label_positive<double>(p_.rule) + mean_weight;
+      if (num_neighbors_ > 0) {
+        for (std::int64_t i = 0; i < results[1].num_neighbors[lane]; ++i) {
+          sums.labels[lane] += neighbor_label(results[1], lane, i, sums.confidence[lane]);
+        }
+      }
+      sums.mean_label[lane] = mean_weight / sums.labels[lane];
+    }
+    return sums;
+  }
+
+  double log_queue_size(std::int64_t row) const {
+    const bool has_excluded = excluded_ != nullptr && excluded_[row] >= 0;
+    return has_excluded ? log_queue_size_without_one_ : log_queue_size_;
+  }
+
+  // w_j of the lane's i-th neighbour.
+  double neighbor_label(const StripResult& teacher, int lane, std::int64_t i,
+                        double confidence) const {
+    const Neighbor& neighbor = teacher.neighbors[lane * teacher.neighbor_stride + i];
+    // The teacher's softmax, which only rules that have one read.
+    const double probability =
+        reads_softmax(p_.rule)
+            ? std::exp(double(neighbor.value) / teacher_temperature_ - teacher.lse[lane])
+            : 0.0;
+    return label_neighbor(p_.rule, confidence, probability);
+  }
+
   // m (D, lanes): scratch for the label means.
   void finish_strip(std::int64_t strip, StripResult* results, bool queue_is_finite,
                     double* m) const {
@@ -151,105 +242,88 @@ class SoftContrastive {
     const std::int64_t first = strip * lanes, D = p_.dim;
     const float* z = z_.strips + first * D;
     const float* t = t_.strips + first * D;
-    const StripResult& student = results[0];
-    double confidence[kMaxLanes], positive[kMaxLanes], labelled[kMaxLanes];
-    for (int lane = 0; lane < lanes; ++lane) {
-      confidence[lane] =
-          has_teacher_softmax() ? label_confidence(results[1].entropy[lane], log_queue_size_) : 0.0;
-      positive[lane] = labelled[lane] = 0.0;
-    }
-    mean_of_labels(t, results[1], confidence, m);
+    const Sums sums = sums_of(strip, results);
+    own_labels(t, results[1], sums, m);
+    // Of z . m: with m' here, and b z . mu.
+    double labelled[kMaxLanes] = {}, aligned[kMaxLanes] = {};
+    const double* teacher_mean = results[1].mean;
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
         const std::int64_t x = d * lanes + lane;
-        positive[lane] += double(z[x]) * double(t[x]);  // z . t
-        labelled[lane] += double(z[x]) * m[x];          // z . m
+        labelled[lane] += double(z[x]) * m[x];
+        if (teacher_mean != nullptr) aligned[lane] += double(z[x]) * teacher_mean[x];
       }
     }
-    double loss[kMaxLanes], queue_share[kMaxLanes], positive_share[kMaxLanes];
+    double loss[kMaxLanes];
     for (int lane = 0; lane < lanes; ++lane) {
-      const double lse = student.lse[lane], logit = positive[lane] / temperature_;
-      const double total =
-          p_.positive ? std::max(lse, logit) + std::log1p(std::exp(-std::abs(lse - logit))) : lse;
-      loss[lane] = total - labelled[lane] / temperature_;
-      queue_share[lane] = p_.positive ? std::exp(lse - total) : 1.0;
-      positive_share[lane] = p_.positive ? std::exp(logit - total) : 0.0;
+      if (reads_mean(p_.rule)) {
+        const double along = teacher_mean != nullptr ? aligned[lane] : results[1].alignment[lane];
+        labelled[lane] += sums.mean_label[lane] * along;
+      }
+      loss[lane] = sums.total[lane] - labelled[lane] / temperature_;
     }
-    if (p_.dquery != nullptr) {
-      gradient(z, t, m, queue_share, positive_share, z_.norm + first, student.mean);
-    }
+    if (p_.dquery != nullptr) gradient(z, t, m, sums, z_.norm + first, results);
     for (int lane = 0; lane < lanes && first + lane < p_.num_queries; ++lane) {
       const std::int64_t row = first + lane;
       const bool finite = queue_is_finite && z_.finite[row] && t_.finite[row] &&
                           (num_neighbors_ == 0 || results[1].num_neighbors[lane] == num_neighbors_);
-      write_row(row, lane, results, finite, loss[lane], confidence[lane]);
+      write_row(row, lane, results, finite, loss[lane], sums.confidence[lane]);
     }
   }
 
-  // m (D, lanes) of labels.h from the keys t (D, lanes) and the teacher's results.
-  void mean_of_labels(const float* t, const StripResult& teacher, const double* confidence,
-                      double* m) const {
+  // m' (D, lanes) = (p t + sum_j w_j Q_j) / labels from the keys t (D, lanes).
+  void own_labels(const float* t, const StripResult& teacher, const Sums& sums, double* m) const {
     const int lanes = kernels_.lanes;
     const std::int64_t D = p_.dim;
-    const bool has_mean = reads_mean(p_.rule);
-    const double positive_weight = label_positive<double>(p_.rule);
-    double mean_weight[kMaxLanes], total[kMaxLanes];
-    for (int lane = 0; lane < lanes; ++lane) {
-      mean_weight[lane] = has_mean ? label_mean_weight(p_.rule, confidence[lane]) : 0.0;
-      total[lane] = positive_weight + mean_weight[lane];
-    }
+    double inverse[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) inverse[lane] = 1.0 / sums.labels[lane];
+    const double weight = label_positive<double>(p_.rule);
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
         const std::int64_t x = d * lanes + lane;
-        m[x] = positive_weight * double(t[x]);
-        if (has_mean) m[x] += mean_weight[lane] * teacher.mean[x];
+        m[x] = weight * inverse[lane] * double(t[x]);
       }
     }
-    if (num_neighbors_ > 0) add_neighbors(teacher, confidence, m, total);
-    for (int lane = 0; lane < lanes; ++lane) total[lane] = 1.0 / total[lane];
-    for (std::int64_t d = 0; d < D; ++d) {
-      for (int lane = 0; lane < lanes; ++lane) m[d * lanes + lane] *= total[lane];
-    }
-  }
-
-  // m += sum_j w_j Q_j and total += sum_j w_j over each lane's neighbours.
-  void add_neighbors(const StripResult& teacher, const double* confidence, double* m,
-                     double* total) const {
-    const int lanes = kernels_.lanes;
-    const std::int64_t D = p_.dim;
+    if (num_neighbors_ == 0) return;
     const char* queue = static_cast<const char*>(p_.queue);
     for (int lane = 0; lane < lanes; ++lane) {
       const Neighbor* neighbors = teacher.neighbors + lane * teacher.neighbor_stride;
       for (std::int64_t i = 0; i < teacher.num_neighbors[lane]; ++i) {
-        // The teacher's softmax, which only rules that have one read.
-        const double probability =
-            reads_softmax(p_.rule)
-                ? std::exp(double(neighbors[i].value) / teacher_temperature_ - teacher.lse[lane])
-                : 0.0;
-        const double weight = label_neighbor(p_.rule, confidence[lane], probability);
-        if (weight == 0.0) continue;
-        total[lane] += weight;
+        const double share =
+            neighbor_label(teacher, lane, i, sums.confidence[lane]) * inverse[lane];
+        if (share == 0.0) continue;
         const void* row = queue + neighbors[i].index * D * size_of(p_.queue_type);
         for (std::int64_t d = 0; d < D; ++d) {
-          m[d * lanes + lane] += weight * double(load_element(row, p_.queue_type, d));
+          m[d * lanes + lane] += share * double(load_element(row, p_.queue_type, d));
         }
       }
     }
   }
 
-  // expected (D, lanes), the student's mean over the queue, becomes the gradient of the loss.
-  void gradient(const float* z, const float* t, const double* m, const double* queue_share,
-                const double* positive_share, const double* norm, double* expected) const {
+  // results[0].mean (D, lanes) becomes the gradient of the loss.
+  void gradient(const float* z, const float* t, const double* m, const Sums& sums,
+                const double* norm, StripResult* results) const {
     const int lanes = kernels_.lanes;
     const std::int64_t D = p_.dim;
+    double* dz = results[0].mean;
+    if (!combined_) {
+      const double* teacher_mean = results[1].mean;
+      for (std::int64_t d = 0; d < D; ++d) {
+        for (int lane = 0; lane < lanes; ++lane) {
+          const std::int64_t x = d * lanes + lane;
+          dz[x] *= sums.queue_share[lane];
+          if (teacher_mean != nullptr) dz[x] -= sums.mean_label[lane] * teacher_mean[x];
+        }
+      }
+    }
     const double inverse_temperature = 1.0 / temperature_;
     double along[kMaxLanes] = {};  // z . dz
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
         const std::int64_t x = d * lanes + lane;
-        const double mean = queue_share[lane] * expected[x] + positive_share[lane] * double(t[x]);
-        expected[x] = (mean - m[x]) * inverse_temperature;
-        along[lane] += double(z[x]) * expected[x];
+        dz[x] += sums.positive_share[lane] * double(t[x]) - m[x];
+        dz[x] *= inverse_temperature;
+        along[lane] += double(z[x]) * dz[x];
       }
     }
     if (!p_.normalize) return;
@@ -258,7 +332,7 @@ class SoftContrastive {
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
         const std::int64_t x = d * lanes + lane;
-        expected[x] = (expected[x] - double(z[x]) * along[lane]) * inverse_norm[lane];
+        dz[x] = (dz[x] - double(z[x]) * along[lane]) * inverse_norm[lane];
       }
     }
   }
@@ -292,13 +366,16 @@ class SoftContrastive {
   const SoftContrastiveParams& p_;
   const SweepKernels& kernels_;
   const std::int64_t strips_;
-  const double log_queue_size_;
+  const double log_queue_size_, log_queue_size_without_one_;
   const std::int64_t num_neighbors_;
   const double temperature_, teacher_temperature_;
+  PassRequest request_;
+  bool combined_ = false;  // the pass leaves one mean of both reductions
   Rows z_, t_;
-  float* row_scratch_ = nullptr;   // (threads, D)
-  double* label_means_ = nullptr;  // (threads, D, lanes)
-  float* positive_ = nullptr;      // (strips, lanes) z . t, if the rank is wanted
+  std::int64_t* excluded_ = nullptr;  // (strips, lanes), -1 where a lane has none
+  float* row_scratch_ = nullptr;      // (threads, D)
+  double* label_means_ = nullptr;     // (threads, D, lanes)
+  float* positive_ = nullptr;         // (strips, lanes) z . t, if the rank is wanted
   std::int64_t tile_rows_ = 0;
   float* tiles_ = nullptr;         // (threads, tile_rows, stride)
   float* similarities_ = nullptr;  // (threads, tile_rows, lanes)

@@ -30,6 +30,13 @@ struct Reduction {
   double* mean = nullptr;        // (strips, D, lanes)
   std::int64_t* rank = nullptr;  // (strips, lanes)
   NeighborLists neighbors;       // of strips * lanes rows
+
+  // Of the second reduction: its expectation of the first one's similarities, sum_j e_j s'_j.
+  double* alignment = nullptr;  // (strips, lanes); null: not wanted
+
+  // Short queues: the weights e_j stay, and `combine` makes one mean of both reductions'.
+  float* kept = nullptr;         // (strips, kept_rows, lanes); null: not kept
+  const float* share = nullptr;  // (strips, lanes) read by combine
 };
 
 inline constexpr int kMaxReductions = 2;
@@ -44,12 +51,18 @@ struct SweepTask {
   std::int64_t strips = 0;
   int num_reductions = 0;
   Reduction reductions[kMaxReductions];
+  // (strips, lanes) a queue row that takes no part for this row, or -1; null: there are none
+  const std::int64_t* excluded = nullptr;
+  std::int64_t kept_rows = 0;  // at least the rows to visit, a multiple of kTileGranularity
 
   // Workspace of the running thread.
   std::int64_t tile_rows =
       0;                  // queue rows in a tile, <= kMaxColumnRows, a multiple of kTileGranularity
   float* tile = nullptr;  // (tile_rows, tile_stride(D))
-  float* weights = nullptr;             // (tile_rows, lanes)
+  // S and E of a tile: (tile_rows, lanes) each, or one for all. E may lie over S, but not over the
+  // first reduction's S where an alignment with it is wanted.
+  float* similarities[kMaxReductions];
+  float* weights[kMaxReductions];
   float* partial_mean[kMaxReductions];  // (strips, D, lanes)
 
   bool finite = true;  // left: every queue row visited is finite
@@ -68,6 +81,9 @@ struct SweepKernels {
   const char* name;
   int lanes;
   void (*sweep)(SweepTask& task);
+  /// After a sweep that kept the weights: mean of reductions[0], whose has_mean alone is set, is
+  ///     sum_j (share_0 e_0j + share_1 e_1j) Q_j
+  void (*combine)(SweepTask& task);
   /// s[j * lanes + i] = v_i . Q_j for one strip (D, lanes) and a tile of `tile_rows` rows, with the
   /// same operations in the same order as in the sweep: equal rows give equal bits.
   void (*similarities)(const float* tile, std::int64_t tile_rows, const float* strip,

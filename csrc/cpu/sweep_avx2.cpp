@@ -19,7 +19,12 @@
 
 namespace softcl::cpu {
 
-const SweepKernels kAvx2Kernels = {
-    "avx2", avx2::kLanes, avx2::sweep, avx2::similarities, avx2::multiply_add, avx2::exponentials};
+const SweepKernels kAvx2Kernels = {"avx2",
+                                   avx2::kLanes,
+                                   avx2::sweep,
+                                   avx2::combine,
+                                   avx2::similarities,
+                                   avx2::multiply_add,
+                                   avx2::exponentials};
 
 }  // namespace softcl::cpu

@@ -22,6 +22,7 @@ namespace softcl::cpu {
 const SweepKernels kAvx512Kernels = {"avx512",
                                      avx512::kLanes,
                                      avx512::sweep,
+                                     avx512::combine,
                                      avx512::similarities,
                                      avx512::multiply_add,
                                      avx512::exponentials};

@@ -24,6 +24,7 @@ namespace softcl::cpu {
 const SweepKernels kPortableKernels = {"portable",
                                        portable::kLanes,
                                        portable::sweep,
+                                       portable::combine,
                                        portable::similarities,
                                        portable::multiply_add,
                                        portable::exponentials};

@@ -23,6 +23,9 @@ ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LABEL_KINDS = {name: kind for kind, name in enumerate(RULES)}
 
 
+OPTIONS = frozenset({"excluded"})
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module, or None and why it cannot be used."""
@@ -55,6 +58,7 @@ def queue_statistics(
     num_neighbors: int,
     *,
     sums: bool = True,
+    excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
 
@@ -62,6 +66,7 @@ def queue_statistics(
     the work.
     """
     module, _ = _load()
+    excluded = None if excluded is None else excluded.contiguous()
     (n, d), k = vectors.shape, num_neighbors
     shapes = ((n,), (n, d), (n,)) if sums else ((0,), (0, d), (0,))
     lse, mean, entropy = (vectors.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -84,6 +89,7 @@ def queue_statistics(
         entropy=entropy.data_ptr(),
         neighbor_logits=neighbor_logits.data_ptr(),
         neighbor_indices=neighbor_indices.data_ptr(),
+        excluded=0 if excluded is None else excluded.data_ptr(),
     )
     return lse, mean, entropy, neighbor_logits, neighbor_indices
 
@@ -100,12 +106,14 @@ def soft_contrastive(
     normalize: bool,
     gradient: bool,
     diagnostics: bool,
+    excluded: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (N,), dquery (N, D), confidence, entropy, positive_rank (N,), neighbor_indices (N, n).
 
     What was not asked for, or what the rule does not compute, comes back empty.
     """
     module, _ = _load()
+    excluded = None if excluded is None else excluded.contiguous()
     (n, d), k = query.shape, rule.num_neighbors
     shown = n if diagnostics and rule.needs_softmax else 0
     loss = query.new_empty((n,), dtype=torch.float32)
@@ -137,5 +145,6 @@ def soft_contrastive(
         entropy=entropy.data_ptr(),
         positive_rank=positive_rank.data_ptr(),
         neighbor_indices=neighbor_indices.data_ptr(),
+        excluded=0 if excluded is None else excluded.data_ptr(),
     )
     return loss, dquery, confidence, entropy, positive_rank, neighbor_indices

@@ -85,7 +85,7 @@ std::unique_ptr<T[]> unwritten(std::int64_t count) {
 }
 
 void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, LabelKind kind,
-                std::int64_t n, int threads) {
+                std::int64_t n, bool excludes, int threads) {
   const std::int64_t N = query.rows, K = queue.rows, D = query.dim;
   const auto loss = unwritten<float>(N), dquery = unwritten<float>(N * D);
   const auto confidence = unwritten<float>(N), entropy = unwritten<float>(N);
@@ -104,6 +104,9 @@ void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, Lab
   p.teacher_temperature = kTeacherTemperature;
   p.normalize = true;
   p.num_threads = threads;
+  const auto excluded = unwritten<std::int64_t>(N);
+  for (std::int64_t i = 0; i < N; ++i) excluded[i] = i % (K + 1) - 1;
+  if (excludes) p.excluded = excluded.get();
   p.loss = loss.get();
   p.dquery = dquery.get();
   p.confidence = confidence.get();
@@ -123,7 +126,9 @@ void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, Lab
     }
     const double own = query.dot(i, key, i) / kTemperature;
     double sum = std::exp(own);
-    for (std::int64_t j = 0; j < K; ++j) sum += std::exp(query.dot(i, queue, j) / kTemperature);
+    for (std::int64_t j = 0; j < K; ++j) {
+      if (!(excludes && j == excluded[i])) sum += std::exp(query.dot(i, queue, j) / kTemperature);
+    }
     // bf16 vectors are rounded again after their normalisation.
     const double bound = query.type == ElementType::kFloat32 ? 1e-4 : 0.3;
     require(std::abs(std::log(sum) - own - loss[i]) < bound, "loss of hard labels");
@@ -191,14 +196,16 @@ void check_enqueue(std::int64_t num_keys, std::int64_t size, std::int64_t dim) {
 }  // namespace
 
 int main() {
-  const std::int64_t shapes[][3] = {{1, 1, 1}, {17, 97, 65}, {70, 2000, 33}, {33, 131, 300}};
+  const std::int64_t shapes[][3] = {
+      {1, 1, 1}, {17, 97, 65}, {70, 2000, 33}, {33, 131, 300}, {200, 150, 17}};
   const ElementType types[] = {ElementType::kFloat32, ElementType::kBFloat16};
   for (const auto& [N, K, D] : shapes) {
     for (const ElementType type : types) {
       const Matrix query(N, D, type, 1), key(N, D, type, 2), queue(K, D, type, 3);
       for (int kind = 0; kind < softcl::kNumLabelKinds; ++kind) {
         for (const std::int64_t n : {std::int64_t{0}, std::min<std::int64_t>(K, 20)}) {
-          check_loss(query, key, queue, LabelKind(kind), n, 3);
+          check_loss(query, key, queue, LabelKind(kind), n, false, 3);
+          if (n < K && K > 1) check_loss(query, key, queue, LabelKind(kind), n, true, 3);
         }
       }
       for (const std::int64_t k : {0, 1, 5, 90}) {

@@ -27,6 +27,8 @@ struct QueueStatisticsParams {
   std::int64_t num_neighbors = 0;  // k, 0 <= k <= K
   double temperature = 0.0;        // > 0
   int num_threads = 1;
+  // (N,) a queue row that takes no part in this row's statistics, or -1; null: none. k < K then.
+  const std::int64_t* excluded = nullptr;
 
   float* lse = nullptr;                      // (N,)
   float* mean = nullptr;                     // (N, D)
@@ -52,6 +54,9 @@ struct SoftContrastiveParams {
   bool positive = true;                         // the positive takes part in the student's softmax
   bool normalize = false;  // query and key are divided by max(norm, 1e-12), rounded to vector_type
   int num_threads = 1;
+  // (N,) a queue row that takes no part for this row, neither in the student's softmax nor in the
+  // teacher's, or -1; null: none. n < K then. The CPU kernels alone know it.
+  const std::int64_t* excluded = nullptr;
 
   float* loss = nullptr;                     // (N,)
   float* dquery = nullptr;                   // (N, D)

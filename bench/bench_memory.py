@@ -1,0 +1,56 @@
+"""Peak memory of the loss with its gradient, as the queue grows.
+
+    pytest bench/bench_memory.py --benchmark-only [--full]
+
+Rows stay, the queue grows: what makes an N x K matrix grows with it, the fused pass does not. The
+growth of one call is measured in a process of its own (memory.py); its time is that of one call
+there, page faults included, and is not what bench_soft_contrastive.py reports.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.bench_soft_contrastive import AS_IT_COMES, DENSE, prepare_elsewhere, step_elsewhere
+from bench.memory import available_memory, fresh_process
+from bench.shapes import Shape, eager_bytes
+from bench.table import OURS, Row
+from softcl.testing import available_backends, make_problem
+
+QUICK = tuple(Shape(256, K, 128) for K in (4096, 16384, 65536))
+FULL = tuple(Shape(1024, K, 128) for K in (4096, 16384, 65536, 131072))
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    shapes = FULL if option("--full") or option("--shapes") in ("main", "grid") else QUICK
+    ours = [b for b in available_backends(make_problem(2, 8, 4), DENSE) if b in OURS]
+    contenders = [*(option("--backend") or ours), AS_IT_COMES, "chunked", "attention"]
+    metafunc.parametrize("shape", shapes, ids=str)
+    metafunc.parametrize("contender", contenders, ids=lambda x: x.replace(" ", "-"))
+
+
+def bench_peak_memory(benchmark, report, device, shape, contender):
+    if device != "cpu":
+        pytest.skip("bench_soft_contrastive.py reports it, from PyTorch's own counters")
+    group = f"memory {shape} {DENSE.name}"
+    needed, free = eager_bytes(shape, DENSE), available_memory()
+    if contender == AS_IT_COMES and needed > 0.7 * free:
+        note = f"not run: needs about {needed / 1e9:.0f} GB"
+        report(Row(group, contender, note=note))
+        pytest.skip(note)
+    with fresh_process() as pool:
+        peak = pool.submit(prepare_elsewhere, shape, DENSE, contender, "float32", "cpu").result()
+        benchmark.group = group
+        benchmark.pedantic(lambda: pool.submit(step_elsewhere).result(), rounds=1)
+    if benchmark.stats is None:
+        return
+    report(Row(group, contender, benchmark.stats.stats.median, peak_bytes=peak))
+    matrix = 4 * shape.N * shape.K
+    benchmark.extra_info.update(
+        shape=list(shape),
+        contender=contender,
+        peak_bytes=peak,
+        matrix_bytes=matrix,
+        matrices=None if peak is None else peak / matrix,
+    )

@@ -1,0 +1,285 @@
+"""A Markdown table and plots from files of results.
+
+    pytest bench/ --benchmark-only --benchmark-json results.json
+    python -m bench.report results.json [MORE.json ...] [--out FOLDER]
+
+Writes to the folder (default: beside the first file) `report.md` and, where the results have what
+they show: `time.png`, time against the queue's size with the floor drawn in; `memory.png`, growth
+of memory against the queue's size; `ratios.png`, each peer's time over ours; `roofline.png`, rates
+against arithmetic intensity. Of a benchmark that is in several files the last one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from bench.table import OURS, Row, format_tables  # noqa: E402
+
+COLORS = {name: f"C{i}" for i, name in enumerate(("cpu", "triton", "cuda"))}
+OTHERS = [f"C{i}" for i in range(3, 10)]
+
+
+class Result:
+    """One benchmark of a file."""
+
+    def __init__(self, benchmark: dict) -> None:
+        self.fullname, self.group = benchmark["fullname"], benchmark["group"] or benchmark["name"]
+        self.seconds: float = benchmark["stats"]["median"]
+        self.info: dict = benchmark["extra_info"]
+        self.contender: str = self.info.get("contender", benchmark["name"])
+        self.shape: tuple[int, int, int] | None = tuple(self.info.get("shape") or ()) or None
+        self.rule: str | None = self.info.get("rule")
+        self.peak: int | None = self.info.get("peak_bytes")
+
+    @property
+    def is_loss(self) -> bool:
+        return self.rule is not None and self.shape is not None
+
+    def row(self) -> Row:
+        flop, floor = self.info.get("flop", 0.0), self.info.get("floor_seconds")
+        return Row(self.group, self.contender, self.seconds, flop, floor, self.peak)
+
+
+def read(paths: list[Path]) -> tuple[list[Result], list[dict]]:
+    """The results, and what each file says of its machine."""
+    results: dict[str, Result] = {}
+    machines = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+            found = [Result(b) for b in content["benchmarks"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f"report: {path} holds no results of pytest-benchmark ({error})"
+            ) from None
+        results |= {r.fullname: r for r in found}
+        machines.append({"date": content.get("datetime", "")[:10], **about(content)})
+    return list(results.values()), machines
+
+
+def about(content: dict) -> dict:
+    return content.get("machine_info", {}).get("softcl", {})
+
+
+def describe(machines: list[dict]) -> str:
+    """Every distinct machine of the files, in words."""
+    lines = []
+    for m in machines:
+        clock = f", {m['clocks_mhz']:.0f} MHz" if m.get("clocks_mhz") else ""
+        line = (
+            f"{m.get('device_name', 'unknown device')}, {m.get('threads', '?')} threads{clock}, "
+            f"torch {m.get('torch', '?')}, {m['date']}"
+        )
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- plots
+
+
+def color_of(contender: str, contenders: list[str]) -> str:
+    others = [c for c in contenders if c not in COLORS]
+    return COLORS.get(contender) or OTHERS[others.index(contender) % len(OTHERS)]
+
+
+def series_of(results: list[Result]) -> dict[tuple, list[Result]]:
+    """(N, D, rule, dtype) -> results, those with two queue sizes or more."""
+    series: dict[tuple, list[Result]] = {}
+    for r in results:
+        if r.shape:
+            N, _, D = r.shape
+            series.setdefault((N, D, r.rule, r.info.get("dtype")), []).append(r)
+    return {key: rs for key, rs in series.items() if len({r.shape[1] for r in rs}) > 1}
+
+
+def plot_lines(series: dict, path: Path, value, label: str, floor) -> None:
+    """One panel for each series: value against K on logarithmic axes."""
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(r.contender for rs in series.values() for r in rs))
+    for axis, (key, results) in zip(axes.flat, sorted(series.items(), key=str), strict=False):
+        for name in names:
+            points = sorted((r.shape[1], value(r)) for r in results if r.contender == name)
+            points = [(K, y) for K, y in points if y]
+            if points:
+                own = name in OURS
+                axis.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=color_of(name, names),
+                    label=name,
+                    linewidth=2.5 if own else 1.2,
+                    markersize=5 if own else 3,
+                    zorder=3 if own else 2,
+                )
+        lower = sorted({(r.shape[1], floor(r)) for r in results if floor(r)})
+        best = {K: min(y for k, y in lower if k == K) for K, _ in lower}
+        if best:
+            axis.plot(*zip(*best.items(), strict=True), "k--", linewidth=1, label="floor")
+        N, D, rule, dtype = key
+        axis.set_title(", ".join(x for x in (f"N={N}, D={D}", rule, dtype) if x), fontsize=10)
+        axis.set(xscale="log", yscale="log", xlabel="queue rows K", ylabel=label)
+        axis.set_xticks(sorted({r.shape[1] for r in results}))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:.0f}k" if x >= 1024 else f"{x:.0f}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(series) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_ratios(results: list[Result], path: Path) -> bool:
+    """Peers' times over ours, one group of bars for each piece of work."""
+    groups: dict[str, dict[str, float]] = {}
+    for r in results:
+        groups.setdefault(r.group, {})[r.contender] = r.seconds
+    ratios: dict[str, dict[str, float]] = {}
+    for group, times in groups.items():
+        ours = next((times[o] for o in OURS if o in times), None)
+        peers = {c: t for c, t in times.items() if c not in OURS and c != "reference"}
+        if ours and peers:
+            ratios[group] = {c: t / ours for c, t in peers.items()}
+    if not ratios:
+        return False
+    names = list(dict.fromkeys(c for r in ratios.values() for c in r))
+    figure, axis = plt.subplots(
+        figsize=(9, 1.2 + 0.16 * sum(len(r) + 1 for r in ratios.values())), layout="constrained"
+    )
+    y, ticks = 0.0, []
+    for group, values in ratios.items():
+        ticks.append((y + (len(values) - 1) / 2, group))
+        for contender, ratio in values.items():
+            axis.barh(
+                y,
+                ratio,
+                0.9,
+                color=color_of(contender, names),
+                label=None if contender in axis.get_legend_handles_labels()[1] else contender,
+            )
+            axis.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=7)
+            y += 1
+        y += 1
+    axis.axvline(1.0, color="k", linewidth=1)
+    axis.set_yticks([t for t, _ in ticks], [g for _, g in ticks], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="time over ours (1 = equal, right of it slower)")
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def plot_roofline(results: list[Result], path: Path) -> bool:
+    """Rates against FLOP per byte that must move, below the measured ceilings."""
+    losses = [r for r in results if r.is_loss and r.info.get("bytes") and r.info.get("ceilings")]
+    if not losses:
+        return False
+    ceiling = max(2.0 * r.info["ceilings"][0] for r in losses)
+    copies = [r.info["copy_bytes_per_second"] for r in results if "copy_bytes_per_second" in r.info]
+    names = list(dict.fromkeys(r.contender for r in losses))
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in names:
+        points = [
+            (r.info["flop"] / r.info["bytes"], r.info["flop"] / r.seconds / 1e9)
+            for r in losses
+            if r.contender == name
+        ]
+        axis.plot(
+            *zip(*points, strict=True),
+            "o",
+            color=color_of(name, names),
+            label=name,
+            markersize=7 if name in OURS else 4,
+        )
+    axis.axhline(ceiling / 1e9, color="k", label=f"multiply-adds, {ceiling / 1e9:.0f} GFLOP/s")
+    if copies:
+        rate = max(copies)
+        intensities = [1.0, ceiling / rate]
+        axis.plot(
+            intensities,
+            [rate * x / 1e9 for x in intensities],
+            "k:",
+            label=f"copy, {rate / 1e9:.0f} GB/s",
+        )
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def write(results: list[Result], machines: list[dict], out: Path, command: str) -> list[Path]:
+    """Everything that the results allow; returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def drawn(name: str, was_drawn: bool) -> None:
+        if was_drawn:
+            written.append(out / name)
+
+    times = series_of([r for r in results if r.is_loss])
+    if times:
+        plot_lines(
+            times,
+            out / "time.png",
+            lambda r: 1e3 * r.seconds,
+            "ms",
+            lambda r: 1e3 * (r.info.get("floor_seconds") or 0.0),
+        )
+        drawn("time.png", True)
+    memory = series_of([r for r in results if r.peak and "memory" in r.group])
+    memory = memory or series_of([r for r in results if r.peak])
+    if memory:
+        plot_lines(
+            memory, out / "memory.png", lambda r: r.peak / 1e6, "peak growth, MB", lambda r: None
+        )
+        drawn("memory.png", True)
+    timed = [r for r in results if "memory" not in r.group]
+    drawn("ratios.png", plot_ratios(timed, out / "ratios.png"))
+    drawn("roofline.png", plot_roofline(results, out / "roofline.png"))
+    lines = [f"Made by `{command}` from results on {describe(machines)}.", ""]
+    lines += format_tables([r.row() for r in results])
+    lines += ["", *(f"![{path.stem}]({path.name})" for path in written)]
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+    return [out / "report.md", *written]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, help="folder (default: beside the first file)")
+    options = parser.parse_args(arguments)
+    results, machines = read(options.results)
+    if not results:
+        raise SystemExit("report: the files hold no benchmarks")
+    names = " ".join(path.name for path in options.results)
+    out = options.out or options.results[0].parent
+    for path in write(results, machines, out, f"python -m bench.report {names}"):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
