@@ -36,22 +36,10 @@ void cpu_queue_statistics(Address vectors, Address queue, int vector_type, int q
                           std::int64_t num_neighbors, double temperature, int num_threads,
                           Address lse, Address mean, Address entropy, Address neighbor_logits,
                           Address neighbor_indices, Address excluded) {
-  softcl::QueueStatisticsParams params;
-  params.vectors = pointer_to<const void>(vectors);
-  params.queue = pointer_to<const void>(queue);
-  params.vector_type = softcl::ElementType(vector_type);
-  params.queue_type = softcl::ElementType(queue_type);
-  params.num_vectors = num_vectors;
-  params.queue_size = queue_size;
-  params.dim = dim;
-  params.num_neighbors = num_neighbors;
-  params.temperature = temperature;
+  softcl::QueueStatisticsParams params = softcl::statistics_params(
+      vectors, queue, vector_type, queue_type, num_vectors, queue_size, dim, num_neighbors,
+      temperature, lse, mean, entropy, neighbor_logits, neighbor_indices);
   params.num_threads = num_threads;
-  params.lse = pointer_to<float>(lse);
-  params.mean = pointer_to<float>(mean);
-  params.entropy = pointer_to<float>(entropy);
-  params.neighbor_logits = pointer_to<float>(neighbor_logits);
-  params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
   params.excluded = pointer_to<const std::int64_t>(excluded);
   const py::gil_scoped_release release;
   softcl::cpu::queue_statistics(params);
@@ -64,27 +52,11 @@ void cpu_soft_contrastive(Address query, Address key, Address queue, int vector_
                           bool positive, bool normalize, int num_threads, Address loss,
                           Address dquery, Address confidence, Address entropy,
                           Address positive_rank, Address neighbor_indices, Address excluded) {
-  softcl::SoftContrastiveParams params;
-  params.query = pointer_to<const void>(query);
-  params.key = pointer_to<const void>(key);
-  params.queue = pointer_to<const void>(queue);
-  params.vector_type = softcl::ElementType(vector_type);
-  params.queue_type = softcl::ElementType(queue_type);
-  params.num_queries = num_queries;
-  params.queue_size = queue_size;
-  params.dim = dim;
-  params.rule = {softcl::LabelKind(rule), num_neighbors, positive_weight};
-  params.temperature = temperature;
-  params.teacher_temperature = teacher_temperature;
-  params.positive = positive;
-  params.normalize = normalize;
+  softcl::SoftContrastiveParams params = softcl::loss_params(
+      query, key, queue, vector_type, queue_type, num_queries, queue_size, dim, rule, num_neighbors,
+      positive_weight, temperature, teacher_temperature, positive, normalize, loss, dquery,
+      confidence, entropy, positive_rank, neighbor_indices);
   params.num_threads = num_threads;
-  params.loss = pointer_to<float>(loss);
-  params.dquery = pointer_to<float>(dquery);
-  params.confidence = pointer_to<float>(confidence);
-  params.entropy = pointer_to<float>(entropy);
-  params.positive_rank = pointer_to<std::int64_t>(positive_rank);
-  params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
   params.excluded = pointer_to<const std::int64_t>(excluded);
   const py::gil_scoped_release release;
   softcl::cpu::soft_contrastive(params);

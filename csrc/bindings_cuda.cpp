@@ -35,21 +35,9 @@ std::int64_t cuda_queue_statistics(Address vectors, Address queue, int vector_ty
                                    Address neighbor_logits, Address neighbor_indices, int device,
                                    Address stream, Address workspace,
                                    std::int64_t workspace_bytes) {
-  QueueStatisticsParams params;
-  params.vectors = pointer_to<const void>(vectors);
-  params.queue = pointer_to<const void>(queue);
-  params.vector_type = ElementType(vector_type);
-  params.queue_type = ElementType(queue_type);
-  params.num_vectors = num_vectors;
-  params.queue_size = queue_size;
-  params.dim = dim;
-  params.num_neighbors = num_neighbors;
-  params.temperature = temperature;
-  params.lse = pointer_to<float>(lse);
-  params.mean = pointer_to<float>(mean);
-  params.entropy = pointer_to<float>(entropy);
-  params.neighbor_logits = pointer_to<float>(neighbor_logits);
-  params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
+  const QueueStatisticsParams params = statistics_params(
+      vectors, queue, vector_type, queue_type, num_vectors, queue_size, dim, num_neighbors,
+      temperature, lse, mean, entropy, neighbor_logits, neighbor_indices);
   return run(&cuda::queue_statistics, params,
              launch_on(device, stream, workspace, workspace_bytes));
 }
@@ -63,26 +51,10 @@ std::int64_t cuda_soft_contrastive(Address query, Address key, Address queue, in
                                    Address entropy, Address positive_rank, Address neighbor_indices,
                                    int device, Address stream, Address workspace,
                                    std::int64_t workspace_bytes) {
-  SoftContrastiveParams params;
-  params.query = pointer_to<const void>(query);
-  params.key = pointer_to<const void>(key);
-  params.queue = pointer_to<const void>(queue);
-  params.vector_type = ElementType(vector_type);
-  params.queue_type = ElementType(queue_type);
-  params.num_queries = num_queries;
-  params.queue_size = queue_size;
-  params.dim = dim;
-  params.rule = {LabelKind(rule), num_neighbors, positive_weight};
-  params.temperature = temperature;
-  params.teacher_temperature = teacher_temperature;
-  params.positive = positive;
-  params.normalize = normalize;
-  params.loss = pointer_to<float>(loss);
-  params.dquery = pointer_to<float>(dquery);
-  params.confidence = pointer_to<float>(confidence);
-  params.entropy = pointer_to<float>(entropy);
-  params.positive_rank = pointer_to<std::int64_t>(positive_rank);
-  params.neighbor_indices = pointer_to<std::int64_t>(neighbor_indices);
+  const SoftContrastiveParams params =
+      loss_params(query, key, queue, vector_type, queue_type, num_queries, queue_size, dim, rule,
+                  num_neighbors, positive_weight, temperature, teacher_temperature, positive,
+                  normalize, loss, dquery, confidence, entropy, positive_rank, neighbor_indices);
   return run(&cuda::soft_contrastive, params,
              launch_on(device, stream, workspace, workspace_bytes));
 }
@@ -99,6 +71,13 @@ void cuda_enqueue(Address keys, Address queue, Address refused, std::int64_t num
 }  // namespace
 
 void bind_cuda(py::module_& module) {
+  module.def(
+      "cuda_most_dimensions",
+      [](int vector_type, int queue_type, int device) {
+        return cuda::most_dimensions(ElementType(vector_type), ElementType(queue_type), device);
+      },
+      "vector_type"_a, "queue_type"_a, "device"_a,
+      "The largest D of such rows and queue that a CUDA device has shared memory for.");
   module.def("cuda_queue_statistics", &cuda_queue_statistics, py::kw_only(), "vectors"_a, "queue"_a,
              "vector_type"_a, "queue_type"_a, "num_vectors"_a, "queue_size"_a, "dim"_a,
              "num_neighbors"_a, "temperature"_a, "lse"_a, "mean"_a, "entropy"_a,

@@ -1,6 +1,6 @@
-"""Builds and loads the module that runs the CUDA kernels on the CPU (csrc/cuda/host), once.
+"""Builds what runs the CUDA kernels on the CPU (csrc/cuda/host), once: a module and a program.
 
-Not a test file. The module is kept in build/, under a name made from its sources.
+Not a test file. Both are kept in build/, in a folder named after their sources.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 SOURCES = (
-    "bindings_cuda.cpp",
     "cuda/enqueue.cu",
     "cuda/plan.cpp",
     "cuda/queue_statistics.cu",
@@ -30,8 +29,10 @@ SOURCES = (
     "cuda/stream_128.cu",
     "cuda/stream_256.cu",
     "cuda/host/block.cpp",
-    "cuda/host/module.cpp",
+    "cuda/host/runtime.cpp",
 )
+MODULE_SOURCES = ("bindings_cuda.cpp", "cuda/host/module.cpp")
+PROGRAM_SOURCES = ("cuda/check/main.cu", "cuda/check/reference.cpp")
 FLAGS = ("-std=c++17", "-DSOFTCL_WITH_CUDA", "-O2", "-fPIC", "-w", "-fno-strict-aliasing")
 
 
@@ -41,6 +42,12 @@ def load_host_module() -> ModuleType:
     if isinstance(module, str):
         pytest.skip(module)
     return module
+
+
+def find_check_program() -> Path:
+    """csrc/cuda/check's program; skips the test where there is no compiler for it."""
+    module = load_host_module()
+    return Path(module.__file__).with_name("softcl_cuda_check")
 
 
 @functools.cache
@@ -76,18 +83,24 @@ def build(compiler: str) -> Path:
     objects.mkdir()
     include = [CSRC / "cuda/host", CSRC, CSRC / "cuda", CSRC / "include", pybind11.get_include()]
     include += [sysconfig.get_path("include")]
-    for source in SOURCES:
+    objects_of = {}
+    for source in (*SOURCES, *MODULE_SOURCES, *PROGRAM_SOURCES):
+        objects_of[source] = str(objects / (source.replace("/", "_") + ".o"))
         command = [compiler, *FLAGS, *(f"-I{path}" for path in include)]
         command += [f'-DSOFTCL_SOURCE_NAME="csrc/{source}"', "-x", "c++", "-c", str(CSRC / source)]
-        command += ["-o", str(objects / (Path(source).name + ".o"))]
-        _run(command)
-    built = objects / module.name
-    _run([compiler, "-shared", "-o", str(built), *map(str, sorted(objects.glob("*.o")))])
+        _run([*command, "-o", objects_of[source]])
+    finished = objects / "finished"
+    finished.mkdir()
+    for name, own, options in (
+        (module.name, MODULE_SOURCES, ["-shared"]),
+        ("softcl_cuda_check", PROGRAM_SOURCES, []),
+    ):
+        linked = [objects_of[source] for source in (*SOURCES, *own)]
+        _run([compiler, *options, "-o", str(finished / name), *linked])
     for old in folder.glob("*/softcl_cuda_host*"):
-        if old.parent != objects:
+        if objects not in old.parents:
             shutil.rmtree(old.parent, ignore_errors=True)
-    module.parent.mkdir()
-    os.replace(built, module)
+    os.replace(finished, module.parent)
     shutil.rmtree(objects)
     return module
 

@@ -23,6 +23,17 @@ def test_pieces_fill_a_tile_without_bank_conflicts(host, dim):
             assert sorted(lines) == list(range(8))
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_pieces_from_the_first_one(host, dim):
+    for tile in (0, 128, 5 * 128):
+        for row in range(64):
+            for first in (0, 1):
+                address = tile + host.piece_offset(dim, row, first)
+                for distance in range(0, dim // 8, 2):
+                    want = tile + host.piece_offset(dim, row, first + distance)
+                    assert host.piece_after(address, distance) == want
+
+
 @pytest.mark.parametrize("steps_per_chunk", [1, 2, 4, 16])
 def test_chunks_partition_the_columns(host, steps_per_chunk):
     steps = 32

@@ -39,13 +39,14 @@ inline void check_pointer(const char* name, const void* pointer) {
   if (pointer == nullptr) throw std::invalid_argument(std::string(name) + " is a null pointer");
 }
 
+inline void check_type(const char* name, ElementType type) {
+  const auto value = static_cast<std::int32_t>(type);
+  if (value < 0 || value > 2) refuse(name, value, "0 (float32), 1 (bfloat16) or 2 (float16)");
+}
+
 inline void check_types(ElementType vector_type, ElementType queue_type) {
-  if (vector_type != ElementType::kBFloat16 && vector_type != ElementType::kFloat16) {
-    refuse("vector_type", static_cast<int>(vector_type), "1 (bfloat16) or 2 (float16)");
-  }
-  if (queue_type != vector_type) {
-    refuse("queue_type", static_cast<int>(queue_type), "the vectors' type");
-  }
+  check_type("vector_type", vector_type);
+  check_type("queue_type", queue_type);
 }
 
 inline constexpr std::int64_t kMostRows = std::int64_t(1) << 30;

@@ -17,6 +17,14 @@ struct Float16 {
   std::uint16_t bits;
 };
 
+/// In the streaming kernel: a number of any type in two fp16 parts, see rows.h.
+struct TwoParts {};
+
+template <typename T>
+inline constexpr int kParts = 1;
+template <>
+inline constexpr int kParts<TwoParts> = 2;
+
 SOFTCL_DEVICE float to_float(float x) {
   return x;
 }

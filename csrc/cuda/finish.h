@@ -12,7 +12,7 @@ namespace softcl::cuda {
 /// several rows each where they need room for candidates.
 struct FinishParams {
   Partial partial;
-  const void* queue;  // (K, D)
+  Rows queue;  // (K, D)
   const float* maxima;
   float* candidates;  // (blocks, candidates_per_block)
   std::int64_t candidates_per_block;
@@ -20,7 +20,7 @@ struct FinishParams {
   std::int64_t num_rows;
   Chunks chunks;
   int num_neighbors;
-  bool aligned;  // the queue's rows
+  ElementType row_type;
   double scale[2];
   double temperature[2];
 };
@@ -30,7 +30,7 @@ inline FinishParams finish_params(const Work& work, const Plan& plan, const Stre
   FinishParams p = {};
   p.partial = {stream.sums, stream.means, stream.num_sum_rows,   stream.num_mean_rows,
                plan.splits, work.dim,     stream.running_maximum};
-  p.queue = stream.queue;
+  p.queue = {stream.queue, stream.queue_type, work.dim, is_aligned(stream.queue, work.dim)};
   p.maxima = stream.maxima;
   p.candidates = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.candidates);
   p.candidates_per_block = plan.candidates_per_block;
@@ -38,7 +38,7 @@ inline FinishParams finish_params(const Work& work, const Plan& plan, const Stre
   p.num_rows = work.num_rows;
   p.chunks = {plan.num_filled_chunks, plan.steps_per_chunk, work.queue_size};
   p.num_neighbors = static_cast<int>(work.num_neighbors);
-  p.aligned = is_aligned(stream.queue, work.dim);
+  p.row_type = stream.row_type;
   for (int r = 0; r < 2; ++r) p.scale[r] = stream.scale[r];
   return p;
 }
@@ -53,17 +53,16 @@ inline std::size_t finish_shared_bytes(int num_neighbors) {
 }
 
 /// The nearest queue rows of row n, whose elements are x, into memory.sorted(). By all threads.
-template <typename T>
+/// No barrier here: the selection begins with one, before it reads the vector, and has had others
+/// since the row before was read.
 SOFTCL_DEVICE void find_neighbors(const FinishParams& p, const SelectMemory& memory, std::int64_t n,
                                   const float (&x)[kElements]) {
-  ptx::sync_threads();  // the last row's neighbours have been read
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
     ptx::store_shared(memory.vector() + (threadIdx.x + i * kFinishThreads) * 4, x[i]);
   }
-  ptx::sync_threads();
-  select_neighbors(memory, p.maxima + n * p.num_chunks, p.chunks, static_cast<const T*>(p.queue),
-                   p.partial.dim, p.aligned, p.candidates + blockIdx.x * p.candidates_per_block);
+  select_neighbors(memory, p.maxima + n * p.num_chunks, p.chunks, p.queue,
+                   p.candidates + blockIdx.x * p.candidates_per_block);
 }
 
 SOFTCL_DEVICE float not_a_number() {

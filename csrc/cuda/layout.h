@@ -24,6 +24,14 @@ SOFTCL_HOST_DEVICE constexpr std::uint32_t piece_offset(int row, int piece) {
   return static_cast<std::uint32_t>(row * kDim * 2 + ((piece ^ (row & 7)) * 16));
 }
 
+/// The address of piece `first + distance` of a row, from that of its piece `first`, 0 or 1;
+/// distance is even, and the tile begins at a multiple of 128. One instruction where the distance
+/// is constant, and no register that lives from one tile to the next.
+SOFTCL_HOST_DEVICE constexpr std::uint32_t piece_after(std::uint32_t address, int distance) {
+  return (address ^ static_cast<std::uint32_t>((distance & 7) * 16)) +
+         static_cast<std::uint32_t>((distance & ~7) * 16);
+}
+
 /// Row (of 16) and column (of 8) of element `i`, 0 to 3, of a thread's part of an accumulator.
 SOFTCL_HOST_DEVICE constexpr int accumulator_row(int lane, int i) {
   return lane / 4 + i / 2 * 8;

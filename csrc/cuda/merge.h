@@ -39,25 +39,24 @@ SOFTCL_DEVICE void block_sum(double (&x)[kCount], std::uint32_t scratch) {
 }
 
 /// This thread's elements d = threadIdx.x + i kFinishThreads of row n, in fp32.
-template <typename T>
-SOFTCL_DEVICE void load_elements(float (&x)[kElements], const void* rows, std::int64_t n, int dim) {
+SOFTCL_DEVICE void load_elements(float (&x)[kElements], const void* rows, ElementType type,
+                                 std::int64_t n, int dim) {
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
     const int d = threadIdx.x + i * kFinishThreads;
-    x[i] = d < dim ? to_float(static_cast<const T*>(rows)[n * dim + d]) : 0.0f;
+    x[i] = d < dim ? element_at(rows, type, n * dim + d) : 0.0f;
   }
 }
 
-/// x becomes the unit row of T that the streaming kernel saw; returns its inverse norm.
-template <typename T>
-SOFTCL_DEVICE double normalize(float (&x)[kElements], std::uint32_t scratch) {
+/// x becomes the unit row, of its type, that the streaming kernel saw; returns its inverse norm.
+SOFTCL_DEVICE double normalize(float (&x)[kElements], ElementType type, std::uint32_t scratch) {
   double squares[1] = {};
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) squares[0] += static_cast<double>(x[i]) * x[i];
   block_sum(squares, scratch);
   const double inverse = inverse_norm(squares[0]);
   SOFTCL_UNROLL
-  for (int i = 0; i < kElements; ++i) x[i] = to_float(unit_element<T>(x[i], inverse));
+  for (int i = 0; i < kElements; ++i) x[i] = unit_element(type, x[i], inverse);
   return inverse;
 }
 

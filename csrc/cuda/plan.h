@@ -21,6 +21,7 @@ struct Work {
   std::int64_t num_neighbors;  // k
   bool ranks;
   int multiprocessors;
+  ElementType kernel_type;
 };
 
 struct Plan {

@@ -34,6 +34,12 @@ SOFTCL_DEVICE void sync_threads() {
   __syncthreads();
 }
 
+/// Loads from shared memory do not move across. For ptxas, which otherwise starts so many early
+/// that it runs out of registers.
+SOFTCL_DEVICE void keep_order() {
+  __syncwarp();
+}
+
 template <typename T>
 SOFTCL_DEVICE T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
@@ -70,6 +76,19 @@ SOFTCL_DEVICE std::uint32_t atomic_add_shared(std::uint32_t address, std::uint32
 
 SOFTCL_DEVICE void atomic_add(std::int64_t* counter, std::int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
+}
+
+// ---- Global memory that threads share -----------------------------------------------------------
+// Plain accesses; on the host they are watched as those of shared memory are.
+
+template <typename T>
+SOFTCL_DEVICE T load_global(const T* address) {
+  return *address;
+}
+
+template <typename T>
+SOFTCL_DEVICE void store_global(T* address, T value) {
+  *address = value;
 }
 
 /// Starts copying `bytes` (0 to 16) from global to shared memory and zeroing the rest of the 16.
@@ -157,6 +176,13 @@ SOFTCL_DEVICE float float_of(std::uint32_t bits) {
 SOFTCL_DEVICE std::uint32_t pack_bf16(float low, float high) {
   std::uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+/// Two fp16 in one register, likewise.
+SOFTCL_DEVICE std::uint32_t pack_fp16(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
 

@@ -22,33 +22,49 @@ struct StatisticsParams {
   std::int64_t* neighbor_indices;
 };
 
-template <typename T>
+/// The sums of row n. Written by all threads; a queue row that is not finite gives NaN in all.
+SOFTCL_DEVICE void store_sums(const StatisticsParams& p, std::int64_t n, std::uint32_t scratch) {
+  const FinishParams& f = p.finish;
+  const bool has_mean = p.mean != nullptr;
+  const Merged merged =
+      merge_sums(f.partial, n, f.scale[0], !has_mean || p.entropy != nullptr, false);
+  const double lse = merged.log_sum * kLn2;
+  // Where there is a mean, it is what has met a product of minus infinity; see stream_kernel.h.
+  double total[1] = {has_mean ? 0.0 : merged.entropy};
+  float mean[kElements];
+  if (has_mean) {
+    merge_mean(mean, f.partial, n, merged.maximum);
+    SOFTCL_UNROLL
+    for (int i = 0; i < kElements; ++i) total[0] += mean[i];
+    block_sum(total, scratch);
+  }
+  total[0] += lse;
+  const bool finite = total[0] - total[0] == 0.0;
+  if (has_mean) {
+    SOFTCL_UNROLL
+    for (int i = 0; i < kElements; ++i) {
+      const int d = threadIdx.x + i * kFinishThreads;
+      if (d < f.partial.dim) p.mean[n * f.partial.dim + d] = finite ? mean[i] : not_a_number();
+    }
+  }
+  if (threadIdx.x != 0) return;
+  if (p.lse != nullptr) p.lse[n] = finite ? static_cast<float>(lse) : not_a_number();
+  if (p.entropy != nullptr) {
+    p.entropy[n] = finite ? static_cast<float>(merged.entropy) : not_a_number();
+  }
+}
+
 __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const StatisticsParams p) {
   const FinishParams& f = p.finish;
   const SelectMemory memory = select_memory(ptx::shared_memory(), f.num_neighbors);
   for (std::int64_t n = blockIdx.x; n < f.num_rows; n += gridDim.x) {
     if (p.lse != nullptr || p.entropy != nullptr || p.mean != nullptr) {
-      const Merged merged = merge_sums(f.partial, n, f.scale[0], p.entropy != nullptr, false);
-      if (p.mean != nullptr) {
-        float mean[kElements];
-        merge_mean(mean, f.partial, n, merged.maximum);
-        SOFTCL_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          const int d = threadIdx.x + i * kFinishThreads;
-          if (d < f.partial.dim) p.mean[n * f.partial.dim + d] = mean[i];
-        }
-      }
-      if (threadIdx.x == 0) {
-        const double lse = merged.log_sum * kLn2;
-        const bool finite = lse - lse == 0.0;
-        if (p.lse != nullptr) p.lse[n] = finite ? static_cast<float>(lse) : not_a_number();
-        if (p.entropy != nullptr) p.entropy[n] = static_cast<float>(merged.entropy);
-      }
+      store_sums(p, n, ptx::shared_memory());
     }
     if (f.num_neighbors == 0) continue;
     float x[kElements];
-    load_elements<T>(x, p.vectors, n, f.partial.dim);
-    find_neighbors<T>(f, memory, n, x);
+    load_elements(x, p.vectors, f.row_type, n, f.partial.dim);
+    find_neighbors(f, memory, n, x);
     for (int j = threadIdx.x; j < f.num_neighbors; j += kFinishThreads) {
       const auto key = ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8);
       const float cosine = value_of(key);
@@ -66,11 +82,11 @@ bool has_sums(const QueueStatisticsParams& p) {
 Work work_of(const QueueStatisticsParams& p, int device) {
   check_count("num_vectors", p.num_vectors, 1, kMostRows);
   check_count("queue_size", p.queue_size, 1, kMostRows);
-  check_count("dim", p.dim, 1, kMostDimensions);
+  check_types(p.vector_type, p.queue_type);
+  check_count("dim", p.dim, 1, most_dimensions(p.vector_type, p.queue_type, device));
   check_count("num_neighbors", p.num_neighbors, 0,
               p.queue_size < kMostNeighbors ? p.queue_size : kMostNeighbors);
   check_temperature("temperature", p.temperature);
-  check_types(p.vector_type, p.queue_type);
   Work work = {};
   work.num_rows = p.num_vectors;
   work.queue_size = p.queue_size;
@@ -78,6 +94,7 @@ Work work_of(const QueueStatisticsParams& p, int device) {
   work.pairing = Pairing::kSingle;
   work.mean_rows = p.mean != nullptr ? 1 : 0;
   work.num_neighbors = p.num_neighbors;
+  work.kernel_type = kernel_type(p.vector_type, p.queue_type);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   return work;
 }
@@ -105,13 +122,14 @@ void queue_statistics(const QueueStatisticsParams& params, const Launch& where) 
   stream.rows[0] = params.vectors;
   stream.queue = params.queue;
   stream.scale[0] = stream.scale[1] = static_cast<float>(kLog2E / params.temperature);
+  stream.row_type = params.vector_type;
+  stream.queue_type = params.queue_type;
   stream.weight_parts = 2;
   stream.aligned = is_aligned(params.vectors, work.dim) && is_aligned(params.queue, work.dim);
   stream.softmax = has_sums(params);
   stream.entropy = params.entropy != nullptr;
   stream.running_maximum = params.temperature < kColdestWithoutMaximum;
-  launch_stream(stream, params.vector_type, work.pairing, work.mean_rows, plan.row_blocks,
-                plan.splits, where.stream);
+  launch_stream(stream, work.pairing, work.mean_rows, plan.row_blocks, plan.splits, where.stream);
 
   StatisticsParams finish = {};
   finish.finish = finish_params(work, plan, stream, where.workspace);
@@ -122,9 +140,7 @@ void queue_statistics(const QueueStatisticsParams& params, const Launch& where) 
   finish.entropy = params.entropy;
   finish.neighbor_logits = params.neighbor_logits;
   finish.neighbor_indices = params.neighbor_indices;
-  const auto kernel = params.vector_type == ElementType::kFloat16 ? &statistics_kernel<Float16>
-                                                                  : &statistics_kernel<BFloat16>;
-  launch(kernel, dim3(plan.finish_blocks), kFinishThreads,
+  launch(&statistics_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(finish.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
          finish);
 }

@@ -1,10 +1,11 @@
-// Rows of 16-bit numbers from global into shared memory, as they are or normalised; fp16 in parts.
+// Rows from global into shared memory, as they are or normalised; numbers in two parts.
 
 #pragma once
 
 #include "elements.h"
 #include "layout.h"
 #include "ptx.h"
+#include "softcl/element_type.h"
 
 namespace softcl::cuda {
 
@@ -50,39 +51,184 @@ SOFTCL_DEVICE ptx::Vector unit_piece(const ptx::Vector& v) {
   return unit;
 }
 
-/// Rows first .. first + count - 1 of source (num_rows, D) into a tile of shared memory (layout.h),
-/// zeros where there is no row. By all threads of the block; asynchronous copies where the rows
-/// are aligned and taken as they are, plain stores otherwise: commit, wait and synchronise.
-template <typename T, int kDim, int kThreads>
-SOFTCL_DEVICE void load_rows(std::uint32_t tile, const void* source, std::int64_t first, int count,
-                             std::int64_t num_rows, int dim, bool aligned, bool normalize) {
-  constexpr int kPieces = kDim / 8;  // of a row; a power of two that divides a warp
-  static_assert(kThreads % kPieces == 0, "");
-  const auto* elements = static_cast<const T*>(source);
-  const int piece = threadIdx.x % kPieces;
-  for (int i = threadIdx.x / kPieces; i < count; i += kThreads / kPieces) {
-    const std::int64_t n = first + i;
-    const bool exists = n < num_rows;
-    const T* row = elements + (exists ? n : 0) * dim;
-    const std::uint32_t target = tile + piece_offset<kDim>(i, piece);
-    if (aligned && !normalize) {
-      const bool reads = exists && piece * 8 < dim;
-      ptx::cp_async(target, reads ? row + piece * 8 : elements, reads ? 16 : 0);
-      continue;
-    }
-    ptx::Vector v = {};
-    if (exists) v = load_piece(row, piece, dim, aligned);
-    if (normalize) v = unit_piece<T, kDim>(v);  // all lanes: `count` is a multiple of the rows
-    ptx::store_shared(target, v);
-  }
+/// Two numbers as sums of two bf16 each: returns the larger parts, `low` gets the rest.
+SOFTCL_DEVICE std::uint32_t split_floats(float first, float second, std::uint32_t& low) {
+  const std::uint32_t high = ptx::pack_bf16(first, second);
+  low =
+      ptx::pack_bf16(first - ptx::float_of(high << 16), second - ptx::float_of(high & 0xffff0000u));
+  return high;
 }
 
 /// Two fp16 numbers as sums of two bf16 each: the larger parts replace them, the rest is returned.
 SOFTCL_DEVICE std::uint32_t split_fp16(std::uint32_t& x) {
-  const float low = ptx::float_of_fp16(static_cast<std::uint16_t>(x & 0xffff));
-  const float high = ptx::float_of_fp16(static_cast<std::uint16_t>(x >> 16));
-  x = ptx::pack_bf16(low, high);
-  return ptx::pack_bf16(low - ptx::float_of(x << 16), high - ptx::float_of(x & 0xffff0000u));
+  std::uint32_t low;
+  x = split_floats(ptx::float_of_fp16(static_cast<std::uint16_t>(x & 0xffff)),
+                   ptx::float_of_fp16(static_cast<std::uint16_t>(x >> 16)), low);
+  return low;
+}
+
+// ---- Rows of any type --------------------------------------------------------------------------
+
+/// Element i of an array of a type that is known when the kernel runs.
+SOFTCL_DEVICE float element_at(const void* elements, ElementType type, std::int64_t i) {
+  if (type == ElementType::kFloat32) return static_cast<const float*>(elements)[i];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(elements)[i];
+  return type == ElementType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+}
+
+/// An element of a unit row of that type.
+SOFTCL_DEVICE float unit_element(ElementType type, float u, double inverse) {
+  if (type == ElementType::kFloat32) return unit_element<float>(u, inverse);
+  return type == ElementType::kBFloat16 ? to_float(unit_element<BFloat16>(u, inverse))
+                                        : to_float(unit_element<Float16>(u, inverse));
+}
+
+/// The numbers in 32 bytes of fp32 (both halves), or in 16 bytes of a 16-bit type (the first).
+SOFTCL_DEVICE void to_floats(float (&x)[8], ElementType type, const ptx::Vector& first,
+                             const ptx::Vector& second) {
+  SOFTCL_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = type == ElementType::kFloat32    ? ptx::float_of((i < 4 ? first : second).x[i % 4])
+           : type == ElementType::kBFloat16 ? to_float(element_of<BFloat16>(first, i))
+                                            : to_float(element_of<Float16>(first, i));
+  }
+}
+
+/// Elements 8 piece .. 8 piece + 7 of row n of an array (.., D), zeros past its end.
+SOFTCL_DEVICE void load_floats(float (&x)[8], const void* rows, ElementType type, std::int64_t n,
+                               int piece, int dim, bool aligned) {
+  const std::int64_t start = n * dim + piece * 8;
+  if (aligned) {  // D is a multiple of 8
+    ptx::Vector v[2] = {};
+    if (piece * 8 < dim) {
+      const bool wide = type == ElementType::kFloat32;
+      const auto* from = static_cast<const ptx::Vector*>(rows) + start / 8 * (wide ? 2 : 1);
+      v[0] = from[0];
+      if (wide) v[1] = from[1];
+    }
+    return to_floats(x, type, v[0], v[1]);
+  }
+  SOFTCL_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = piece * 8 + i < dim ? element_at(rows, type, start + i) : 0.0f;
+  }
+}
+
+/// unit_piece, of any type.
+template <int kDim>
+SOFTCL_DEVICE void normalize_floats(float (&x)[8], ElementType type) {
+  double squares = 0.0;
+  SOFTCL_UNROLL
+  for (int i = 0; i < 8; ++i) squares += static_cast<double>(x[i]) * x[i];
+  SOFTCL_UNROLL
+  for (int mask = kDim / 16; mask > 0; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
+  const double inverse = inverse_norm(squares);
+  SOFTCL_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = unit_element(type, x[i], inverse);
+}
+
+/// A number of the streaming kernel's shared memory is high + low / kLowScale, both fp16: 22 bits
+/// of it while it is above 2^-14, with an error below 2^-36 else. From 65520 on there is none: NaN.
+inline constexpr float kLowScale = 2048.0f;
+
+/// Two such numbers as sums of two bf16 each, 16 bits: the larger parts replace the high ones, the
+/// rest is returned.
+SOFTCL_DEVICE std::uint32_t to_bf16_parts(std::uint32_t& high, std::uint32_t low) {
+  const auto number = [&](int i) {
+    return fmaf(ptx::float_of_fp16(static_cast<std::uint16_t>(low >> i * 16)), 1.0f / kLowScale,
+                ptx::float_of_fp16(static_cast<std::uint16_t>(high >> i * 16)));
+  };
+  std::uint32_t rest;
+  high = split_floats(number(0), number(1), rest);
+  return rest;
+}
+
+/// The parts of eight numbers, to `target` and `low` bytes behind it.
+SOFTCL_DEVICE void store_parts(std::uint32_t target, std::uint32_t low, const float (&x)[8]) {
+  ptx::Vector parts[2];
+  SOFTCL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t high = ptx::pack_fp16(x[2 * i], x[2 * i + 1]);
+    const auto rest = [&](int j) {
+      const auto part = static_cast<std::uint16_t>(high >> j * 16);
+      return (x[2 * i + j] - ptx::float_of_fp16(part)) * kLowScale;
+    };
+    parts[0].x[i] = high;
+    parts[1].x[i] = ptx::pack_fp16(rest(0), rest(1));
+  }
+  ptx::store_shared(target, parts[0]);
+  ptx::store_shared(target + low, parts[1]);
+}
+
+// ---- A tile -------------------------------------------------------------------------------------
+
+/// Takes a tile apart that load_rows has copied as it is: each thread the pieces that it copied
+/// itself, so that its own wait is enough before, and the block's barrier after.
+template <int kDim, int kThreads>
+SOFTCL_DEVICE void split_rows(std::uint32_t tile, std::uint32_t low, ElementType type, int count) {
+  constexpr int kPieces = kDim / 8;
+  for (int i = threadIdx.x / kPieces; i < count; i += kThreads / kPieces) {
+    const std::uint32_t target = tile + piece_offset<kDim>(i, threadIdx.x % kPieces);
+    const bool wide = type == ElementType::kFloat32;
+    const auto first = ptx::load_shared<ptx::Vector>(target);
+    const auto second = wide ? ptx::load_shared<ptx::Vector>(target + low) : ptx::Vector{};
+    float x[8];
+    to_floats(x, type, first, second);
+    store_parts(target, low, x);
+  }
+}
+
+/// One piece of a row in two parts: copied as it is, for split_rows, or finished at once.
+template <int kDim>
+SOFTCL_DEVICE void load_parts(std::uint32_t target, std::uint32_t low, const void* source,
+                              ElementType type, std::int64_t n, bool exists, int piece, int dim,
+                              bool aligned, bool normalize) {
+  if (aligned && !normalize) {
+    const bool reads = exists && piece * 8 < dim, wide = type == ElementType::kFloat32;
+    const auto* from = static_cast<const char*>(source);
+    if (reads) from += (n * dim + piece * 8) * (wide ? 4 : 2);
+    ptx::cp_async(target, from, reads ? 16 : 0);
+    if (wide) ptx::cp_async(target + low, reads ? from + 16 : from, reads ? 16 : 0);
+    return;
+  }
+  float x[8] = {};
+  if (exists) load_floats(x, source, type, n, piece, dim, aligned);
+  if (normalize) normalize_floats<kDim>(x, type);
+  store_parts(target, low, x);
+}
+
+/// Rows first .. first + count - 1 of source (num_rows, D) into a tile of shared memory (layout.h),
+/// zeros where there is no row. By all threads of the block; asynchronous copies where the rows
+/// are aligned and taken as they are, plain stores otherwise: commit, wait, split_rows where T is
+/// in parts (the low ones `low` bytes behind the high ones), and synchronise. `type` is read there
+/// too.
+template <typename T, int kDim, int kThreads>
+SOFTCL_DEVICE void load_rows(std::uint32_t tile, std::uint32_t low, const void* source,
+                             ElementType type, std::int64_t first, int count, std::int64_t num_rows,
+                             int dim, bool aligned, bool normalize) {
+  constexpr int kPieces = kDim / 8;  // of a row; a power of two that divides a warp
+  static_assert(kThreads % kPieces == 0, "");
+  const int piece = threadIdx.x % kPieces;
+  for (int i = threadIdx.x / kPieces; i < count; i += kThreads / kPieces) {
+    const std::int64_t n = first + i;
+    const bool exists = n < num_rows;
+    const std::uint32_t target = tile + piece_offset<kDim>(i, piece);
+    if constexpr (kParts<T> == 2) {
+      load_parts<kDim>(target, low, source, type, n, exists, piece, dim, aligned, normalize);
+    } else {
+      const auto* elements = static_cast<const T*>(source);
+      const T* row = elements + (exists ? n : 0) * dim;
+      if (aligned && !normalize) {
+        const bool reads = exists && piece * 8 < dim;
+        ptx::cp_async(target, reads ? row + piece * 8 : elements, reads ? 16 : 0);
+        continue;
+      }
+      ptx::Vector v = {};
+      if (exists) v = load_piece(row, piece, dim, aligned);
+      if (normalize) v = unit_piece<T, kDim>(v);  // all lanes: `count` is a multiple of the rows
+      ptx::store_shared(target, v);
+    }
+  }
 }
 
 }  // namespace softcl::cuda

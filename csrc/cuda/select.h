@@ -58,7 +58,8 @@ SOFTCL_DEVICE std::uint32_t index_of(std::uint64_t key) {
 }
 
 /// A key that exactly k of key_at(0) .. key_at(n - 1) reach. Keys are distinct, apart from zeros,
-/// which are none; there are at least k. Called by all threads; the same in all.
+/// which are none; there are at least k. Called by all threads; the same in all. Whatever they
+/// wrote before the call is there for key_at.
 template <typename KeyAt>
 SOFTCL_DEVICE std::uint64_t kth_largest(const SelectMemory& memory, int n, int k, KeyAt key_at) {
   std::uint64_t prefix = 0;
@@ -124,17 +125,26 @@ SOFTCL_DEVICE void take_largest(const SelectMemory& memory, int n, std::uint64_t
   ptx::sync_threads();
 }
 
+/// An array (.., D) in global memory.
+struct Rows {
+  const void* elements;
+  ElementType type;
+  int dim;
+  bool aligned;  // rows begin at multiples of 16 bytes
+};
+
 /// v.Q_column for the v in shared memory, by eight neighbouring lanes; the same in all of them.
-template <typename T>
-SOFTCL_DEVICE float cosine_with(const SelectMemory& memory, const T* row, int dim, bool aligned) {
+SOFTCL_DEVICE float cosine_with(const SelectMemory& memory, const Rows& queue,
+                                std::int64_t column) {
   float sum = 0.0f;
-  for (int piece = threadIdx.x % 8; piece * 8 < dim; piece += 8) {
-    const ptx::Vector q = load_piece(row, piece, dim, aligned);
+  for (int piece = threadIdx.x % 8; piece * 8 < queue.dim; piece += 8) {
+    float q[8];
+    load_floats(q, queue.elements, queue.type, column, piece, queue.dim, queue.aligned);
     SOFTCL_UNROLL
     for (int i = 0; i < 8; ++i) {
-      if (piece * 8 + i >= dim) continue;
+      if (piece * 8 + i >= queue.dim) continue;
       const auto v = ptx::load_shared<float>(memory.vector() + (piece * 8 + i) * 4);
-      sum = fmaf(v, to_float(element_of<T>(q, i)), sum);
+      sum = fmaf(v, q[i], sum);
     }
   }
   SOFTCL_UNROLL
@@ -151,10 +161,8 @@ struct Chunks {
 
 /// The k largest v.Q_j of the row v in memory.vector(), best first, equal ones by lowest j, as keys
 /// in memory.sorted(). k <= K. candidates: room for k chunks of columns. By all threads.
-template <typename T>
 SOFTCL_DEVICE void select_neighbors(const SelectMemory& memory, const float* maxima,
-                                    const Chunks& chunks, const T* queue, int dim, bool aligned,
-                                    float* candidates) {
+                                    const Chunks& chunks, const Rows& queue, float* candidates) {
   const int kept = min(memory.k, chunks.count);
   const auto chunk_key = [&](int i) { return key_of(maxima[i], i); };
   take_largest(memory, chunks.count, kth_largest(memory, chunks.count, kept, chunk_key), chunk_key,
@@ -173,14 +181,15 @@ SOFTCL_DEVICE void select_neighbors(const SelectMemory& memory, const float* max
     const int i = first + threadIdx.x % kWarp / 8;
     const std::int64_t column = i < total ? column_of(i) : chunks.queue_size;
     const bool exists = column < chunks.queue_size;
-    const float x = cosine_with(memory, queue + (exists ? column : 0) * dim, dim, aligned);
-    if (i < total && threadIdx.x % 8 == 0) candidates[i] = x;
+    const float x = cosine_with(memory, queue, exists ? column : 0);
+    if (i < total && threadIdx.x % 8 == 0) ptx::store_global(candidates + i, x);
   }
-  ptx::sync_threads();
+  // kth_largest synchronises before it reads the first of them.
   const auto candidate_key = [&](int i) -> std::uint64_t {
     const std::int64_t column = column_of(i);
-    return column < chunks.queue_size ? key_of(candidates[i], static_cast<std::uint32_t>(column))
-                                      : 0;
+    return column < chunks.queue_size
+               ? key_of(ptx::load_global(candidates + i), static_cast<std::uint32_t>(column))
+               : 0;
   };
   take_largest(memory, total, kth_largest(memory, total, memory.k, candidate_key), candidate_key,
                [&](std::uint32_t position, int, std::uint64_t key) {

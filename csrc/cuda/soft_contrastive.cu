@@ -50,7 +50,6 @@ struct LabelMean {
 };
 
 /// p t + sum_j w_j Q_j of labels.h, and the weights.
-template <typename T>
 SOFTCL_DEVICE void add_labels(LabelMean& m, const LossParams& p, const SelectMemory& memory,
                               const float (&t)[kElements], double confidence, double log_sum) {
   const FinishParams& f = p.finish;
@@ -67,14 +66,14 @@ SOFTCL_DEVICE void add_labels(LabelMean& m, const LossParams& p, const SelectMem
     if (weight == 0.0) continue;
     m.total += weight;
     float q[kElements];
-    load_elements<T>(q, f.queue, index_of(key), f.partial.dim);
+    load_elements(q, f.queue.elements, f.queue.type, index_of(key), f.partial.dim);
     SOFTCL_UNROLL
     for (int i = 0; i < kElements; ++i) m.partial[i] += static_cast<float>(weight) * q[i];
   }
 }
 
-/// dz or du of one row, this thread's elements.
-SOFTCL_DEVICE void store_gradient(const LossParams& p, std::int64_t n, std::uint32_t scratch,
+/// dz or du of one row, this thread's elements. Returns whether all of it is finite; NaN if not.
+SOFTCL_DEVICE bool store_gradient(const LossParams& p, std::int64_t n, std::uint32_t scratch,
                                   const float (&z)[kElements], const float (&t)[kElements],
                                   const LabelMean& labels, double queue_share, double maximum,
                                   double teacher_maximum, double inverse_norm, bool finite) {
@@ -89,7 +88,8 @@ SOFTCL_DEVICE void store_gradient(const LossParams& p, std::int64_t n, std::uint
     g[i] = static_cast<float>(((g[i] - t[i]) * queue_share + (t[i] - m)) / f.temperature[0]);
     along[0] += static_cast<double>(z[i]) * g[i];
   }
-  if (p.normalize) block_sum(along, scratch);
+  block_sum(along, scratch);
+  finite &= along[0] - along[0] == 0.0;
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
     const int d = threadIdx.x + i * kFinishThreads;
@@ -97,6 +97,7 @@ SOFTCL_DEVICE void store_gradient(const LossParams& p, std::int64_t n, std::uint
     const double du = p.normalize ? (g[i] - z[i] * along[0]) * inverse_norm : g[i];
     p.dquery[n * f.partial.dim + d] = finite ? static_cast<float>(du) : not_a_number();
   }
+  return finite;
 }
 
 SOFTCL_DEVICE void store_diagnostics(const LossParams& p, const SelectMemory& memory,
@@ -118,22 +119,23 @@ SOFTCL_DEVICE void store_diagnostics(const LossParams& p, const SelectMemory& me
   }
 }
 
-template <typename T>
 SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
   const FinishParams& f = p.finish;
   const std::uint32_t scratch = ptx::shared_memory();
   const SelectMemory memory = select_memory(scratch, f.num_neighbors);
   float z[kElements], t[kElements];
-  load_elements<T>(z, p.query, n, f.partial.dim);
-  load_elements<T>(t, p.key, n, f.partial.dim);
+  load_elements(z, p.query, f.row_type, n, f.partial.dim);
+  load_elements(t, p.key, f.row_type, n, f.partial.dim);
   double inverse_norm = 1.0;
   if (p.normalize) {
-    inverse_norm = normalize<T>(z, scratch);
-    normalize<T>(t, scratch);
+    inverse_norm = normalize(z, f.row_type, scratch);
+    normalize(t, f.row_type, scratch);
   }
-  if (f.num_neighbors > 0) find_neighbors<T>(f, memory, n, t);
+  if (f.num_neighbors > 0) find_neighbors(f, memory, n, t);
 
-  const Merged student = merge_sums(f.partial, n, f.scale[0], false, false);
+  // Without a gradient the student's entropy is at hand, for the product of minus infinity that it
+  // has met; see stream_kernel.h.
+  const Merged student = merge_sums(f.partial, n, f.scale[0], p.dquery == nullptr, false);
   Merged teacher = {};
   double confidence = 0.0;
   if (p.teacher_softmax) {
@@ -141,7 +143,7 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
     confidence = label_confidence(teacher.entropy, p.log_queue_size);
   }
   LabelMean labels;
-  add_labels<T>(labels, p, memory, t, confidence, teacher.log_sum);
+  add_labels(labels, p, memory, t, confidence, teacher.log_sum);
   double products[2] = {};  // z.t and what is known of z.m
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
@@ -156,19 +158,18 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
   if (p.positive) total = fmax(lse, logit) + log1p(exp(-fabs(lse - logit)));
   if (lse != lse || logit != logit) total = lse + logit;  // fmax passes over NaN
   const double loss = total - labelled / f.temperature[0];
-  const bool finite = loss - loss == 0.0;
-  if (threadIdx.x == 0) p.loss[n] = finite ? static_cast<float>(loss) : not_a_number();
+  bool finite = loss - loss == 0.0 && student.entropy - student.entropy == 0.0;
   if (p.dquery != nullptr) {
     const double queue_share = p.positive ? exp(lse - total) : 1.0;
-    store_gradient(p, n, scratch, z, t, labels, queue_share, student.maximum, teacher.maximum,
-                   inverse_norm, finite);
+    finite = store_gradient(p, n, scratch, z, t, labels, queue_share, student.maximum,
+                            teacher.maximum, inverse_norm, finite);
   }
+  if (threadIdx.x == 0) p.loss[n] = finite ? static_cast<float>(loss) : not_a_number();
   store_diagnostics(p, memory, n, confidence, teacher.entropy);
 }
 
-template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const LossParams p) {
-  for (std::int64_t n = blockIdx.x; n < p.finish.num_rows; n += gridDim.x) finish_row<T>(p, n);
+  for (std::int64_t n = blockIdx.x; n < p.finish.num_rows; n += gridDim.x) finish_row(p, n);
 }
 
 // The rule's own softmax, and the diagnostics'.
@@ -180,13 +181,13 @@ bool has_teacher_softmax(const SoftContrastiveParams& p) {
 Work work_of(const SoftContrastiveParams& p, int device) {
   check_count("num_queries", p.num_queries, 1, kMostRows);
   check_count("queue_size", p.queue_size, 1, kMostRows);
-  check_count("dim", p.dim, 1, kMostDimensions);
+  check_types(p.vector_type, p.queue_type);
+  check_count("dim", p.dim, 1, most_dimensions(p.vector_type, p.queue_type, device));
   check_count("rule", static_cast<std::int64_t>(p.rule.kind), 0, kNumLabelKinds - 1);
   check_count("num_neighbors", p.rule.num_neighbors, 0,
               p.queue_size < kMostNeighbors ? p.queue_size : kMostNeighbors);
   check_temperature("temperature", p.temperature);
   check_temperature("teacher_temperature", p.teacher_temperature);
-  check_types(p.vector_type, p.queue_type);
   Work work = {};
   work.num_rows = p.num_queries;
   work.queue_size = p.queue_size;
@@ -196,6 +197,7 @@ Work work_of(const SoftContrastiveParams& p, int device) {
   work.mean_rows = p.dquery == nullptr ? 0 : reads_mean(p.rule) ? 2 : 1;
   work.num_neighbors = p.rule.num_neighbors;
   work.ranks = p.positive_rank != nullptr;
+  work.kernel_type = kernel_type(p.vector_type, p.queue_type);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   return work;
 }
@@ -246,6 +248,8 @@ void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) 
   stream.queue = params.queue;
   stream.scale[0] = static_cast<float>(kLog2E / params.temperature);
   stream.scale[1] = static_cast<float>(kLog2E / params.teacher_temperature);
+  stream.row_type = params.vector_type;
+  stream.queue_type = params.queue_type;
   stream.weight_parts = work.mean_rows == 2 || work.queue_size < kFewRows ? 2 : 1;
   stream.aligned = is_aligned(params.query, work.dim) && is_aligned(params.key, work.dim) &&
                    is_aligned(params.queue, work.dim);
@@ -253,13 +257,10 @@ void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) 
   stream.softmax = work.pairing == Pairing::kSingle || has_softmax;
   stream.running_maximum = params.temperature < kColdestWithoutMaximum ||
                            (has_softmax && params.teacher_temperature < kColdestWithoutMaximum);
-  launch_stream(stream, params.vector_type, work.pairing, work.mean_rows, plan.row_blocks,
-                plan.splits, where.stream);
+  launch_stream(stream, work.pairing, work.mean_rows, plan.row_blocks, plan.splits, where.stream);
 
   const LossParams loss = loss_params(params, work, plan, stream, where.workspace);
-  const auto kernel = params.vector_type == ElementType::kFloat16 ? &finish_kernel<Float16>
-                                                                  : &finish_kernel<BFloat16>;
-  launch(kernel, dim3(plan.finish_blocks), kFinishThreads,
+  launch(&finish_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(loss.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
          loss);
 }

@@ -32,8 +32,8 @@ enum class Pairing : int {
 };
 
 struct StreamParams {
-  const void* rows[2];      // (N, D): query or vectors, key
-  const void* queue;        // (K, D)
+  const void* rows[2];      // (N, D): query or vectors, key; of row_type
+  const void* queue;        // (K, D), of queue_type
   float* sums;              // (splits, kNumSlots, num_sum_rows) out: N students, then N teachers
   float* means;             // (splits, num_mean_rows, D) out
   float* maxima;            // (N, num_chunks) out, largest v.Q_j of each chunk; null: not wanted
@@ -48,11 +48,12 @@ struct StreamParams {
   int tiles_per_split;
   int steps_per_chunk;
   int weight_parts;  // 1 or 2
-  float scale[2];    // log2(e) / temperature of rows[0] and rows[1]
-  bool aligned;      // rows and queue rows begin at multiples of 16 bytes
-  bool normalize;    // the rows are divided by their norms first
-  bool softmax;      // of single rows, or of the teacher's: sums are wanted
-  bool entropy;      // of single rows; a teacher's softmax always has it
+  ElementType row_type, queue_type;
+  float scale[2];  // log2(e) / temperature of rows[0] and rows[1]
+  bool aligned;    // rows and queue rows begin at multiples of 16 bytes
+  bool normalize;  // the rows are divided by their norms first
+  bool softmax;    // of single rows, or of the teacher's: sums are wanted
+  bool entropy;    // of single rows; a teacher's softmax always has it
   bool running_maximum;
 };
 
@@ -61,16 +62,23 @@ struct StreamShape {
   int rows_per_block;  // samples
   int tile_rows;       // queue rows per tile
   int threads;
+  int blocks;  // of a multiprocessor
   int shared_bytes;
 };
 
+/// The kernel for rows and queue of these types: that of their one 16-bit type, or kFloat32 for the
+/// one that takes every number apart.
+inline ElementType kernel_type(ElementType row_type, ElementType queue_type) {
+  return row_type == queue_type ? row_type : ElementType::kFloat32;
+}
+
 /// `mean_rows`: of every sample, how many rows get a mean: 0, 1 (the student's), or 2 (both; of
 /// single rows, all).
-StreamShape stream_shape(int dim, Pairing pairing, int mean_rows);
+StreamShape stream_shape(ElementType kernel_type, int dim, Pairing pairing, int mean_rows);
 
 /// Launches on the current device. grid: (row blocks, splits).
-void launch_stream(const StreamParams& params, ElementType type, Pairing pairing, int mean_rows,
-                   int row_blocks, int splits, void* stream);
+void launch_stream(const StreamParams& params, Pairing pairing, int mean_rows, int row_blocks,
+                   int splits, void* stream);
 
 inline constexpr int kMostDimensions = 256;
 

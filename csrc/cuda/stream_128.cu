@@ -5,9 +5,9 @@
 namespace softcl::cuda {
 
 template <>
-void launch_stream_of<128>(const StreamParams& p, ElementType type, Pairing pairing, int mean_rows,
-                           dim3 grid, cudaStream_t stream) {
-  launch_variant<128>(p, type, pairing, mean_rows, grid, stream);
+void launch_stream_of<128>(const StreamParams& p, Pairing pairing, int mean_rows, dim3 grid,
+                           cudaStream_t stream) {
+  launch_variant<128>(p, pairing, mean_rows, grid, stream);
 }
 
 }  // namespace softcl::cuda

@@ -1,18 +1,30 @@
 // The streaming kernel for sm_80 and later: mma.sync products of 16-bit rows, cp.async queue tiles.
 //
-// Tiling. Grid (row blocks, splits of the queue), row blocks fastest, so that the blocks in flight
-// read the same part of the queue. Four warps; each holds two tiles of 16 rows: of 16 samples the
-// student's rows and the teacher's (paired), or 32 rows of one kind (single). Every fragment of the
-// queue that a warp reads from shared memory serves both tiles, and a thread holds the student's
-// and the teacher's product with the same queue row: z.mu needs no exchange. The rows lie in shared
-// memory, the sums in registers: two tiles of 16 x D means are D floats a thread. At D = 256 that
-// is too many, and eight warps share the work: each computes all products v.Q of its tiles, and
-// half of the columns of the means.
+// Tiling, of rows of 16-bit numbers. Grid (row blocks, splits of the queue), row blocks fastest, so
+// that the blocks in flight read the same part of the queue. Four warps; each holds two tiles of 16
+// rows: of 16 samples the student's rows and the teacher's (paired), or 32 rows of one kind
+// (single). Every fragment of the queue that a warp reads from shared memory serves both tiles, and
+// a thread holds the student's and the teacher's product with the same queue row: z.mu needs no
+// exchange. The rows lie in shared memory, the sums in registers: two tiles of 16 x D means are D
+// floats a thread. At D = 256 that is too many, and eight warps share the work: each computes all
+// products v.Q of its tiles, and half of the columns of the means.
 //
 //     D     tile rows   stages   shared memory     means per thread
 //     64    64          3        40 KB             64
 //     128   64          3        80 KB             128
 //     256   32          2        96 KB             128
+//
+// fp32 rows, and rows and queue of different types, are in two fp16 parts (rows.h), 22 bits: three
+// products for v.Q, high x high and the two with one low part. For the means, whose weights are
+// bf16, they become two bf16 parts of 16 bits: again three products. A tile holds the high parts,
+// then the low ones, together the bytes of its fp32 numbers: a thread copies 32 bytes of fp32 to
+// where its eight high and eight low parts will lie, and takes them apart in place. Twice the
+// bytes:
+//
+//     64    64          3        80 KB             64
+//     128   32          2        96 KB             64      eight warps for dense labels
+//     256   32          2        128 KB            64      half of the samples, two to four times
+//                                                          the warps for them
 //
 // A step is 32 queue rows: 2 x 16 products a thread, turned into weights in place, and from there
 // operands of the second product without leaving the registers.
@@ -30,6 +42,7 @@
 #include "launch.h"
 #include "ptx.h"
 #include "rows.h"
+#include "stream_means.h"
 #include "stream_state.h"
 
 namespace softcl::cuda {
@@ -37,10 +50,10 @@ namespace softcl::cuda {
 template <typename T>
 SOFTCL_DEVICE void multiply_add(float (&c)[4], const ptx::Vector& a, std::uint32_t b0,
                                 std::uint32_t b1) {
-  if constexpr (std::is_same_v<T, Float16>) {
-    ptx::mma_fp16(c, a, b0, b1);
-  } else {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     ptx::mma_bf16(c, a, b0, b1);
+  } else {
+    ptx::mma_fp16(c, a, b0, b1);
   }
 }
 
@@ -54,36 +67,56 @@ SOFTCL_DEVICE ptx::Vector row_fragment(std::uint32_t rows, int row, int k) {
 /// The B fragments of the transpose of 16 rows: x[0], x[1] of the first eight, x[2], x[3].
 template <int kDim>
 SOFTCL_DEVICE ptx::Vector column_fragment(std::uint32_t rows, int row, int k) {
-  const int lane = lane_index();
-  return ptx::ldmatrix(rows +
-                       piece_offset<kDim>(row + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+  const int lane = lane_index(), piece = lane / 8 % 2;
+  row += lane / 16 * 8 + lane % 8;
+  // One place either way; ptxas finds registers for all variants only like this.
+  if constexpr (kDim == 256) {
+    return ptx::ldmatrix(piece_after(rows + piece_offset<kDim>(row, piece), 2 * k));
+  }
+  return ptx::ldmatrix(rows + piece_offset<kDim>(row, 2 * k + piece));
 }
 
-/// The B fragments of 16 rows, columns 16 n and following: x[0], x[1] of the first eight columns.
-template <int kDim>
-SOFTCL_DEVICE ptx::Vector mean_fragment(std::uint32_t rows, int row, int n) {
-  const int lane = lane_index();
-  return ptx::ldmatrix_transposed(
-      rows + piece_offset<kDim>(row + lane / 8 % 2 * 8 + lane % 8, 2 * n + lane / 16));
-}
-
-/// s[tile] (16, 32) = rows (16, D) times 32 rows of the queue tile, from `first` on, transposed.
-template <typename T, int kDim>
-SOFTCL_DEVICE void multiply_rows(float (&s)[2][4][4], std::uint32_t rows, std::uint32_t tile,
-                                 int first) {
+/// s[tile] (16, 32) += columns 16 begin .. 16 end - 1 of rows (16, D) times those of 32 rows of the
+/// queue tile, from `first` on, transposed.
+template <typename T, int kDim, typename S>
+SOFTCL_DEVICE void multiply_columns(float (&s)[2][4][4], std::uint32_t rows, std::uint32_t tile,
+                                    int first, int begin = 0, int end = kDim / 16) {
   // Unrolled whole, the addresses of all k would be kept in registers from tile to tile.
   SOFTCL_UNROLL_BY_4
-  for (int k = 0; k < kDim / 16; ++k) {
+  for (int k = begin; k < end; ++k) {
     const ptx::Vector b[2] = {column_fragment<kDim>(tile, first, k),
                               column_fragment<kDim>(tile, first + 16, k)};
     SOFTCL_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const ptx::Vector a = row_fragment<kDim>(rows, warp_row() + r * kTileSamples, k);
+      const ptx::Vector a = row_fragment<kDim>(rows, warp_row<S>() + r * S::kTileSamples, k);
       SOFTCL_UNROLL
       for (int n = 0; n < 4; ++n) {
         multiply_add<T>(s[r][n], a, b[n / 2].x[n % 2 * 2], b[n / 2].x[n % 2 * 2 + 1]);
       }
     }
+  }
+}
+
+/// s[tile] = rows times 32 rows of the queue tile. Of two parts each, the products with a low part
+/// come first, for they have its scale; low x low is left out. high x high is summed over 64
+/// columns at a time: tensor cores cut their long sums off, where an addition rounds them.
+template <typename T, int kDim, typename S>
+SOFTCL_DEVICE void multiply_rows(float (&s)[2][4][4], std::uint32_t rows, std::uint32_t tile,
+                                 int first) {
+  if constexpr (kParts<T> == 1) {
+    multiply_columns<T, kDim, S>(s, rows, tile, first);
+    return;
+  }
+  multiply_columns<T, kDim, S>(s, rows + S::kRowPartBytes, tile, first);
+  multiply_columns<T, kDim, S>(s, rows, tile + S::kTilePartBytes, first);
+  SOFTCL_UNROLL
+  for (int i = 0; i < 32; ++i) s[i / 16][i / 4 % 4][i % 4] *= 1.0f / kLowScale;
+  SOFTCL_NO_UNROLL
+  for (int k = 0; k < kDim / 16; k += 4) {
+    float sums[2][4][4] = {};
+    multiply_columns<T, kDim, S>(sums, rows, tile, first, k, k + 4);
+    SOFTCL_UNROLL
+    for (int i = 0; i < 8; ++i) add_to(s[i / 4][i % 4], sums[i / 4][i % 4]);
   }
 }
 
@@ -94,29 +127,51 @@ template <typename T, int kDim, typename S>
 SOFTCL_DEVICE void store_positives(const StreamParams& p, std::uint32_t rows,
                                    std::uint32_t stages) {
   for (int r = 0; r < (S::kPair ? 1 : 2); ++r) {
-    std::uint32_t keys = rows + kTileSamples * kDim * 2;
+    std::uint32_t keys = rows + S::kTileSamples * kDim * 2, low = S::kRowPartBytes;
     if constexpr (!S::kPair) {
       keys = stages;
+      low = S::kTileSamples * kDim * 2;
       ptx::sync_threads();  // the keys before these have been read
-      load_rows<T, kDim, S::kThreads>(keys, p.rows[1], first_sample_of<S>(r), kTileSamples,
-                                      p.num_rows, p.dim, p.aligned, p.normalize);
+      load_rows<T, kDim, S::kThreads>(keys, low, p.rows[1], p.row_type, first_sample_of<S>(r),
+                                      S::kTileSamples, p.num_rows, p.dim, p.aligned, p.normalize);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
+    if constexpr (kParts<T> == 2 && !S::kPair) {
+      if (p.aligned && !p.normalize) {
+        split_rows<kDim, S::kThreads>(keys, low, p.row_type, S::kTileSamples);
+      }
+    }
     ptx::sync_threads();
     float products[2][4] = {};
-    for (int k = 0; k < kDim / 16; ++k) {
-      const ptx::Vector a = row_fragment<kDim>(rows, warp_row() + r * kTileSamples, k);
-      const ptx::Vector b = column_fragment<kDim>(keys, warp_row(), k);
-      multiply_add<T>(products[0], a, b.x[0], b.x[1]);
-      multiply_add<T>(products[1], a, b.x[2], b.x[3]);
+    const auto multiply = [&](float (&sums)[2][4], std::uint32_t row_part, std::uint32_t key_part,
+                              int begin, int end) {
+      for (int k = begin; k < end; ++k) {
+        const ptx::Vector a = row_fragment<kDim>(row_part, warp_row<S>() + r * S::kTileSamples, k);
+        const ptx::Vector b = column_fragment<kDim>(key_part, warp_row<S>(), k);
+        multiply_add<T>(sums[0], a, b.x[0], b.x[1]);
+        multiply_add<T>(sums[1], a, b.x[2], b.x[3]);
+      }
+    };
+    if constexpr (kParts<T> == 1) {
+      multiply(products, rows, keys, 0, kDim / 16);
+    } else {  // as multiply_rows does
+      multiply(products, rows + S::kRowPartBytes, keys, 0, kDim / 16);
+      multiply(products, rows, keys + low, 0, kDim / 16);
+      SOFTCL_UNROLL
+      for (int i = 0; i < 8; ++i) products[i / 4][i % 4] *= 1.0f / kLowScale;
+      for (int k = 0; k < kDim / 16; k += 4) {
+        float sums[2][4] = {};
+        multiply(sums, rows, keys, k, k + 4);
+        for (int n = 0; n < 2; ++n) add_to(products[n], sums[n]);
+      }
     }
     // Of the diagonal, rows g and g + 8, one of four neighbouring lanes holds each element.
     SOFTCL_UNROLL
     for (int i = 0; i < 2; ++i) {
       SOFTCL_UNROLL
       for (int e = 2 * i; e < 2 * i + 2; ++e) {
-        if (half_index() == 0 && accumulator_column(lane_index(), e) == lane_index() / 4) {
+        if (part_index<S>() == 0 && accumulator_column(lane_index(), e) == lane_index() / 4) {
           ptx::store_shared(positive_address<S>(stages, r, i), products[i][e]);
         }
       }
@@ -181,12 +236,14 @@ SOFTCL_DEVICE void add_weights(State<S>& state, int r, float (&x)[4][4],
 }
 
 /// The weights of all rows of a step. The teacher's first: they read the student's products.
+/// A product of minus infinity has no weight; that it is there shows in a mean, or where there is
+/// none in the cosines' sum: 0 x -inf.
 template <bool kRunning, typename S>
 SOFTCL_DEVICE void add_all_weights(State<S>& state, float (&s)[2][4][4], const StreamParams& p) {
   if constexpr (S::kPair) {
     if (p.softmax) add_weights<true, true, kRunning>(state, 1, s[1], s[0], p.scale[1]);
-    add_weights<false, false, kRunning>(state, 0, s[0], s[1], p.scale[0]);
-  } else if (p.entropy) {
+    add_weights<S::kMeanTiles == 0, false, kRunning>(state, 0, s[0], s[1], p.scale[0]);
+  } else if (S::kMeanTiles == 0 || p.entropy) {
     add_weights<true, false, kRunning>(state, 0, s[0], s[1], p.scale[0]);
     add_weights<true, false, kRunning>(state, 1, s[1], s[0], p.scale[0]);
   } else {
@@ -195,56 +252,12 @@ SOFTCL_DEVICE void add_all_weights(State<S>& state, float (&s)[2][4][4], const S
   }
 }
 
-/// mean (16, kMeanDim) of each tile += its weights (16, 32) times 32 rows of the queue tile.
-template <typename T, int kDim, typename S>
-SOFTCL_DEVICE void add_means(State<S>& state, const float (&w)[2][4][4], std::uint32_t tile,
-                             int first, bool two_parts) {
-  constexpr bool kFp16 = std::is_same_v<T, Float16>;
-  SOFTCL_UNROLL
-  for (int k = 0; k < 2; ++k) {
-    ptx::Vector high[S::kMeanTiles], low[S::kMeanTiles];
-    SOFTCL_UNROLL
-    for (int r = 0; r < S::kMeanTiles; ++r) {
-      SOFTCL_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        // Element pairs of C are those of A: rows g and g + 8, then eight columns on.
-        const float* pair = &w[r][2 * k + i / 2][i % 2 * 2];
-        high[r].x[i] = ptx::pack_bf16(pair[0], pair[1]);
-        low[r].x[i] = ptx::pack_bf16(pair[0] - ptx::float_of(high[r].x[i] << 16),
-                                     pair[1] - ptx::float_of(high[r].x[i] & 0xffff0000u));
-      }
-      ptx::mma_bf16(state.mean_weight[r], high[r], kOnes, kOnes);
-      if (two_parts) ptx::mma_bf16(state.mean_weight[r], low[r], kOnes, kOnes);
-    }
-    SOFTCL_UNROLL
-    for (int n = 0; n < S::kMeanDim / 16; ++n) {
-      ptx::Vector q =
-          mean_fragment<kDim>(tile, first + 16 * k, half_index() * S::kMeanDim / 16 + n);
-      SOFTCL_UNROLL
-      for (int i = 0; i < 4; i += 2) {
-        std::uint32_t rest[2];
-        if constexpr (kFp16) {
-          rest[0] = split_fp16(q.x[i]);
-          rest[1] = split_fp16(q.x[i + 1]);
-        }
-        SOFTCL_UNROLL
-        for (int r = 0; r < S::kMeanTiles; ++r) {
-          float (&mean)[4] = state.mean[r][2 * n + i / 2];
-          if constexpr (kFp16) ptx::mma_bf16(mean, high[r], rest[0], rest[1]);
-          if (two_parts) ptx::mma_bf16(mean, low[r], q.x[i], q.x[i + 1]);
-          ptx::mma_bf16(mean, high[r], q.x[i], q.x[i + 1]);
-        }
-      }
-    }
-  }
-}
-
 /// One step: 32 rows of a queue tile, from row `first` of the tile on.
 template <typename T, int kDim, typename S>
 SOFTCL_DEVICE void visit_step(State<S>& state, const StreamParams& p, std::uint32_t rows,
                               std::uint32_t stages, std::uint32_t tile, int first, int step) {
   float s[2][4][4] = {};
-  multiply_rows<T, kDim>(s, rows, tile, first);
+  multiply_rows<T, kDim, S>(s, rows, tile, first);
   const std::int64_t left = p.queue_size - std::int64_t(step) * kStepColumns;
   if (left < kStepColumns) {
     SOFTCL_UNROLL
@@ -277,16 +290,17 @@ SOFTCL_DEVICE void visit_step(State<S>& state, const StreamParams& p, std::uint3
     }
   }
   if constexpr (S::kMeanTiles > 0) {
-    const bool two_parts = (S::kPair && S::kMeanTiles == 2) || p.weight_parts == 2;
+    const bool two_parts =
+        kParts<T> == 2 || (S::kPair && S::kMeanTiles == 2) || p.weight_parts == 2;
     add_means<T, kDim>(state, s, tile, first, two_parts);
   }
 }
 
 template <typename T, int kDim, Pairing kPairing, int kMeanRows>
-__global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows>::kThreads,
-                                  Shape<kDim, kPairing, kMeanRows>::kBlocks)
+__global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows, kParts<T>>::kThreads,
+                                  Shape<kDim, kPairing, kMeanRows, kParts<T>>::kBlocks)
     stream_kernel(const StreamParams p) {
-  using S = Shape<kDim, kPairing, kMeanRows>;
+  using S = Shape<kDim, kPairing, kMeanRows, kParts<T>>;
   const std::uint32_t rows = ptx::shared_memory();
   const std::uint32_t stages = rows + S::kRowBytes;
   const int first_tile = blockIdx.y * p.tiles_per_split;
@@ -294,18 +308,26 @@ __global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows>::kThreads,
 
   const auto load_tile = [&](int tile) {
     if (tile < last_tile) {
-      load_rows<T, kDim, S::kThreads>(stages + tile % S::kStages * S::kStageBytes, p.queue,
-                                      std::int64_t(tile) * S::kTileRows, S::kTileRows, p.queue_size,
-                                      p.dim, p.aligned, false);
+      load_rows<T, kDim, S::kThreads>(
+          stages + tile % S::kStages * S::kStageBytes, S::kTilePartBytes, p.queue, p.queue_type,
+          std::int64_t(tile) * S::kTileRows, S::kTileRows, p.queue_size, p.dim, p.aligned, false);
     }
     ptx::cp_async_commit();  // an empty group too: the waits count groups
   };
 
   SOFTCL_UNROLL
   for (int r = 0; r < 2; ++r) {
-    load_rows<T, kDim, S::kThreads>(rows + r * kTileSamples * kDim * 2, p.rows[S::kPair ? r : 0],
-                                    first_sample_of<S>(r), kTileSamples, p.num_rows, p.dim,
-                                    p.aligned, p.normalize);
+    load_rows<T, kDim, S::kThreads>(rows + r * S::kTileSamples * kDim * 2, S::kRowPartBytes,
+                                    p.rows[S::kPair ? r : 0], p.row_type, first_sample_of<S>(r),
+                                    S::kTileSamples, p.num_rows, p.dim, p.aligned, p.normalize);
+  }
+  if constexpr (kParts<T> == 2) {
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    for (int r = 0; r < 2 && p.aligned && !p.normalize; ++r) {
+      split_rows<kDim, S::kThreads>(rows + r * S::kTileSamples * kDim * 2, S::kRowPartBytes,
+                                    p.row_type, S::kTileSamples);
+    }
   }
   State<S> state;
   if (p.ranks != nullptr) {
@@ -315,10 +337,15 @@ __global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows>::kThreads,
   for (int i = 0; i < S::kStages - 1; ++i) load_tile(first_tile + i);
   for (int tile = first_tile; tile < last_tile; ++tile) {
     ptx::cp_async_wait<S::kStages - 2>();
+    const std::uint32_t here = stages + tile % S::kStages * S::kStageBytes;
+    if constexpr (kParts<T> == 2) {
+      if (p.aligned) {
+        split_rows<kDim, S::kThreads>(here, S::kTilePartBytes, p.queue_type, S::kTileRows);
+      }
+    }
     // This tile is there for all, and all have done with the one whose stage is filled next.
     ptx::sync_threads();
     load_tile(tile + S::kStages - 1);
-    const std::uint32_t here = stages + tile % S::kStages * S::kStageBytes;
     SOFTCL_NO_UNROLL
     for (int first = 0; first < S::kTileRows; first += kStepColumns) {
       const int step = tile * (S::kTileRows / kStepColumns) + first / kStepColumns;

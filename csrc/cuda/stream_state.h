@@ -9,28 +9,35 @@
 
 namespace softcl::cuda {
 
-inline constexpr int kRowWarps = 4;
-inline constexpr int kTileSamples = 16 * kRowWarps;  // of one of a warp's two tiles
-inline constexpr std::uint32_t kOnes = 0x3F803F80;   // two ones in bf16
+inline constexpr std::uint32_t kOnes = 0x3F803F80;  // two ones in bf16
 
 // The product of a column past the end of the queue: no weight, no rank, the least of its chunk.
 // It is finite, so that a weight of zero times it is zero.
 inline constexpr float kAbsent = -1e30f;
 inline constexpr float kLowest = -1e30f;  // a running maximum before the first step
 
-template <int kDim, Pairing kPairing, int kMeanRows>
+/// kNumParts: 16-bit parts of a number, 2 of fp32.
+template <int kDim, Pairing kPairing, int kMeanRows, int kNumParts = 1>
 struct Shape {
+  static constexpr int kRowWarps = kDim * kNumParts > 256 ? 2 : 4;
+  static constexpr int kTileSamples = 16 * kRowWarps;  // of one of a warp's two tiles
   static constexpr bool kPair = kPairing == Pairing::kPaired;
   static constexpr int kMeanTiles = kPair ? kMeanRows : kMeanRows > 0 ? 2 : 0;
-  static constexpr int kHalves = kDim == 256 && kMeanTiles == 2 ? 2 : 1;
-  static constexpr int kThreads = kRowWarps * kWarp * kHalves;
-  static constexpr int kBlocks = kThreads == 128 ? 2 : 1;  // per multiprocessor, 255 registers each
-  static constexpr int kMeanDim = kDim / kHalves;          // columns of a mean that one warp holds
+  // Warps that share the columns of a row's means: each holds 128 floats of them a thread, and 64
+  // where all of them are taken apart first.
+  static constexpr int kMeanFloats = kMeanTiles * kDim / 2, kMostFloats = kNumParts == 2 ? 64 : 128;
+  static constexpr int kMeanWarps = kMeanFloats > kMostFloats ? kMeanFloats / kMostFloats : 1;
+  static constexpr int kThreads = kRowWarps * kWarp * kMeanWarps;
+  // Per multiprocessor, by registers (255 a thread) and, of two parts, by shared memory.
+  static constexpr int kBlocks = kThreads > 128 || kDim* kNumParts > 256 ? 1 : 2;
+  static constexpr int kMeanDim = kDim / kMeanWarps;  // columns of a mean that one warp holds
   static constexpr int kSamples = kPair ? kTileSamples : 2 * kTileSamples;
-  static constexpr int kTileRows = kDim == 256 ? 32 : 64;
-  static constexpr int kStages = kDim == 256 ? 2 : 3;
-  static constexpr int kRowBytes = 2 * kTileSamples * kDim * 2;
-  static constexpr int kStageBytes = kTileRows * kDim * 2;
+  static constexpr int kTileRows = kDim * kNumParts >= 256 ? 32 : 64;
+  static constexpr int kStages = kDim * kNumParts >= 256 ? 2 : 3;
+  static constexpr int kRowPartBytes = 2 * kTileSamples * kDim * 2;
+  static constexpr int kTilePartBytes = kTileRows * kDim * 2;
+  static constexpr int kRowBytes = kNumParts * kRowPartBytes;
+  static constexpr int kStageBytes = kNumParts * kTilePartBytes;
   static constexpr int kSharedBytes = kRowBytes + kStages * kStageBytes + 2 * kTileSamples * 4;
   static_assert(kStages * kTileRows >= kTileSamples, "keys pass through the stages, for the ranks");
 };
@@ -48,6 +55,11 @@ struct State {
   int rank[2][2] = {};
 };
 
+SOFTCL_DEVICE void add_to(float (&x)[4], const float (&y)[4]) {
+  SOFTCL_UNROLL
+  for (int e = 0; e < 4; ++e) x[e] += y[e];
+}
+
 // Where this thread stands. Asked for where it is needed: registers are scarcer than instructions.
 
 SOFTCL_DEVICE int lane_index() {
@@ -55,25 +67,27 @@ SOFTCL_DEVICE int lane_index() {
 }
 
 /// The first of its warp's 16 rows, in each of the two tiles of rows in shared memory.
+template <typename S>
 SOFTCL_DEVICE int warp_row() {
-  return threadIdx.x / kWarp % kRowWarps * 16;
+  return threadIdx.x / kWarp % S::kRowWarps * 16;
 }
 
 /// Which part of the columns of the means its warp holds.
-SOFTCL_DEVICE int half_index() {
-  return threadIdx.x / (kWarp * kRowWarps);
+template <typename S>
+SOFTCL_DEVICE int part_index() {
+  return threadIdx.x / (kWarp * S::kRowWarps);
 }
 
 /// The first sample whose row lies in tile r.
 template <typename S>
 SOFTCL_DEVICE std::int64_t first_sample_of(int r) {
-  return std::int64_t(blockIdx.x) * S::kSamples + (S::kPair ? 0 : r * kTileSamples);
+  return std::int64_t(blockIdx.x) * S::kSamples + (S::kPair ? 0 : r * S::kTileSamples);
 }
 
 /// The sample of its row g (i = 0) or g + 8 (i = 1) of tile r.
 template <typename S>
 SOFTCL_DEVICE std::int64_t sample_of(int r, int i) {
-  return first_sample_of<S>(r) + warp_row() + accumulator_row(lane_index(), 2 * i);
+  return first_sample_of<S>(r) + warp_row<S>() + accumulator_row(lane_index(), 2 * i);
 }
 
 /// Adds a step's products to the chunk maxima of the searching rows, and writes the maxima where a
@@ -95,8 +109,8 @@ SOFTCL_DEVICE void store_maxima(State<S>& state, const float (&s)[2][4][4], cons
       }
       if (!ends) continue;
       const std::int64_t sample = sample_of<S>(r, i);
-      if (half_index() == 0 && sample < p.num_rows)
-        p.maxima[sample * p.num_chunks + chunk] = largest;
+      if (part_index<S>() == 0 && sample < p.num_rows)
+        ptx::store_global(p.maxima + sample * p.num_chunks + chunk, largest);
       largest = kAbsent;
     }
   }
@@ -105,7 +119,7 @@ SOFTCL_DEVICE void store_maxima(State<S>& state, const float (&s)[2][4][4], cons
 /// Where z.t of that sample lies in shared memory.
 template <typename S>
 SOFTCL_DEVICE std::uint32_t positive_address(std::uint32_t stages, int r, int i) {
-  const int row = r * kTileSamples + warp_row() + accumulator_row(lane_index(), 2 * i);
+  const int row = r * S::kTileSamples + warp_row<S>() + accumulator_row(lane_index(), 2 * i);
   return stages + S::kStages * S::kStageBytes + row * 4;
 }
 
@@ -120,7 +134,7 @@ SOFTCL_DEVICE N quad_sum(N x) {
 template <typename S>
 SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
   const std::int64_t split = blockIdx.y;
-  const bool is_writer = half_index() == 0 && lane_index() % 4 == 0;
+  const bool is_writer = part_index<S>() == 0 && lane_index() % 4 == 0;
   SOFTCL_UNROLL
   for (int r = 0; r < 2; ++r) {
     SOFTCL_UNROLL
@@ -134,16 +148,18 @@ SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
       const std::int64_t sum_row = sample + (S::kPair ? r * p.num_rows : 0);
       if (is_writer) {
         float* sums = p.sums + split * kNumSlots * p.num_sum_rows + sum_row;
-        const auto slot = [&](SumSlot s) -> float& { return sums[s * p.num_sum_rows]; };
+        const auto store = [&](SumSlot s, float x) {
+          ptx::store_global(sums + s * p.num_sum_rows, x);
+        };
         if (p.softmax || (S::kPair && r == 0)) {
-          slot(kWeights) = weight;
-          slot(kCosines) = cosine;
-          slot(kMaximum) = state.maximum[r][i];
+          store(kWeights, weight);
+          store(kCosines, cosine);
+          store(kMaximum, state.maximum[r][i]);
         }
-        if (S::kPair && r == 1 && p.softmax) slot(kStudentCosines) = student;
-        if (r < S::kMeanTiles) slot(kMeanWeights) = state.mean_weight[r][2 * i];
+        if (S::kPair && r == 1 && p.softmax) store(kStudentCosines, student);
+        if (r < S::kMeanTiles) store(kMeanWeights, state.mean_weight[r][2 * i]);
         if (p.ranks != nullptr && (!S::kPair || r == 0))
-          p.ranks[split * p.num_rows + sample] = rank;
+          ptx::store_global(p.ranks + split * p.num_rows + sample, rank);
       }
       if (r >= S::kMeanTiles) continue;
       float* mean = p.means + (split * p.num_mean_rows + sum_row) * p.dim;
@@ -151,8 +167,8 @@ SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
       for (int n = 0; n < S::kMeanDim / 8; ++n) {
         SOFTCL_UNROLL
         for (int e = 2 * i; e < 2 * i + 2; ++e) {
-          const int d = half_index() * S::kMeanDim + 8 * n + accumulator_column(lane_index(), e);
-          if (d < p.dim) mean[d] = state.mean[r][n][e];
+          const int d = part_index<S>() * S::kMeanDim + 8 * n + accumulator_column(lane_index(), e);
+          if (d < p.dim) ptx::store_global(mean + d, state.mean[r][n][e]);
         }
       }
     }

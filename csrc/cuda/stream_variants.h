@@ -10,9 +10,13 @@
 namespace softcl::cuda {
 
 template <int kDim, Pairing kPairing, int kMeanRows>
-StreamShape shape_of_variant() {
-  using S = Shape<kDim, kPairing, kMeanRows>;
-  return {S::kSamples, S::kTileRows, S::kThreads, S::kSharedBytes};
+StreamShape shape_of_variant(bool parts) {
+  const auto shape = [](auto s) -> StreamShape {
+    using S = decltype(s);
+    return {S::kSamples, S::kTileRows, S::kThreads, S::kBlocks, S::kSharedBytes};
+  };
+  return parts ? shape(Shape<kDim, kPairing, kMeanRows, 2>())
+               : shape(Shape<kDim, kPairing, kMeanRows, 1>());
 }
 
 /// visit(std::integral_constant<Pairing, ...>, std::integral_constant<int, mean rows>).
@@ -32,20 +36,29 @@ auto with_variant(Pairing pairing, int mean_rows, Visit visit) {
 
 /// Defined for kDim = 64, 128, 256, each in a file of its own: they compile side by side.
 template <int kDim>
-void launch_stream_of(const StreamParams& p, ElementType type, Pairing pairing, int mean_rows,
-                      dim3 grid, cudaStream_t stream);
+void launch_stream_of(const StreamParams& p, Pairing pairing, int mean_rows, dim3 grid,
+                      cudaStream_t stream);
 
 template <int kDim>
-inline void launch_variant(const StreamParams& p, ElementType type, Pairing pairing, int mean_rows,
-                           dim3 grid, cudaStream_t stream) {
+inline void launch_variant(const StreamParams& p, Pairing pairing, int mean_rows, dim3 grid,
+                           cudaStream_t stream) {
   with_variant(pairing, mean_rows, [&](auto pairing_constant, auto mean_constant) {
     constexpr Pairing kPairing = decltype(pairing_constant)::value;
     constexpr int kMeanRows = decltype(mean_constant)::value;
-    using S = Shape<kDim, kPairing, kMeanRows>;
-    const auto kernel = type == ElementType::kFloat16
-                            ? &stream_kernel<Float16, kDim, kPairing, kMeanRows>
-                            : &stream_kernel<BFloat16, kDim, kPairing, kMeanRows>;
-    launch(kernel, grid, S::kThreads, S::kSharedBytes, stream, p);
+    const auto launch_type = [&](auto element) {
+      using T = decltype(element);
+      using S = Shape<kDim, kPairing, kMeanRows, kParts<T>>;
+      launch(&stream_kernel<T, kDim, kPairing, kMeanRows>, grid, S::kThreads, S::kSharedBytes,
+             stream, p);
+    };
+    switch (kernel_type(p.row_type, p.queue_type)) {
+      case ElementType::kBFloat16:
+        return launch_type(BFloat16());
+      case ElementType::kFloat16:
+        return launch_type(Float16());
+      default:
+        return launch_type(TwoParts());
+    }
   });
 }
 

@@ -34,8 +34,8 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 # Backends written as one fused pass: what `--fused` demands.
 FUSED_BACKENDS = ("triton", "cuda", "cpu")
 
-# Device type -> backends in the order in which backend="auto" tries them. "cuda" runs where it is
-# asked for by name alone: bench/ has yet to show, on a GPU, that it is as fast as "triton".
+# Device type -> backends in the order in which backend="auto" tries them. "cuda" comes before them
+# for the calls of CUDA_AT_LEAST_AS_FAST.
 PREFERENCE = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
@@ -120,6 +120,54 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Calls for which bench/ has shown backend "cuda" to be at least as fast as "triton".
+
+    Attributes:
+        capability: compute capability of the GPU.
+        operation: as in :class:`Call`.
+        dtype: of the vectors and of the queue.
+        N, K, D: smallest and largest of each; between two measured sizes both hold.
+        source: the file in bench/results with the two times.
+    """
+
+    capability: tuple[int, int]
+    operation: str
+    dtype: torch.dtype
+    N: tuple[int, int]
+    K: tuple[int, int]
+    D: tuple[int, int]
+    source: str
+
+    def covers(self, call: Call) -> bool:
+        sizes = ((self.N, call.N), (self.K, call.K), (self.D, call.D))
+        return (
+            call.operation == self.operation
+            and call.vector_dtype == call.queue_dtype == self.dtype
+            and all(least <= size <= most for (least, most), size in sizes)
+            and capability_of(call.device) == self.capability
+        )
+
+
+# Empty: the kernels of "cuda" have not yet run on a GPU, so nothing is measured. They run where
+# they are asked for by name.
+CUDA_AT_LEAST_AS_FAST: tuple[Measured, ...] = ()
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def preference(call: Call) -> tuple[str, ...]:
+    """The backends that backend="auto" tries for ``call``, in this order."""
+    names = PREFERENCE.get(call.device.type, ("reference",))
+    if call.device.type == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
+        return ("cuda", *names)
+    return names
+
+
+@dataclass(frozen=True)
 class BackendChoice:
     """The backend of a call, why it runs and, for each one passed over before it, the reason.
 
@@ -166,7 +214,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
     """
     if backend == "auto":
         reasons: dict[str, str] = {}
-        for name in PREFERENCE.get(call.device.type, ("reference",)):
+        for name in preference(call):
             reason = reason_against(name, call)
             if reason is None:
                 passed_over = "; ".join(f"{k}: {v}" for k, v in reasons.items())

@@ -13,15 +13,16 @@ from types import ModuleType
 import torch
 from torch import Tensor  # torch first: its OpenMP runtime then serves softcl._C too
 
-from softcl.labels import RULES, LabelRule
+from softcl.labels import LabelRule
 from softcl.ops.backends import Call
-
-# The values of ElementType in csrc/include/softcl/element_type.h.
-ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# Rule name -> value of LabelKind in csrc/include/softcl/labels.h.
-LABEL_KINDS = {name: kind for kind, name in enumerate(RULES)}
-
+from softcl.ops.native import (
+    ELEMENT_TYPES,
+    addresses,
+    loss_arguments,
+    loss_results,
+    statistics_arguments,
+    statistics_results,
+)
 
 OPTIONS = frozenset({"excluded"})
 
@@ -67,31 +68,14 @@ def queue_statistics(
     """
     module, _ = _load()
     excluded = None if excluded is None else excluded.contiguous()
-    (n, d), k = vectors.shape, num_neighbors
-    shapes = ((n,), (n, d), (n,)) if sums else ((0,), (0, d), (0,))
-    lse, mean, entropy = (vectors.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    neighbor_logits = vectors.new_empty((n, k), dtype=torch.float32)
-    neighbor_indices = vectors.new_empty((n, k), dtype=torch.int64)
+    results = statistics_results(vectors, num_neighbors, sums=sums)
     module.cpu_queue_statistics(
-        vectors=vectors.data_ptr(),
-        queue=queue.data_ptr(),
-        vector_type=ELEMENT_TYPES[vectors.dtype],
-        queue_type=ELEMENT_TYPES[queue.dtype],
-        num_vectors=n,
-        queue_size=len(queue),
-        dim=d,
-        num_neighbors=k,
-        temperature=temperature,
+        **statistics_arguments(vectors, queue, temperature, num_neighbors),
+        **addresses(results),
         num_threads=torch.get_num_threads(),
-        # An empty tensor's address is 0: not wanted.
-        lse=lse.data_ptr(),
-        mean=mean.data_ptr(),
-        entropy=entropy.data_ptr(),
-        neighbor_logits=neighbor_logits.data_ptr(),
-        neighbor_indices=neighbor_indices.data_ptr(),
         excluded=0 if excluded is None else excluded.data_ptr(),
     )
-    return lse, mean, entropy, neighbor_logits, neighbor_indices
+    return tuple(results.values())
 
 
 def soft_contrastive(
@@ -114,37 +98,14 @@ def soft_contrastive(
     """
     module, _ = _load()
     excluded = None if excluded is None else excluded.contiguous()
-    (n, d), k = query.shape, rule.num_neighbors
-    shown = n if diagnostics and rule.needs_softmax else 0
-    loss = query.new_empty((n,), dtype=torch.float32)
-    dquery = query.new_empty((n, d) if gradient else (0,), dtype=torch.float32)
-    confidence = query.new_empty((shown,), dtype=torch.float32)
-    entropy = query.new_empty((shown,), dtype=torch.float32)
-    positive_rank = query.new_empty((n if diagnostics else 0,), dtype=torch.int64)
-    neighbor_indices = query.new_empty((n, k if diagnostics else 0), dtype=torch.int64)
+    results = loss_results(query, rule, gradient=gradient, diagnostics=diagnostics)
     module.cpu_soft_contrastive(
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        queue=queue.data_ptr(),
-        vector_type=ELEMENT_TYPES[query.dtype],
-        queue_type=ELEMENT_TYPES[queue.dtype],
-        num_queries=n,
-        queue_size=len(queue),
-        dim=d,
-        rule=LABEL_KINDS[rule.name],
-        num_neighbors=k,
-        positive_weight=rule.positive_weight,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        positive=positive,
-        normalize=normalize,
+        **loss_arguments(
+            query, key, queue, rule, temperature, teacher_temperature,
+            positive=positive, normalize=normalize,
+        ),
+        **addresses(results),
         num_threads=torch.get_num_threads(),
-        loss=loss.data_ptr(),
-        dquery=dquery.data_ptr(),
-        confidence=confidence.data_ptr(),
-        entropy=entropy.data_ptr(),
-        positive_rank=positive_rank.data_ptr(),
-        neighbor_indices=neighbor_indices.data_ptr(),
         excluded=0 if excluded is None else excluded.data_ptr(),
-    )
-    return loss, dquery, confidence, entropy, positive_rank, neighbor_indices
+    )  # fmt: skip
+    return tuple(results.values())

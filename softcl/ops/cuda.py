@@ -7,8 +7,10 @@
 Experimental: it has not yet run on a GPU, and backend="auto" does not choose it. The same sources,
 compiled for the CPU by ``csrc/cuda/host``, run in the tests.
 
-Rows and queue are bfloat16 or float16, both alike, with D <= 256. Nothing waits for the device, so
-a call can be captured in a CUDA graph.
+Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Where both are of one
+16-bit type their own products are made; otherwise every number is taken in two 16-bit parts, at
+three products for one. Nothing waits for the device, so a call can be captured in
+a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from softcl.labels import RULES, LabelRule
+from softcl.labels import LabelRule
 from softcl.ops.backends import Call
+from softcl.ops.native import (
+    ELEMENT_TYPES,
+    addresses,
+    loss_arguments,
+    loss_results,
+    statistics_arguments,
+    statistics_results,
+)
 
 MOST_NEIGHBORS = 1024
-MOST_DIMENSIONS = 256
 MOST_ROWS = 1 << 30
 OLDEST_CAPABILITY = (8, 0)
-
-# The values of ElementType in csrc/include/softcl/element_type.h.
-ELEMENT_TYPES = {torch.bfloat16: 1, torch.float16: 2}
-
-# Rule name -> value of LabelKind in csrc/include/softcl/labels.h.
-LABEL_KINDS = {name: kind for kind, name in enumerate(RULES)}
 
 
 @functools.cache
@@ -54,6 +57,14 @@ def _capability(index: int) -> tuple[int, int]:
     return module.cuda_compute_capability(index)
 
 
+@functools.cache
+def _most_dimensions(vector_dtype: torch.dtype, queue_dtype: torch.dtype, index: int) -> int:
+    """The largest D that fits into the device's shared memory."""
+    module, _ = _load()
+    types = (ELEMENT_TYPES[vector_dtype], ELEMENT_TYPES[queue_dtype])
+    return module.cuda_most_dimensions(*types, index)
+
+
 def unsupported(call: Call) -> str | None:
     """Why this backend cannot run ``call``, or None."""
     module, reason = _load()
@@ -61,15 +72,16 @@ def unsupported(call: Call) -> str | None:
         return reason
     if call.device.type != "cuda":
         return f"the tensors are on {call.device.type}"
-    capability = _capability(_index_of(call.device))
+    index = _index_of(call.device)
+    capability = _capability(index)
     if capability < OLDEST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if call.vector_dtype not in ELEMENT_TYPES:
-        return f"the vectors are {call.vector_dtype}, not bfloat16 or float16"
-    if call.queue_dtype != call.vector_dtype:
-        return f"the vectors are {call.vector_dtype}, the queue {call.queue_dtype}"
-    if call.D > MOST_DIMENSIONS:
-        return f"D={call.D} is above {MOST_DIMENSIONS}"
+    for name, dtype in (("vectors", call.vector_dtype), ("queue", call.queue_dtype)):
+        if dtype not in ELEMENT_TYPES:
+            return f"the {name} are {dtype}, not float32, bfloat16 or float16"
+    most = _most_dimensions(call.vector_dtype, call.queue_dtype, index)
+    if call.D > most:
+        return f"D={call.D} is above {most}"
     if call.num_neighbors > MOST_NEIGHBORS:
         return f"num_neighbors={call.num_neighbors} is above {MOST_NEIGHBORS}"
     if max(call.N, call.K) > MOST_ROWS:
@@ -91,31 +103,14 @@ def queue_statistics(
     products.
     """
     module, _ = _load()
-    (n, d), k = vectors.shape, num_neighbors
-    shapes = ((n,), (n, d), (n,)) if sums else ((0,), (0, d), (0,))
-    lse, mean, entropy = (vectors.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    neighbor_logits = vectors.new_empty((n, k), dtype=torch.float32)
-    neighbor_indices = vectors.new_empty((n, k), dtype=torch.int64)
+    results = statistics_results(vectors, num_neighbors, sums=sums)
     _run(
         module.cuda_queue_statistics,
         vectors.device,
-        vectors=vectors.data_ptr(),
-        queue=queue.data_ptr(),
-        vector_type=ELEMENT_TYPES[vectors.dtype],
-        queue_type=ELEMENT_TYPES[queue.dtype],
-        num_vectors=n,
-        queue_size=len(queue),
-        dim=d,
-        num_neighbors=k,
-        temperature=temperature,
-        # An empty tensor's address is 0: not wanted.
-        lse=lse.data_ptr(),
-        mean=mean.data_ptr(),
-        entropy=entropy.data_ptr(),
-        neighbor_logits=neighbor_logits.data_ptr(),
-        neighbor_indices=neighbor_indices.data_ptr(),
+        **statistics_arguments(vectors, queue, temperature, num_neighbors),
+        **addresses(results),
     )
-    return lse, mean, entropy, neighbor_logits, neighbor_indices
+    return tuple(results.values())
 
 
 def soft_contrastive(
@@ -136,40 +131,17 @@ def soft_contrastive(
     What was not asked for, or what the rule does not compute, comes back empty.
     """
     module, _ = _load()
-    (n, d), k = query.shape, rule.num_neighbors
-    shown = n if diagnostics and rule.needs_softmax else 0
-    loss = query.new_empty((n,), dtype=torch.float32)
-    dquery = query.new_empty((n, d) if gradient else (0,), dtype=torch.float32)
-    confidence = query.new_empty((shown,), dtype=torch.float32)
-    entropy = query.new_empty((shown,), dtype=torch.float32)
-    positive_rank = query.new_empty((n if diagnostics else 0,), dtype=torch.int64)
-    neighbor_indices = query.new_empty((n, k if diagnostics else 0), dtype=torch.int64)
+    results = loss_results(query, rule, gradient=gradient, diagnostics=diagnostics)
     _run(
         module.cuda_soft_contrastive,
         query.device,
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        queue=queue.data_ptr(),
-        vector_type=ELEMENT_TYPES[query.dtype],
-        queue_type=ELEMENT_TYPES[queue.dtype],
-        num_queries=n,
-        queue_size=len(queue),
-        dim=d,
-        rule=LABEL_KINDS[rule.name],
-        num_neighbors=k,
-        positive_weight=rule.positive_weight,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        positive=positive,
-        normalize=normalize,
-        loss=loss.data_ptr(),
-        dquery=dquery.data_ptr(),
-        confidence=confidence.data_ptr(),
-        entropy=entropy.data_ptr(),
-        positive_rank=positive_rank.data_ptr(),
-        neighbor_indices=neighbor_indices.data_ptr(),
-    )
-    return loss, dquery, confidence, entropy, positive_rank, neighbor_indices
+        **loss_arguments(
+            query, key, queue, rule, temperature, teacher_temperature,
+            positive=positive, normalize=normalize,
+        ),
+        **addresses(results),
+    )  # fmt: skip
+    return tuple(results.values())
 
 
 def _run(launch, device: torch.device, **arguments) -> None:

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <unordered_map>
 
 #include "context.h"
 
@@ -42,11 +43,18 @@ struct Warp {
   void* lanes[kWarp];
 };
 
-// The last accesses of two bytes of shared memory, by the number of barriers before them.
+// The last accesses of two bytes of shared memory, or of one element of global memory, by the
+// number of barriers before them.
 struct Shadow {
   std::uint64_t write_time = 0, read_time = 0;
   int writer = kNobody, reader = kNobody;
   bool several_readers = false;
+};
+
+struct GlobalShadow {
+  Shadow shadow;
+  std::uint64_t block_time = 0;  // when the block began that accessed it
+  bool written = false;
 };
 
 struct KnownSite {
@@ -71,6 +79,8 @@ struct Machine {
   std::uint64_t time = 0;  // barriers ever completed
   std::vector<char> shared;
   std::vector<Shadow> shadow;
+  std::unordered_map<const void*, GlobalShadow> global;  // of this grid
+  std::uint64_t block_time = 0;
   const std::function<void()>* kernel = nullptr;
   std::string reported;
 };
@@ -156,7 +166,7 @@ void run_block(int num_threads) {
   for (Warp& warp : m.warps) warp.runnable = 0xffffffffu;
   m.unfinished = num_threads;
   m.at_barrier = 0;
-  ++m.time;
+  m.block_time = ++m.time;
   m.current = pick();
   threadIdx = dim3(m.current);
   switch_context(m.main, m.threads[m.current].context);
@@ -186,6 +196,7 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes,
   m.random.seed(m.options.seed);
   m.shared.resize(shared_bytes);
   m.shadow.resize(shared_bytes / 2 + 1);
+  m.global.clear();
   gridDim = grid;
   blockDim = block;
   std::vector<std::uint64_t> blocks(std::uint64_t(grid.x) * grid.y * grid.z);
@@ -246,6 +257,42 @@ void collect(Site site, void* mine, void (*act)(void* const* lanes)) {
   warp.runnable = 0xffffffffu;
 }
 
+namespace {
+
+// Reports an access that races with an earlier one; notes it otherwise.
+void watch(Shadow& s, Access access, const char* memory, std::uintptr_t address) {
+  const int self = access == Access::kAtomic ? kAtomics : m.current;
+  const bool written = s.write_time == m.time && s.writer != self;
+  const bool read = s.read_time == m.time && (s.several_readers || s.reader != self);
+  if (written || (read && access != Access::kRead)) {
+    report(std::string("race: ") + memory + (access == Access::kRead ? " read" : " written") +
+           " at " + std::to_string(address) + " with no barrier since thread " +
+           std::to_string(written ? s.writer : s.reader) + (written ? " wrote" : " read") + " it");
+  }
+  if (access == Access::kRead) {
+    s.several_readers = s.read_time == m.time && (s.several_readers || s.reader != self);
+    s.read_time = m.time;
+    s.reader = self;
+  } else {
+    s.write_time = m.time;
+    s.writer = self;
+  }
+}
+
+}  // namespace
+
+void watch_global(const void* address, Access access) {
+  GlobalShadow& global = m.global[address];
+  if (global.block_time != m.block_time) {
+    if (global.block_time != 0 && (global.written || access != Access::kRead)) {
+      report("race: two blocks share global memory that one of them writes");
+    }
+    global.block_time = m.block_time;
+  }
+  global.written |= access != Access::kRead;
+  watch(global.shadow, access, "global memory", reinterpret_cast<std::uintptr_t>(address));
+}
+
 char* shared_bytes(std::uint32_t address, int size, int alignment, Access access) {
   if (std::uint64_t(address) + size > m.shared.size()) {
     report("shared memory has " + std::to_string(m.shared.size()) + " bytes, accessed at " +
@@ -255,25 +302,8 @@ char* shared_bytes(std::uint32_t address, int size, int alignment, Access access
     report("shared memory accessed at " + std::to_string(address) + ", no multiple of " +
            std::to_string(alignment));
   }
-  const int self = access == Access::kAtomic ? kAtomics : m.current;
   for (std::uint32_t i = address / 2; i < (address + size + 1) / 2; ++i) {
-    Shadow& s = m.shadow[i];
-    const bool written = s.write_time == m.time && s.writer != self;
-    const bool read = s.read_time == m.time && (s.several_readers || s.reader != self);
-    if (written || (read && access != Access::kRead)) {
-      report(std::string("race: ") + (access == Access::kRead ? "read" : "written") + " at " +
-             std::to_string(address) + " with no barrier since thread " +
-             std::to_string(written ? s.writer : s.reader) + (written ? " wrote" : " read") +
-             " it");
-    }
-    if (access == Access::kRead) {
-      s.several_readers = s.read_time == m.time && (s.several_readers || s.reader != self);
-      s.read_time = m.time;
-      s.reader = self;
-    } else {
-      s.write_time = m.time;
-      s.writer = self;
-    }
+    watch(m.shadow[i], access, "shared memory", address);
   }
   return m.shared.data() + address;
 }

@@ -5,6 +5,8 @@
 //     gives wrong numbers.
 //   - Shared memory is NaN before every block, and is watched: two threads that touch a location,
 //     one of them writing, with no barrier between them are reported, whatever the order was.
+//   - Of global memory, what kernels access through load_global and store_global is watched too, by
+//     its first byte: between the threads of a block, and between the blocks of a grid.
 //   - Asynchronous copies destroy their target when they are issued and deliver when they are
 //     waited for.
 //   - Accesses outside shared memory or off their alignment, warps whose lanes part before a
@@ -62,6 +64,9 @@ enum class Access { kRead, kWrite, kAtomic };
 
 /// The bytes at a shared address, after the checks.
 char* shared_bytes(std::uint32_t address, int size, int alignment, Access access);
+
+/// Notes an access to one element of global memory; blocks of one grid may not share it at all.
+void watch_global(const void* address, Access access);
 
 /// This thread's copies under way.
 void start_copy(std::uint32_t target, const void* source, int bytes);

@@ -6,43 +6,10 @@
 #include "bindings.h"
 #include "block.h"
 #include "plan.h"
+#include "ptx.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
-
-// ---- The runtime's calls
-// -------------------------------------------------------------------------
-
-cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
-
-const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidValue";
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid argument";
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
-
-// A small one, so that small problems have several splits and rows share a block.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 << 10;
-  return cudaSuccess;
-}
-
-// ---- The module
-// ----------------------------------------------------------------------------------
 
 namespace {
 
@@ -50,13 +17,26 @@ namespace {
 // `multiprocessors`.
 std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
                                             bool paired, int mean_rows, std::int64_t num_neighbors,
-                                            int multiprocessors) {
+                                            int multiprocessors, int kernel_type) {
   using softcl::cuda::Pairing;
   const softcl::cuda::Plan plan = softcl::cuda::make_plan(
       {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
-       num_neighbors, false, multiprocessors});
+       num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type)});
   return {plan.splits, plan.tiles_per_split, plan.steps_per_chunk, plan.num_chunks,
           plan.num_filled_chunks};
+}
+
+// Four blocks of 64 threads that exchange numbers with their neighbours: for the test of
+// watch_global.
+void exchange_in_global_memory(int block_stride, bool synchronize) {
+  using namespace softcl::cuda;
+  std::vector<float> numbers(4 * 64);
+  host::run_grid(dim3(4), dim3(64), 0, [&] {
+    float* mine = numbers.data() + blockIdx.x * block_stride;
+    ptx::store_global(mine + threadIdx.x, 1.0f);
+    if (synchronize) ptx::sync_threads();
+    ptx::load_global(mine + (threadIdx.x ^ 1));
+  });
 }
 
 }  // namespace
@@ -72,8 +52,10 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
       "seed"_a = 0, "omit"_a = "",
       "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect.");
   module.def("sites", &softcl::cuda::host::sites, "The barriers and waits met since set_options.");
+  module.def("exchange_in_global_memory", &exchange_in_global_memory, "block_stride"_a,
+             "synchronize"_a);
   module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
-             "num_neighbors"_a, "multiprocessors"_a);
+             "num_neighbors"_a, "multiprocessors"_a, "kernel_type"_a = 1);
   module.def(
       "piece_offset",
       [](int dim, int row, int piece) {
@@ -82,6 +64,7 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
                             : softcl::cuda::piece_offset<256>(row, piece);
       },
       "dim"_a, "row"_a, "piece"_a);
+  module.def("piece_after", &softcl::cuda::piece_after, "address"_a, "distance"_a);
   module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "steps_per_chunk"_a);
   module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "steps_per_chunk"_a);
 }

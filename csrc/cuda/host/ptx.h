@@ -34,6 +34,8 @@ inline void sync_threads(const char* file = __builtin_FILE(), int line = __built
   host::barrier({file, line});
 }
 
+inline void keep_order() {}
+
 template <typename T>
 struct Shuffle {
   T value, result;
@@ -96,6 +98,18 @@ inline std::uint32_t atomic_add_shared(std::uint32_t address, std::uint32_t valu
 
 inline void atomic_add(std::int64_t* counter, std::int64_t value) {
   *counter += value;
+}
+
+template <typename T>
+T load_global(const T* address) {
+  host::watch_global(address, Access::kRead);
+  return *address;
+}
+
+template <typename T>
+void store_global(T* address, T value) {
+  host::watch_global(address, Access::kWrite);
+  *address = value;
 }
 
 inline void cp_async(std::uint32_t target, const void* source, int bytes) {
@@ -170,6 +184,10 @@ inline std::uint16_t fp16_of(float x) {
   // From the smallest normal on, a unit carries into the exponent by itself.
   return sign |
          static_cast<std::uint16_t>(last_place == -24 ? units : units + ((last_place + 24) << 10));
+}
+
+inline std::uint32_t pack_fp16(float low, float high) {
+  return fp16_of(low) | std::uint32_t(fp16_of(high)) << 16;
 }
 
 // ---- Matrices of 16-bit numbers

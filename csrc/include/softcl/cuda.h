@@ -22,10 +22,14 @@ struct Launch {
 std::int64_t workspace_bytes(const QueueStatisticsParams& params, int device);
 std::int64_t workspace_bytes(const SoftContrastiveParams& params, int device);
 
-// Rows and queue of one 16-bit type, D <= 256, at most 1024 neighbours. num_threads is not read.
-// Both throw std::invalid_argument that names the argument and its value, or std::runtime_error
-// with CUDA's words. A row that is not finite gives NaN in its own results, a queue row that is not
-// finite gives NaN losses. No allocation and no synchronisation: may be captured in a CUDA graph.
+/// The largest D that the device's shared memory has room for: 256, or 128 with fp32 on some.
+std::int64_t most_dimensions(ElementType vector_type, ElementType queue_type, int device);
+
+// Rows and queue of any types, D <= most_dimensions, at most 1024 neighbours. num_threads is not
+// read. Both throw std::invalid_argument that names the argument and its value, or
+// std::runtime_error with CUDA's words. A row that is not finite gives NaN in its own results, a
+// queue row that is not finite gives NaN losses, gradients and sums; among the neighbours it comes
+// last. No allocation and no synchronisation: may be captured in a CUDA graph.
 // Same inputs, same device: same bits.
 void queue_statistics(const QueueStatisticsParams& params, const Launch& launch);
 void soft_contrastive(const SoftContrastiveParams& params, const Launch& launch);

@@ -1,0 +1,426 @@
+// softcl_cuda_check: the kernels against a double-precision host reference, then their times, with
+// no Python and no torch: to develop, sanitise and profile them by themselves.
+//
+//     cmake -S . -B build/check -DSOFTCL_PYTHON=OFF && cmake --build build/check -t
+//     softcl_cuda_check build/check/softcl_cuda_check [--rows N --queue K --dim D] [--neighbors n]
+//     [--time] ...
+//
+// Exit status: 0 all results within their tolerances, 1 some are not, 2 an unusable argument,
+// 77 no CUDA device.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "check/errors.h"
+#include "check/reference.h"
+#include "softcl/cuda.h"
+#include "softcl/device.h"
+
+namespace softcl::check {
+
+namespace {
+
+constexpr int kFailed = 1, kBadArgument = 2, kNoDevice = 77;
+constexpr double kTemperature = 0.1, kTeacherTemperature = 0.05;
+
+struct Options {
+  std::int64_t rows = 0, queue = 0, dim = 0, neighbors = 5;  // without shapes: small ones
+  std::uint64_t seed = 0;
+  int device = 0;
+  int repeat = 20;
+  double tolerance = 1.0;  // factor of all tolerances
+  bool time = false;
+};
+
+/// Device memory, filled with NaN.
+template <typename T>
+class Device {
+ public:
+  explicit Device(std::size_t count) : count_(count) {
+    SOFTCL_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&data_), bytes()));
+    SOFTCL_CUDA_CHECK(cudaMemset(data_, 0xff, bytes()));
+  }
+  explicit Device(const std::vector<T>& values) : Device(values.size()) {
+    SOFTCL_CUDA_CHECK(cudaMemcpy(data_, values.data(), bytes(), cudaMemcpyHostToDevice));
+  }
+  ~Device() { cudaFree(data_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  T* get() const { return data_; }
+  std::size_t bytes() const { return std::max<std::size_t>(count_, 1) * sizeof(T); }
+  std::vector<T> download() const {
+    std::vector<T> values(count_);
+    SOFTCL_CUDA_CHECK(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  std::size_t count_;
+  T* data_ = nullptr;
+};
+
+struct Problem {
+  Rows query, key, queue;
+  Device<unsigned char> query_on, key_on, queue_on;
+
+  Problem(Rows z, Rows t, Rows q)
+      : query(std::move(z)),
+        key(std::move(t)),
+        queue(std::move(q)),
+        query_on(query.bytes),
+        key_on(key.bytes),
+        queue_on(queue.bytes) {}
+  bool in_parts() const { return query.type != queue.type || query.type == ElementType::kFloat32; }
+  double loss_tolerance() const {
+    return check::loss_tolerance(query.dim, in_parts(), kTemperature);
+  }
+  double gradient_tolerance() const {
+    return in_parts() ? kPartsGradientTolerance : kHalfGradientTolerance;
+  }
+};
+
+Problem make_problem(std::int64_t N, std::int64_t K, std::int64_t D, ElementType row_type,
+                     ElementType queue_type, std::mt19937_64& random) {
+  const Rows none{row_type, 0, D, {}, {}};
+  Rows key = make_rows(row_type, N, D, none, random);
+  Rows query = make_rows(row_type, N, D, key, random);
+  // Half of the queue around the keys: sharp softmaxes, and neighbours that matter.
+  Rows queue = make_rows(queue_type, K / 2, D, key, random);
+  const Rows rest = make_rows(queue_type, K - K / 2, D, none, random);
+  queue.count = K;
+  queue.bytes.insert(queue.bytes.end(), rest.bytes.begin(), rest.bytes.end());
+  queue.values.insert(queue.values.end(), rest.values.begin(), rest.values.end());
+  return Problem(std::move(query), std::move(key), std::move(queue));
+}
+
+struct LossCall {
+  SoftContrastiveParams params;
+  Device<float> loss, dquery, confidence, entropy;
+  Device<std::int64_t> rank, indices;
+  Device<unsigned char> workspace;
+  cuda::Launch launch;
+
+  LossCall(const Problem& p, const LabelRule& rule, int device)
+      : params(make_params(p, rule)),
+        loss(p.query.count),
+        dquery(p.query.count * p.query.dim),
+        confidence(p.query.count),
+        entropy(p.query.count),
+        rank(p.query.count),
+        indices(p.query.count * rule.num_neighbors),
+        workspace(cuda::workspace_bytes(with_outputs(), device)) {
+    launch = {device, nullptr, workspace.get(), static_cast<std::int64_t>(workspace.bytes())};
+  }
+  void run() { cuda::soft_contrastive(params, launch); }
+
+ private:
+  static SoftContrastiveParams make_params(const Problem& p, const LabelRule& rule) {
+    SoftContrastiveParams params;
+    params.query = p.query_on.get();
+    params.key = p.key_on.get();
+    params.queue = p.queue_on.get();
+    params.vector_type = p.query.type;
+    params.queue_type = p.queue.type;
+    params.num_queries = p.query.count;
+    params.queue_size = p.queue.count;
+    params.dim = p.query.dim;
+    params.rule = rule;
+    params.temperature = kTemperature;
+    params.teacher_temperature = kTeacherTemperature;
+    return params;
+  }
+  const SoftContrastiveParams& with_outputs() {
+    params.loss = loss.get();
+    params.dquery = dquery.get();
+    params.confidence = confidence.get();
+    params.entropy = entropy.get();
+    params.positive_rank = rank.get();
+    params.neighbor_indices = indices.get();
+    return params;
+  }
+};
+
+void check_loss_row(Errors& errors, const Problem& p, const LabelRule& rule, std::int64_t n,
+                    const std::vector<float>& loss, const std::vector<float>& dquery,
+                    const std::vector<float>& confidence, const std::vector<float>& entropy,
+                    const std::vector<std::int64_t>& rank,
+                    const std::vector<std::int64_t>& indices) {
+  const std::int64_t D = p.query.dim;
+  const Loss want =
+      loss_of(p.query.row(n), p.key.row(n), p.queue, rule, kTemperature, kTeacherTemperature, true);
+  note(errors, "loss", relative(loss[n], want.loss), p.loss_tolerance());
+  const double least = 1.0 / (std::sqrt(static_cast<double>(D)) * kTemperature);
+  note(errors, "gradient", gradient_error(&dquery[n * D], want.dquery, least),
+       p.gradient_tolerance());
+  if (has_softmax(rule)) {
+    note(errors, "entropy", relative(entropy[n], want.entropy), kEntropyTolerance);
+    note(errors, "confidence", relative(confidence[n], want.confidence), kEntropyTolerance);
+  }
+  std::int64_t fewest = 0, most = 0;
+  for (const double cosine : want.student.cosines) {
+    fewest += cosine > want.positive_cosine + kCosineTolerance;
+    most += cosine > want.positive_cosine - kCosineTolerance;
+  }
+  note(errors, "rank", rank[n] < fewest || rank[n] > most ? INFINITY : 0.0, 1.0);
+  note(errors, "neighbors",
+       neighbor_error(&indices[n * rule.num_neighbors], want.teacher.cosines, rule.num_neighbors),
+       kCosineTolerance);
+}
+
+Errors check_loss(const Problem& p, const LabelRule& rule, int device) {
+  LossCall call(p, rule, device);
+  call.run();
+  SOFTCL_CUDA_CHECK(cudaDeviceSynchronize());
+  const auto loss = call.loss.download(), dquery = call.dquery.download();
+  const auto confidence = call.confidence.download(), entropy = call.entropy.download();
+  const auto rank = call.rank.download(), indices = call.indices.download();
+  Errors errors;
+  for (std::int64_t n = 0; n < p.query.count; ++n) {
+    check_loss_row(errors, p, rule, n, loss, dquery, confidence, entropy, rank, indices);
+  }
+  call.run();
+  const bool again = call.loss.download() == loss && call.dquery.download() == dquery;
+  note(errors, "same bits", again ? 0.0 : INFINITY, 1.0);
+  // Without what is not asked for, perhaps by another variant of the kernel.
+  call.params.dquery = nullptr;
+  call.params.positive_rank = call.params.neighbor_indices = nullptr;
+  call.run();
+  const auto alone = call.loss.download();
+  for (std::int64_t n = 0; n < p.query.count; ++n) {
+    note(errors, "loss alone", relative(alone[n], loss[n]), p.loss_tolerance());
+  }
+  return errors;
+}
+
+Errors check_statistics(const Problem& p, std::int64_t neighbors, int device) {
+  const std::int64_t N = p.query.count, D = p.query.dim;
+  Device<float> lse(N), mean(N * D), entropy(N), logits(N * neighbors);
+  Device<std::int64_t> indices(N * neighbors);
+  QueueStatisticsParams params;
+  params.vectors = p.query_on.get();
+  params.queue = p.queue_on.get();
+  params.vector_type = p.query.type;
+  params.queue_type = p.queue.type;
+  params.num_vectors = N;
+  params.queue_size = p.queue.count;
+  params.dim = D;
+  params.num_neighbors = neighbors;
+  params.temperature = kTemperature;
+  params.lse = lse.get();
+  params.mean = mean.get();
+  params.entropy = entropy.get();
+  params.neighbor_logits = logits.get();
+  params.neighbor_indices = indices.get();
+  const Device<unsigned char> workspace(cuda::workspace_bytes(params, device));
+  cuda::queue_statistics(
+      params, {device, nullptr, workspace.get(), static_cast<std::int64_t>(workspace.bytes())});
+  SOFTCL_CUDA_CHECK(cudaDeviceSynchronize());
+  const auto own_lse = lse.download(), own_mean = mean.download(), own_entropy = entropy.download();
+  const auto own_logits = logits.download();
+  const auto own_indices = indices.download();
+  Errors errors;
+  for (std::int64_t n = 0; n < N; ++n) {
+    const Softmax want = softmax_over(p.query.row(n), p.queue, kTemperature);
+    note(errors, "lse", relative(own_lse[n], want.lse), p.loss_tolerance());
+    note(errors, "mean", gradient_error(&own_mean[n * D], want.mean, 0.0), p.gradient_tolerance());
+    note(errors, "entropy", relative(own_entropy[n], want.entropy), kEntropyTolerance);
+    const std::int64_t* row = &own_indices[n * neighbors];
+    const double error = neighbor_error(row, want.cosines, neighbors);
+    note(errors, "neighbors", error, kCosineTolerance);
+    for (std::int64_t i = 0; i < neighbors && error < INFINITY; ++i) {
+      const double cosine = own_logits[n * neighbors + i] * kTemperature;
+      note(errors, "neighbor logits", std::fabs(cosine - want.cosines[row[i]]), kCosineTolerance);
+    }
+  }
+  return errors;
+}
+
+const char* name_of(ElementType type) {
+  return type == ElementType::kFloat32 ? "fp32" : type == ElementType::kBFloat16 ? "bf16" : "fp16";
+}
+
+/// Prints one line; returns whether all errors are within `tolerance` of theirs.
+bool report(const Problem& p, const char* what, const Errors& errors, double tolerance) {
+  bool good = true;
+  std::string line;
+  for (const auto& [name, share] : errors) {
+    const bool within = share <= tolerance;
+    good &= within;
+    char text[64];
+    std::snprintf(text, sizeof(text), "  %s %.2g%s", name.c_str(), share, within ? "" : " !");
+    line += text;
+  }
+  std::printf("%-6s N=%lld K=%lld D=%lld %s/%s %-18s%s\n", good ? "ok" : "FAILED",
+              static_cast<long long>(p.query.count), static_cast<long long>(p.queue.count),
+              static_cast<long long>(p.query.dim), name_of(p.query.type), name_of(p.queue.type),
+              what, line.c_str());
+  return good;
+}
+
+constexpr const char* kRuleNames[] = {"hard",          "relational",         "mixed",
+                                      "adaptive_soft", "adaptive_neighbors", "neighbors"};
+
+LabelRule make_rule(int kind, std::int64_t neighbors) {
+  return {static_cast<LabelKind>(kind), kind >= 3 ? neighbors : 0, kind == 2 ? 0.3 : 1.0};
+}
+
+/// Median time of a call in microseconds, from events around `repeat` calls each.
+double microseconds(LossCall& call, int repeat) {
+  cudaEvent_t start, end;
+  SOFTCL_CUDA_CHECK(cudaEventCreate(&start));
+  SOFTCL_CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<double> times;
+  for (int i = 0; i < 7; ++i) {  // the first two warm up
+    SOFTCL_CUDA_CHECK(cudaEventRecord(start, nullptr));
+    for (int j = 0; j < repeat; ++j) call.run();
+    SOFTCL_CUDA_CHECK(cudaEventRecord(end, nullptr));
+    SOFTCL_CUDA_CHECK(cudaEventSynchronize(end));
+    float milliseconds = 0.0f;
+    SOFTCL_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, start, end));
+    if (i >= 2) times.push_back(milliseconds * 1e3 / repeat);
+  }
+  SOFTCL_CUDA_CHECK(cudaEventDestroy(start));
+  SOFTCL_CUDA_CHECK(cudaEventDestroy(end));
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+/// Loss and gradient alone, of every rule; FLOP as performance is counted: 4 N K D for hard labels,
+/// 6 with neighbours, 8 with the teacher's mean.
+void time_rules(const Problem& p, const Options& options) {
+  for (int kind = 0; kind < kNumLabelKinds; ++kind) {
+    const LabelRule rule = make_rule(kind, options.neighbors);
+    LossCall call(p, rule, options.device);
+    call.params.confidence = call.params.entropy = nullptr;
+    call.params.positive_rank = call.params.neighbor_indices = nullptr;
+    const double time = microseconds(call, options.repeat);
+    const double products = reads_mean(rule) ? 8.0 : rule.num_neighbors > 0 ? 6.0 : 4.0;
+    const double flop = products * p.query.count * p.queue.count * p.query.dim;
+    std::printf("time   N=%lld K=%lld D=%lld %s/%s %-18s  %.1f us  %.1f TFLOP/s\n",
+                static_cast<long long>(p.query.count), static_cast<long long>(p.queue.count),
+                static_cast<long long>(p.query.dim), name_of(p.query.type), name_of(p.queue.type),
+                kRuleNames[kind], time, flop / time * 1e-6);
+  }
+}
+
+/// Every rule and the statistics on one problem.
+bool check_all(const Problem& p, const Options& options) {
+  const std::int64_t neighbors = std::min(options.neighbors, p.queue.count);
+  bool good = true;
+  for (int kind = 0; kind < kNumLabelKinds; ++kind) {
+    const Errors errors = check_loss(p, make_rule(kind, neighbors), options.device);
+    good &= report(p, kRuleNames[kind], errors, options.tolerance);
+  }
+  const Errors errors = check_statistics(p, neighbors, options.device);
+  return report(p, "queue_statistics", errors, options.tolerance) && good;
+}
+
+bool run(const Options& options) {
+  struct Shape {
+    std::int64_t N, K, D;
+  };
+  std::vector<Shape> shapes = {{3, 40, 33}, {70, 150, 64}, {5, 200, 128}, {9, 90, 200}};
+  if (options.rows > 0) shapes = {{options.rows, options.queue, options.dim}};
+  constexpr ElementType kBF16 = ElementType::kBFloat16, kFP16 = ElementType::kFloat16,
+                        kFP32 = ElementType::kFloat32;
+  constexpr ElementType kTypes[][2] = {
+      {kBF16, kBF16}, {kFP16, kFP16}, {kFP32, kFP32}, {kBF16, kFP32}};
+  std::mt19937_64 random(options.seed);
+  bool good = true;
+  for (const Shape& shape : shapes) {
+    for (const auto& types : kTypes) {
+      if (shape.D > cuda::most_dimensions(types[0], types[1], options.device)) {
+        std::printf("skipped D=%lld %s/%s: the device has no room for it\n",
+                    static_cast<long long>(shape.D), name_of(types[0]), name_of(types[1]));
+        continue;
+      }
+      const Problem p = make_problem(shape.N, shape.K, shape.D, types[0], types[1], random);
+      good &= check_all(p, options);
+      if (options.time) time_rules(p, options);
+    }
+  }
+  std::printf(good ? "all results are within their tolerances\n"
+                   : "some results are not within their tolerances\n");
+  return good;
+}
+
+Options parse(int count, char** words) {
+  Options options;
+  for (int i = 1; i < count; ++i) {
+    const std::string word = words[i];
+    if (word == "--time") {
+      options.time = true;
+      continue;
+    }
+    const std::map<std::string, std::int64_t*> numbers = {{"--rows", &options.rows},
+                                                          {"--queue", &options.queue},
+                                                          {"--dim", &options.dim},
+                                                          {"--neighbors", &options.neighbors}};
+    char* end = nullptr;
+    const double value = i + 1 < count ? std::strtod(words[i + 1], &end) : -1.0;
+    if (end == nullptr || end == words[i + 1] || *end != 0 || value < 0) {
+      throw std::invalid_argument(word + " needs a number after it");
+    }
+    ++i;
+    if (numbers.count(word) > 0) {
+      *numbers.at(word) = static_cast<std::int64_t>(value);
+    } else if (word == "--seed") {
+      options.seed = static_cast<std::uint64_t>(value);
+    } else if (word == "--device") {
+      options.device = static_cast<int>(value);
+    } else if (word == "--repeat") {
+      options.repeat = std::max(1, static_cast<int>(value));
+    } else if (word == "--tolerance") {
+      options.tolerance = value;
+    } else {
+      throw std::invalid_argument(word +
+                                  " is not an option: --rows --queue --dim --neighbors "
+                                  "--seed --device --repeat --tolerance (numbers) --time");
+    }
+  }
+  if ((options.rows > 0) != (options.queue > 0) || (options.rows > 0) != (options.dim > 0)) {
+    throw std::invalid_argument("--rows, --queue and --dim come together");
+  }
+  return options;
+}
+
+int main_program(int count, char** words) {
+  const Options options = parse(count, words);
+  const int devices = cuda::device_count();
+  if (devices == 0) {
+    std::printf("no CUDA device: %s\n", cuda::no_device_reason().c_str());
+    return kNoDevice;
+  }
+  const cuda::Device device = cuda::device(options.device);
+  SOFTCL_CUDA_CHECK(cudaSetDevice(options.device));
+  std::printf("%s, compute capability %d.%d, %d multiprocessors\n", device.name.c_str(),
+              device.major, device.minor, device.multiprocessors);
+  return run(options) ? 0 : kFailed;
+}
+
+}  // namespace
+
+}  // namespace softcl::check
+
+int main(int count, char** words) {
+  try {
+    return softcl::check::main_program(count, words);
+  } catch (const std::invalid_argument& error) {
+    std::fprintf(stderr, "softcl_cuda_check: %s\n", error.what());
+    return softcl::check::kBadArgument;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "softcl_cuda_check: %s\n", error.what());
+    return softcl::check::kFailed;
+  }
+}

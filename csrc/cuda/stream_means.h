@@ -1,0 +1,77 @@
+// The streaming kernel's second product: the weights of a step times the same queue rows.
+
+#pragma once
+
+#include <type_traits>
+
+#include "elements.h"
+#include "ptx.h"
+#include "rows.h"
+#include "stream_state.h"
+
+namespace softcl::cuda {
+
+/// The B fragments of 16 rows, columns 16 n and following: x[0], x[1] of the first eight columns.
+template <int kDim>
+SOFTCL_DEVICE ptx::Vector mean_fragment(std::uint32_t rows, int row, int n) {
+  const int lane = lane_index();
+  return ptx::ldmatrix_transposed(
+      piece_after(rows + piece_offset<kDim>(row + lane / 8 % 2 * 8 + lane % 8, lane / 16), 2 * n));
+}
+
+/// mean (16, kMeanDim) of each tile += its weights (16, 32) times 32 rows of the queue tile.
+/// Of a queue in two parts (`two_parts`, then, of the weights too) 16 rows are summed by themselves
+/// first: tensor cores cut their long sums off, where an addition rounds them.
+template <typename T, int kDim, typename S>
+SOFTCL_DEVICE void add_means(State<S>& state, const float (&w)[2][4][4], std::uint32_t tile,
+                             int first, bool two_parts) {
+  constexpr bool kFp16 = std::is_same_v<T, Float16>, kInParts = kParts<T> == 2;
+  SOFTCL_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    ptx::Vector high[S::kMeanTiles], low[S::kMeanTiles];
+    SOFTCL_UNROLL
+    for (int r = 0; r < S::kMeanTiles; ++r) {
+      SOFTCL_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        // Element pairs of C are those of A: rows g and g + 8, then eight columns on.
+        const float* pair = &w[r][2 * k + i / 2][i % 2 * 2];
+        high[r].x[i] = split_floats(pair[0], pair[1], low[r].x[i]);
+      }
+      float sums[4] = {};
+      float (&target)[4] = kInParts ? sums : state.mean_weight[r];
+      ptx::mma_bf16(target, high[r], kOnes, kOnes);
+      if (two_parts) ptx::mma_bf16(target, low[r], kOnes, kOnes);
+      if constexpr (kInParts) add_to(state.mean_weight[r], sums);
+    }
+    SOFTCL_UNROLL
+    for (int n = 0; n < S::kMeanDim / 16; ++n) {
+      if constexpr (kInParts) ptx::keep_order();
+      const int column = part_index<S>() * S::kMeanDim / 16 + n;
+      ptx::Vector q = mean_fragment<kDim>(tile, first + 16 * k, column), q_low;
+      if constexpr (kInParts) {
+        q_low = mean_fragment<kDim>(tile + S::kTilePartBytes, first + 16 * k, column);
+      }
+      SOFTCL_UNROLL
+      for (int i = 0; i < 4; i += 2) {
+        std::uint32_t rest[2];
+        SOFTCL_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          if constexpr (kFp16) rest[j] = split_fp16(q.x[i + j]);
+          if constexpr (kInParts) rest[j] = to_bf16_parts(q.x[i + j], q_low.x[i + j]);
+        }
+        SOFTCL_UNROLL
+        for (int r = 0; r < S::kMeanTiles; ++r) {
+          float (&mean)[4] = state.mean[r][2 * n + i / 2];
+          float sums[4] = {};
+          float (&target)[4] = kInParts ? sums : mean;
+          if constexpr (kFp16 || kInParts) ptx::mma_bf16(target, high[r], rest[0], rest[1]);
+          if (two_parts) ptx::mma_bf16(target, low[r], q.x[i], q.x[i + 1]);
+          ptx::mma_bf16(target, high[r], q.x[i], q.x[i + 1]);
+          if constexpr (kInParts) add_to(mean, sums);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace softcl::cuda

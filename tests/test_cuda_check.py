@@ -1,0 +1,71 @@
+"""The standalone check of the CUDA kernels (csrc/cuda/check), run on the CPU thread by thread."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+from cuda_host import find_check_program
+
+
+@pytest.fixture(scope="module")
+def check():
+    program = find_check_program()
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [str(program), *arguments],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_all_results_are_right(check):
+    answer = check()
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("ok ")]
+    assert len(lines) == 4 * 4 * 7  # shapes, types, rules and the statistics
+    assert "all results are within their tolerances" in answer.stdout
+
+
+def test_wrong_results_are_told(check):
+    """With tolerances that no result can keep: status 1, and which ones."""
+    answer = check("--rows", "5", "--queue", "50", "--dim", "40", "--tolerance", "1e-6")
+    assert answer.returncode == 1
+    assert re.search(r"^FAILED N=5 K=50 D=40 bf16/bf16 hard .* loss \S+ !", answer.stdout, re.M)
+    assert "some results are not within" in answer.stdout
+
+
+def test_times(check):
+    answer = check("--rows", "5", "--queue", "50", "--dim", "40", "--repeat", "1", "--time")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    lines = [line for line in answer.stdout.splitlines() if line.startswith("time ")]
+    assert len(lines) == 4 * 6  # types, rules
+    assert all(float(re.search(r"([0-9.]+) us", line)[1]) > 0 for line in lines)
+
+
+def test_no_device_has_its_own_status(check):
+    answer = check(SOFTCL_HOST_DEVICES="0")
+    assert answer.returncode == 77
+    assert answer.stdout == "no CUDA device: no CUDA-capable device is detected\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--row", "5"], "--row is not an option"),
+        (["--rows"], "--rows needs a number"),
+        (["--rows", "x"], "--rows needs a number"),
+        (["--rows", "5"], "come together"),
+        (["--device", "3"], "index=3"),
+    ],
+)
+def test_bad_arguments_are_told(check, arguments, message):
+    answer = check(*arguments)
+    assert answer.returncode == 2
+    assert message in answer.stderr
