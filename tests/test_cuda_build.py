@@ -29,6 +29,7 @@ VARIANTS = """
 namespace softcl::cuda {
 template __global__ void stream_kernel<Float16, 128, Pairing::kPaired, 2>(const StreamParams);
 template __global__ void stream_kernel<Float16, 128, Pairing::kSingle, 2>(const StreamParams);
+template __global__ void stream_kernel<Float16, 256, Pairing::kPaired, 1>(const StreamParams);
 template __global__ void stream_kernel<BFloat16, 256, Pairing::kPaired, 2>(const StreamParams);
 template __global__ void stream_kernel<TwoParts, 128, Pairing::kPaired, 2>(const StreamParams);
 static_assert(Shape<128, Pairing::kPaired, 2>::kThreads == 128, "");

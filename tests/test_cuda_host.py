@@ -530,7 +530,7 @@ def test_bad_arguments_name_themselves(host, argument, value):
 
 def test_failing_call_is_named(host):
     p = make_problem(2, 10, 8, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"csrc/cuda/soft_contrastive\.cu:\d+: cudaDevice"):
+    with pytest.raises(RuntimeError, match=r"csrc/cuda/stream\.cu:\d+: cudaDevice"):
         host.cuda_soft_contrastive(
             query=p.query.data_ptr(), key=p.key.data_ptr(), queue=p.queue.data_ptr(),
             vector_type=1, queue_type=1, num_queries=2, queue_size=10, dim=8, rule=0,

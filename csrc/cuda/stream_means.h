@@ -26,6 +26,8 @@ template <typename T, int kDim, typename S>
 SOFTCL_DEVICE void add_means(State<S>& state, const float (&w)[2][4][4], std::uint32_t tile,
                              int first, bool two_parts) {
   constexpr bool kFp16 = std::is_same_v<T, Float16>, kInParts = kParts<T> == 2;
+  // Of many fragments that are all taken apart, ptxas would load too many at once.
+  constexpr bool kKeepsOrder = kInParts || (kFp16 && S::kMeanTiles == 1 && S::kMeanDim == 256);
   SOFTCL_UNROLL
   for (int k = 0; k < 2; ++k) {
     ptx::Vector high[S::kMeanTiles], low[S::kMeanTiles];
@@ -45,7 +47,7 @@ SOFTCL_DEVICE void add_means(State<S>& state, const float (&w)[2][4][4], std::ui
     }
     SOFTCL_UNROLL
     for (int n = 0; n < S::kMeanDim / 16; ++n) {
-      if constexpr (kInParts) ptx::keep_order();
+      if constexpr (kKeepsOrder) ptx::keep_order();
       const int column = part_index<S>() * S::kMeanDim / 16 + n;
       ptx::Vector q = mean_fragment<kDim>(tile, first + 16 * k, column), q_low;
       if constexpr (kInParts) {
