@@ -7,7 +7,7 @@ The networks, the views and the loop are those of a lightly user; three lines ar
 with an arrow). lightly's loss holds its memory bank itself and fills it in every call; softcl's
 queue is yours, and the keys enter it on a line of their own.
 
-Written against lightly's documentation; tested with stand-ins for its classes, not with lightly.
+Run once with lightly 1.6.0; the tests use stand-ins for its classes.
 """
 
 from __future__ import annotations
