@@ -6,7 +6,8 @@ A round makes both views of a batch of 256 (32 px; with --full also 96 -> 64 px 
 px), as every step of ASCL or MoCo needs them. Ours is first held to Pillow: some samples, made with
 the same parameters. images_per_s in the extra information counts a pair of views as one image.
 
-"cpu" is PyTorch's operations on the CPU, "cuda" the same on a GPU with numbers drawn there.
+"cpu" is PyTorch's operations on the CPU, "torch on the GPU" the same on a GPU with numbers drawn
+there, "triton" the kernel that takes their place.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import torch
 
 from bench.table import Row
 from bench.view_peers import PEERS, absent, by_pillow, make_peer
-from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, weak_view
+from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, views, weak_view
 from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, draw_colors, draw_crop
 from softcl.training.allocator import keep_freed_pages
 
+ON_GPU = "torch on the GPU"
 SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 3.0, 50, 3
 CHECKED = 32
 # In levels of 8 bits. Pillow rounds after each operation, and its hue has 256 values.
@@ -48,7 +50,7 @@ FULL = (*QUICK, Work(256, 96, 64), Work(64, 256, 224))
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    ours = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    ours = ["cpu", *["triton", ON_GPU] * torch.cuda.is_available()]
     ours = [x for x in ours if x in (option("--backend") or ours)]
     peers = [x for x in option("--peer") or PEERS if x in PEERS]
     metafunc.parametrize("work", FULL if option("--full") else QUICK, ids=str)
@@ -71,10 +73,10 @@ def make_ours(images: ImageSet, side: int, device: str) -> Callable[[], object]:
     common = (side, images.mean, images.std, generator)
 
     def make():
-        views = weak_view(pixels, *common), strong_view(pixels, *common)
+        pair = weak_view(pixels, *common), strong_view(pixels, *common)
         if device == "cuda":
             torch.cuda.synchronize()
-        return views
+        return pair
 
     return make
 
@@ -99,8 +101,8 @@ def check(images: ImageSet, side: int, device: str) -> None:
         assert worst <= WORST_LEVELS, f"a sample is {worst:.1f} levels off Pillow's"
 
 
-def bench_weak_and_strong(benchmark, report, work, contender):
-    group = str(work)
+def bench_weak_and_strong(benchmark, report, monkeypatch, work, contender):
+    group, device = str(work), "cpu" if contender in ("cpu", *PEERS) else "cuda"
     reason = absent()
     if reason:
         report(Row(group, contender, note=reason))
@@ -110,8 +112,10 @@ def bench_weak_and_strong(benchmark, report, work, contender):
     if contender in PEERS:
         make, batches = make_peer(contender, images, work.batch, work.side)
     else:
-        check(images, work.side, contender)
-        make = make_ours(images, work.side, contender)
+        if contender == ON_GPU:
+            monkeypatch.setattr(views, "kernel_for", lambda images: None)
+        check(images, work.side, device)
+        make = make_ours(images, work.side, device)
     make()
     start = time.perf_counter()
     make()
@@ -126,5 +130,5 @@ def bench_weak_and_strong(benchmark, report, work, contender):
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         images_per_s=work.batch / seconds,
-        device=torch.cuda.get_device_name() if contender == "cuda" else "cpu",
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
     )

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the streaming kernel, for any architecture, without a GPU.
+"""Ahead-of-time compilation of the streaming kernel and the views', for any architecture.
 
 What the machine code shows is what decides whether a tile is worth timing: registers, spills and
 shared memory, tensor-core instructions, and values that change threads inside the loop.
@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import plan, stream
+from . import plan, stream, views
 from .tiles import Tile
 
 TARGETS = {
@@ -127,6 +127,30 @@ def source(work: plan.Work, config: stream.Config) -> ASTSource:
     pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     return ASTSource(stream.stream_kernel, types, {"C": config}, aligned)
+
+
+def compile_view(target: str, side: int, size: int, colors: bool) -> tuple[int, int]:
+    """Compile the kernel of the views, images `side` px wide to `size`: registers, bytes spilled.
+
+    On NVIDIA's architectures.
+    """
+    types = {
+        "images_ptr": "*u8",
+        "table_ptr": "*fp32",
+        "constants_ptr": "*fp32",
+        "view_ptr": "*fp32",
+        "H": "i32",
+        "W": "i32",
+    }
+    names = ("COLORS", "SIZE", "TAPS", "BLOCK")
+    values = views.constants_for(side, side, size, colors)
+    types |= dict.fromkeys(names, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    made = ASTSource(views.view_kernel, types, dict(zip(names, values, strict=True)), aligned)
+    options = {"num_warps": views.warps_for(values[-1])}
+    kernel = triton.compile(made, target=TARGETS[target], options=options)
+    registers, spilled, _ = read_cubin(kernel.asm["cubin"])
+    return registers, spilled
 
 
 def loop_of(ttgir: str) -> str:

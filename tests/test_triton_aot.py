@@ -195,3 +195,13 @@ def test_addresses_take_64_bits():
     size = how.config.BLOCK_K * how.config.D
     names = re.findall(rf"(%\S+) = arith\.constant {size} : i64", code)
     assert names and any(re.search(rf"arith\.muli %\S+, {name} : i64", code) for name in names)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("side", "size", "colors"), [(32, 32, True), (32, 32, False), (96, 64, True), (256, 224, True)]
+)
+def test_view_kernel(target, side, size, colors):
+    registers, spilled = aot.compile_view(target, side, size, colors)
+    assert spilled == 0
+    assert registers <= 128, f"{registers} registers leave room for one program of 8 warps alone"

@@ -12,6 +12,9 @@ on the GPU with no synchronisation and no shape that depends on the data.
 The first two are the recipes of MoCo v2, ReSSL and ASCL, the pair that of BYOL and MoCo v3. Pixels
 stay floating point from the crop to the end, where the originals round to uint8 after each
 operation.
+
+On GPUs with Triton crop, flip, colours and normalisation are one kernel (fused.py), to which the
+operations here are the reference; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from functools import lru_cache, partial
 import torch
 
 from softcl.data import color
+from softcl.data.fused import fused_view, kernel_for
 from softcl.data.image_set import Triple
 from softcl.data.recipe import (
     BYOL_FIRST,
@@ -147,12 +151,16 @@ def strong_view(
     uniform = _draw(images, columns + (recipe.solarize > 0), generator)
     crop = draw_crop(uniform[:, :CROP_COLUMNS], *images.shape[-2:], recipe)
     colors = draw_colors(uniform[:, CROP_COLUMNS:columns], recipe)
+    chosen = uniform[:, columns] < recipe.solarize if recipe.solarize > 0 else None
+    kernel = kernel_for(images)
+    if kernel is not None:
+        with _full_precision(images):
+            return fused_view(kernel, images, size, mean, std, crop, colors, chosen)
     apply_colors = color_chosen if uniform.device.type == "cpu" else color_masked
     with _full_precision(images):
         pixels = apply_colors(crop_resize(images, crop.to(images.device), size), colors)
-        if recipe.solarize > 0:
-            chosen = (uniform[:, columns] < recipe.solarize).to(images.device, non_blocking=True)
-            pixels = color.solarize(pixels, chosen)
+        if chosen is not None:
+            pixels = color.solarize(pixels, chosen.to(images.device, non_blocking=True))
         return normalize(pixels, mean, std)
 
 
@@ -170,6 +178,9 @@ def weak_view(
     _check(images, size)
     uniform = _draw(images, CROP_COLUMNS, generator)
     crop = draw_crop(uniform, *images.shape[-2:], recipe)
+    kernel = kernel_for(images)
+    if kernel is not None:
+        return fused_view(kernel, images, size, mean, std, crop, None)
     with _full_precision(images):
         return normalize(crop_resize(images, crop.to(images.device), size), mean, std)
 

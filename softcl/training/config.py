@@ -169,11 +169,6 @@ class TrainConfig:
 
     fused: bool | None = _flag(_RUN, may_change=True,
         help="demand a fused backend, or plain PyTorch (default: the fastest that runs)")
-    backend: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
-        choices=("auto", "cuda", "triton", "cpu", "reference"),
-        help="auto, cuda, triton, cpu or reference")
-    device: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
-        help="auto, cpu, cuda or cuda:N")
     precision: str | None = _flag(_RUN, metavar="NAME", choices=("fp32", "bf16"),
         help="of student and teacher (default: bf16 on GPUs that have it)")
     compile: bool = _flag(_RUN, False, may_change=True,
@@ -182,6 +177,11 @@ class TrainConfig:
         help="the same, with CUDA graphs")
     channels_last: bool | None = _flag(_RUN, may_change=True,
         help="memory format of the networks (default: on GPUs, without split batch norm)")
+    backend: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
+        choices=("auto", "cuda", "triton", "cpu", "reference"),
+        help="auto, cuda, triton, cpu or reference")
+    device: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
+        help="auto, cpu, cuda or cuda:N")
     out: str | None = _flag(_RUN, may_change=True, metavar="FOLDER",
         help="run folder (default: a new one under runs/)")
     overwrite: bool = _flag(_RUN, False, may_change=True,

@@ -87,6 +87,7 @@ class Run:
 
     def _one_step(self, images: torch.Tensor) -> None:
         config, state = self.config, self.state
+        begin_step(config)
         lr = learning_rate(
             state.step,
             peak=config.lr,
@@ -96,7 +97,6 @@ class Run:
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        begin_step(config)
         try:
             measures = train_step(
                 state,
@@ -406,6 +406,7 @@ def describe(run: Run) -> None:
         f"model      {config.arch} at {config.image_size} px ({module.backbone.stem_rule}), "
         f"{module.backbone.num_features} features, {parameters / 1e6:.2f} M parameters"
     )
+    say(f"networks   {describe_speed(config)}")
     say(f"method     {config.method} (defaults of {run.parts.defaults!r})")
     for line in wrapped(dataclasses.asdict(run.state.method)):
         say(f"           {line}")
@@ -415,7 +416,6 @@ def describe(run: Run) -> None:
         f"{config.warmup_epochs:g} epochs of warm-up, weight decay {config.weight_decay:g}, "
         f"seed {config.seed}"
     )
-    say(f"networks   {describe_speed(config)}")
     say(f"backend    {run.backend}")
     say(f"run        {run.folder.path}")
 

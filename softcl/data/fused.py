@@ -1,0 +1,112 @@
+"""The Triton kernel of the views (kernels/views.py): where it runs, and its table of parameters.
+
+It computes what softcl/data/views.py does in PyTorch, which is its reference, but for the blur and
+the solarisation: those follow it here, on the normalised view.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from softcl.data import color
+from softcl.data.image_set import Triple
+from softcl.data.recipe import Colors, Crop
+from softcl.data.resample import apply_rows_then_columns, blur_matrix
+
+LARGEST_IMAGE = 2**31 // 3  # pixels: places inside one image are counted in 32 bits
+
+
+def kernel_for(images: torch.Tensor) -> ModuleType | None:
+    """softcl.kernels.views where it runs for these images, else None."""
+    on_gpu = images.device.type == "cuda"
+    if not on_gpu and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return None
+    if on_gpu and torch.version.hip is None:
+        if torch.cuda.get_device_capability(images.device) < (8, 0):
+            return None
+    if images.shape[-2] * images.shape[-1] >= LARGEST_IMAGE:
+        return None
+    return _kernel()
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from softcl.kernels import views
+
+    return views
+
+
+def fused_view(
+    kernel: ModuleType,
+    images: torch.Tensor,  # (N, 3, H, W) uint8
+    size: int,
+    mean: Triple,
+    std: Triple,
+    crop: Crop,
+    colors: Colors | None,
+    solarized: torch.Tensor | None = None,  # (N,) bool
+) -> torch.Tensor:
+    """(N, 3, size, size) float32; the parameters may be on the CPU."""
+    device = images.device
+    table = parameter_table(crop, colors, kernel.STRIDE.value).to(device, non_blocking=True)
+    constants = _constants(tuple(mean), tuple(std), device)
+    images = images.contiguous()
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # Triton launches on the current device
+            views = kernel.launch(images, table, constants, size, colors is not None)
+    else:
+        views = kernel.launch(images, table, constants, size, colors is not None)
+    if colors is not None:
+        views = _blur(views, colors)
+    if solarized is not None:
+        # The only step that asks for the pixels themselves.
+        scale, offset = constants.view(2, 3, 1, 1)
+        pixels = (views - offset) / scale
+        pixels = color.solarize(pixels, solarized.to(device, non_blocking=True))
+        views = torch.addcmul(offset, pixels, scale)
+    return views
+
+
+def parameter_table(crop: Crop, colors: Colors | None, stride: int) -> torch.Tensor:
+    """(N, stride) float32 on the parameters' device, in the order of the kernel's COLUMNS."""
+    columns = [crop.top, crop.left, crop.height, crop.width, crop.mirror]
+    if colors is not None:
+        columns += [colors.jittered, *colors.kinds.unbind(1), *colors.factors.unbind(1)]
+        columns += [colors.hue, colors.hue_slot, colors.grayed]
+    columns = [column.to(torch.float32) for column in columns]
+    columns += [torch.zeros_like(columns[0])] * (stride - len(columns))
+    return torch.stack(columns, dim=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(mean: Triple, std: Triple, device: torch.device) -> torch.Tensor:
+    rows = [[1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
+    return torch.tensor(rows, device=device)
+
+
+def _blur(views: torch.Tensor, colors: Colors) -> torch.Tensor:
+    """The chosen views blurred. The filter's weights sum to 1, so normalised pixels may be."""
+    device = views.device
+    if colors.blurred.device.type == "cpu":  # which they are is known: those alone
+        chosen = colors.blurred.nonzero().squeeze(1)
+        if len(chosen) == 0:
+            return views
+        index = chosen.to(device, non_blocking=True)
+        sigma = colors.sigma[chosen].to(device, non_blocking=True)
+        views.index_copy_(0, index, _blurred(views.index_select(0, index), sigma))
+        return views
+    changed = _blurred(views, colors.sigma)
+    return torch.where(colors.blurred.view(-1, 1, 1, 1), changed, views)
+
+
+def _blurred(views: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    matrix = blur_matrix(sigma, views.shape[-1])
+    rows_outermost = views.transpose(1, 2)  # (N, S, 3, S)
+    return apply_rows_then_columns(rows_outermost, matrix, matrix).transpose(1, 2)
