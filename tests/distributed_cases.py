@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -18,7 +19,12 @@ import softcl
 from softcl.distributed import ShardedQueue, ShardedRows, World, traffic
 from softcl.labels import AdaptiveNeighborLabels, AdaptiveSoftLabels, HardLabels, MixedLabels
 from softcl.nn import MemoryQueue
-from softcl.testing import GRADIENT_TOLERANCE, RULES, gradient_error, make_problem, relative_error
+from softcl.testing import (
+    RULES,
+    gradient_error,
+    make_problem,
+    relative_error,
+)
 
 FUSED = "cpu"
 
@@ -183,11 +189,20 @@ def losses(world: World, folder: Path) -> None:
         exact = dtype == torch.float64
         name = f"{rule} {option} {backend}"
         error = relative_error(found, own(world, expected))
-        cold = option.get("temperature", 0.1) < 0.05  # logits of 50 in float32: as one process's
-        assert error <= (1e-11 if exact else 2e-6 if cold else 1e-6), f"{name}: loss is off by {error:.2e}"
-        error = gradient_error(mine.grad, own(world, whole.grad.to(dtype)), 0.1)
-        bound = 1e-10 if exact else 2 * GRADIENT_TOLERANCE[dtype]  # clustered, as elsewhere
-        assert error <= bound, f"{name}: gradient is off by {error:.2e}"
+        # In float32 one process is off as well, by more the lower the temperature: measured here.
+        # And logits and lse of the parts are rounded on their way, by half a unit in the last place.
+        total, coldest = option.get("label_sum", 1.0), option.get("teacher_temperature", 0.05)
+        rounding = 1e-6 + 2 * 6e-8 * total / coldest
+        alone = raw.clone().requires_grad_()
+        one, _ = _loss(alone, key, p.queue, rule, option, backend)
+        (one * weights.to(dtype)).sum().backward()
+        error, usual = relative_error(found, own(world, expected)), relative_error(one, expected)
+        bound = 1e-11 if exact else rounding + 2 * usual
+        assert error <= bound, f"{name}: loss is off by {error:.2e}, one process's by {usual:.2e}"
+        error = gradient_error(mine.grad, own(world, whole.grad), 0.1)
+        usual = gradient_error(alone.grad, whole.grad, 0.1)
+        bound = 1e-10 if exact else rounding + 2 * usual
+        assert error <= bound, f"{name}: gradient is off by {error:.2e}, alone by {usual:.2e}"
         for field in ("confidence", "entropy"):
             a, b = getattr(seen, field), getattr(shown, field)
             assert (a is None) == (b is None), field
@@ -302,7 +317,7 @@ def queues(world: World, folder: Path) -> None:
 
 
 def checksum(queue: MemoryQueue) -> int:
-    return hash(queue.rows.numpy().tobytes())
+    return zlib.crc32(queue.rows.numpy().tobytes())
 
 
 def half_precision(world: World, folder: Path) -> None:

@@ -33,14 +33,14 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {**os.environ, **paths, **{name: str(value) for name, value in own.items()}}
 
 
-def run_cases(module: str, names: list[str], size: int, folder: Path) -> dict[str, str]:
-    """Failures by the name of the case; what each process printed where one failed or hung."""
+def run_cases(names: list[str], size: int, folder: Path) -> dict[str, str]:
+    """Failures of cases (module.name), with what happened in each process where one failed."""
     port = free_port()
-    (folder / "cases.json").write_text(json.dumps([module, names]))
+    (folder / "cases.json").write_text(json.dumps(names))
     processes = []
     for rank in range(size):
         command = [sys.executable, __file__, str(folder)]
-        with open(folder / f"output-{rank}.txt", "w") as output:
+        with open(folder / f"{size}-output-{rank}.txt", "w") as output:
             processes.append(
                 subprocess.Popen(
                     command, env=environment(rank, size, port), stdout=output, stderr=output,
@@ -56,7 +56,7 @@ def run_cases(module: str, names: list[str], size: int, folder: Path) -> dict[st
     failures: dict[str, str] = {}
     for name in names:
         for rank in range(size):
-            file = folder / f"{name}-{rank}.txt".replace("/", "_")
+            file = folder / f"{size}-{name}-{rank}.txt"
             text = file.read_text() if file.exists() else "it never came to this case"
             if text != "passed":
                 failures[name] = failures.get(name, "") + f"\nprocess {rank}: {text}"
@@ -69,13 +69,12 @@ def main(folder: Path) -> None:
     from softcl.distributed import World
 
     torch.set_num_threads(1)
-    module, names = json.loads((folder / "cases.json").read_text())
     world = World.start(cuda=False)
-    cases = importlib.import_module(module).CASES
-    for name in names:
-        report = folder / f"{name}-{world.rank}.txt".replace("/", "_")
+    for name in json.loads((folder / "cases.json").read_text()):
+        report = folder / f"{world.size}-{name}-{world.rank}.txt"
+        module, case = name.split(".")
         try:
-            cases[name](world, folder)
+            importlib.import_module(module).CASES[case](world, folder)
         except BaseException:
             report.write_text(traceback.format_exc())
             os._exit(1)

@@ -3,36 +3,131 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import distributed_cases
+import distributed_runs
+import distributed_steps
 import pytest
 import torch
-from processes import run_cases
+from processes import free_port, run_cases
+from runs import assert_same
 
 import softcl
 from softcl.testing import make_problem
+from softcl.train import main
+from softcl.training.checkpoint import read_checkpoint
+from softcl.training.run_folder import read_metrics
+
+CASES = [
+    f"{module.__name__}.{name}"
+    for module in (distributed_cases, distributed_steps, distributed_runs)
+    for name in module.CASES
+]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory):
+def shared(folder, tmp_path_factory) -> Path:
+    """Where all processes work; ``images`` leads to the images."""
+    path = tmp_path_factory.mktemp("processes")
+    (path / "images").symlink_to(folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def failures(shared):
     """The failures of all cases among W processes, which are started once for each W."""
     known: dict[int, dict[str, str]] = {}
 
     def of(size: int) -> dict[str, str]:
+        if size == 4:
+            of(2)  # whose runs they resume
         if size not in known:
-            folder = tmp_path_factory.mktemp(f"processes{size}")
-            known[size] = run_cases(
-                "distributed_cases", list(distributed_cases.CASES), size, folder
-            )
+            known[size] = run_cases(CASES, size, shared)
         return known[size]
 
     return of
 
 
-@pytest.mark.parametrize("name", distributed_cases.CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes(failures, size, name):
     assert name not in failures(size), failures(size)[name]
+
+
+def test_a_checkpoint_does_not_depend_on_the_number_of_processes(failures, shared, one_thread):
+    """Saved by two, resumed by one, two and four: the same losses and the same sampler."""
+    for size in (2, 4):
+        assert "distributed_runs.resume" not in failures(size), failures(size)
+    distributed_runs.resume(softcl.distributed.ALONE, shared)
+    losses = {}
+    for size in (1, 2, 4):
+        rows = read_metrics(shared / f"half{size}" / "metrics.jsonl")
+        losses[size] = [row["loss"] for row in rows if row["step"] in (4, 5)]
+        assert len(losses[size]) == 2
+    for size in (2, 4):
+        assert losses[size] == pytest.approx(losses[1], rel=2e-6)
+
+
+def test_a_killed_worker_costs_no_more_than_the_last_checkpoint(failures, shared):
+    """SIGKILL under torchrun: the run completes, with the weights of one left in peace."""
+    assert "distributed_runs.run" not in failures(2), failures(2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--max-restarts=2", "--monitor-interval=0.2", f"--master-port={free_port()}"]
+    command += ["-m", "softcl.train", *distributed_runs.flags(shared, "killed")]
+    paths = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    with open(shared / "killed.txt", "w") as output:
+        agent = subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, **paths}, cwd=shared
+        )
+        try:
+            started = time.monotonic()
+            while not (shared / "killed" / "last.pt").exists():
+                assert agent.poll() is None, (shared / "killed.txt").read_text()
+                assert time.monotonic() - started < 120
+                time.sleep(0.01)
+            os.kill(max(children(agent.pid)), signal.SIGKILL)
+            killed_at = time.monotonic()
+            code = agent.wait(150)
+        finally:
+            agent.kill()
+    text = (shared / "killed.txt").read_text()
+    assert code == 0 and "resumed    at step" in text, text
+    assert time.monotonic() - killed_at < 120
+    peace, killed = (read_checkpoint(shared / name / "last.pt") for name in ("two", "killed"))
+    for part in ("step", "student", "teacher", "queues", "optimizer"):
+        assert_same(killed[part], peace[part], part)
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_one_process_never_starts_the_engine(shared, monkeypatch, one_thread):
+    """Neither alone nor as torchrun's only worker."""
+    import torch.distributed as dist
+
+    def refuse(*_args, **_options):
+        raise AssertionError("torch.distributed was initialised")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+    assert main(distributed_runs.flags(shared, "alone", "--max-steps", "1")) == 0
+    assert not dist.is_initialized()
 
 
 # ---- the merge itself, in one process ----

@@ -63,6 +63,8 @@ class World:
         import torch.distributed as dist
 
         local_rank = int(environment.get("LOCAL_RANK", "0"))
+        if dist.is_initialized():
+            return cls.joined(local_rank)
         if cuda:
             torch.cuda.set_device(local_rank)
         with _telling(f"process {environment.get('RANK')} of {size}", "to start"):
@@ -137,6 +139,7 @@ class World:
         """x (n, ...) of every process -> all (W n, ...) in the batch's order; differentiable."""
         if self.size == 1:
             return x
+        self.check_rows("x", len(x))
         return self.gather(x).transpose(0, 1).flatten(0, 1)
 
     def own(self, count: int, device: torch.device | str | None = None) -> Tensor:
@@ -153,6 +156,7 @@ class World:
         """
         if self.size == 1:
             return x[wanted[0].to(x.device)]
+        self.check_rows("x", len(x))
         import torch.distributed as dist
 
         sent = [rows[rows % self.size == self.rank] // self.size for rows in wanted]
@@ -207,19 +211,26 @@ class World:
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
+        failed: Exception | None = None
         if self.is_first:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = error
+                failed = error
+                outcome[1] = (type(error), error.args, vars(error))
         import torch.distributed as dist
 
         with _telling(str(self), "for the first"):
             dist.broadcast_object_list(outcome, 0, group=self._patient)
+        if failed is not None:
+            raise failed
         if outcome[1] is not None:
-            if not self.is_first:
-                outcome[1].told = True
-            raise outcome[1]
+            # Made without its __init__, whose arguments need not be the error's.
+            kind, arguments, fields = outcome[1]
+            error = kind.__new__(kind, *arguments)
+            error.args = arguments
+            vars(error).update(fields, told=True)
+            raise error
         return outcome[0]
 
     def all_of(self, value: T) -> list[T]:

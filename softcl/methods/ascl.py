@@ -124,9 +124,10 @@ class ASCL(QueueMethod):
         for view, other in zip(self.student_sees(), self.teacher_sees(), strict=True):
             h = normalize(batch.predicted[view], dim=1)
             t = normalize(batch.teacher[other], dim=1)
-            own = torch.arange(len(t), device=t.device)
+            own = batch.world.own(len(t), t.device)
+            everyones = batch.world.gather_rows(t)
             labels = label_mean(
-                self.rule(), t, t, teacher_temperature=self.teacher_temperature,
+                self.rule(), t, everyones, teacher_temperature=self.teacher_temperature,
                 excluded=own if self.options() else None, backend=batch.backend,
             )  # fmt: skip
             rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from softcl.distributed import ALONE, ShardedRows, World
 from softcl.labels import LabelRule
 from softcl.ops import Diagnostics, soft_contrastive_loss
 
@@ -57,6 +58,7 @@ class Batch:
         heads: trained modules besides the student, by name.
         notes: what `prepare` left for the loss.
         backend: of the operator.
+        world: the processes that the batch is divided among; the vectors are this one's.
     """
 
     student: Mapping[str, Tensor]
@@ -66,11 +68,19 @@ class Batch:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "auto"
+    world: World = ALONE
 
-    def rows(self, name: str = "queue") -> Tensor:
+    def rows(self, name: str = "queue") -> Tensor | ShardedRows:
         """The rows of a queue that may take part in a loss, (K, D)."""
         queue = self.queues[name]
-        return queue if isinstance(queue, Tensor) else queue.rows[: queue.filled]
+        return queue.rows[: queue.filled] if hasattr(queue, "filled") else queue
+
+    def everyones(self, rows: Tensor) -> Tensor | ShardedRows:
+        """Rows that each process has of its part of the batch, as one set to compare with.
+
+        Gradients reach them where they are.
+        """
+        return rows if self.world.size == 1 else ShardedRows(rows, self.world)
 
 
 class Result(NamedTuple):
@@ -171,11 +181,12 @@ class Method:
         return {"queue": batch.teacher["key"]}
 
     def prepare(
-        self, views: dict[str, Tensor], generator: torch.Generator
+        self, views: dict[str, Tensor], generator: torch.Generator, world: World = ALONE
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The views, perhaps with more made of them, and notes for the loss.
 
-        The generator is on the CPU, so that its numbers can be read without waiting for a device.
+        The generator is on the CPU, so that its numbers can be read without waiting for a device;
+        it is the same in every process of the world.
         """
         return views, {}
 

@@ -68,7 +68,10 @@ class NNCLR(Method):
             rows = queue[found.neighbor_indices].to(z.dtype)  # (N, k, D)
         predictions = normalize(batch.predicted[other], dim=1)  # (N, D)
         lse = queue_statistics(
-            rows.flatten(0, 1), predictions, self.temperature, backend=batch.backend
+            rows.flatten(0, 1),
+            batch.everyones(predictions),
+            self.temperature,
+            backend=batch.backend,
         ).lse  # (N k,)
         rows, predictions = rows.to(lse.dtype), predictions.to(lse.dtype)
         own = torch.einsum("nkd,nd->nk", rows, predictions) / self.temperature

@@ -101,7 +101,10 @@ class SNCLR(Method):
         y = normalize(batch.student[view], dim=1)
         candidates = self.candidates(batch, batch.teacher[other]).to(z.dtype)  # (N, n + 1, D)
         lse = queue_statistics(
-            z, candidates.flatten(0, 1), self.temperature, backend=batch.backend
+            z,
+            batch.everyones(candidates.flatten(0, 1)),
+            self.temperature,
+            backend=batch.backend,
         ).lse
         # In the precision of the sums, whatever the vectors' is.
         z, y, candidates = (x.to(lse.dtype) for x in (z, y, candidates))

@@ -218,8 +218,7 @@ class _Pass:
         if virtual_logit:
             leak = torch.sigmoid(-lse)[:, None]  # see softcl/ops/compose.py
             mean = leak * t + (1.0 - leak) * mean
-        if k:
-            logits, neighbors = _merge_lists(logits, neighbors)
+        logits, neighbors = _merge_lists(logits, neighbors) if k else (logits[0], None)
 
         def neighbor_sum(weights: Tensor | None) -> Tensor:
             # One neighbour's label c q is never clipped at 1: its weight here is 0.
