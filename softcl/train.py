@@ -69,8 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def join(config: TrainConfig) -> World:
-    """The processes of this run: those that torchrun started, or this one alone."""
-    world = World.start(config.device != "cpu" and torch.cuda.is_available())
+    """The processes of this run: those that torchrun started, or this one alone.
+
+    Raises:
+        ConfigError: a machine has more processes than devices.
+        PeerError: the others cannot be reached.
+    """
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda and local > max(torch.cuda.device_count(), 1):
+        reason = f"{local} processes on a machine with {torch.cuda.device_count()} CUDA devices"
+        raise ConfigError("device", config.device, reason)
+    world = World.start(cuda)
     world.even = True  # a step's batch is divided evenly, and the images left over are dropped
     return world
 

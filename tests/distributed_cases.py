@@ -190,7 +190,7 @@ def losses(world: World, folder: Path) -> None:
         name = f"{rule} {option} {backend}"
         error = relative_error(found, own(world, expected))
         # In float32 one process is off as well, by more the lower the temperature: measured here.
-        # And logits and lse of the parts are rounded on their way, by half a unit in the last place.
+        # And logits and lse of the parts are rounded on their way, by half of the last place.
         total, coldest = option.get("label_sum", 1.0), option.get("teacher_temperature", 0.05)
         rounding = 1e-6 + 2 * 6e-8 * total / coldest
         alone = raw.clone().requires_grad_()
@@ -284,7 +284,7 @@ def queues(world: World, folder: Path) -> None:
         one, replica = (MemoryQueue(K, 6, seed=8, init=init) for _ in range(2))
         sharded = ShardedQueue(K, 6, world, seed=8, init=init)
         generator = torch.Generator().manual_seed(9)
-        for count in counts:
+        for number, count in enumerate(counts, start=1):
             keys = torch.randn(count, 6, generator=generator)
             keys[1, 2] = torch.nan  # refused
             with warnings.catch_warnings():
@@ -294,7 +294,7 @@ def queues(world: World, folder: Path) -> None:
                 replica.enqueue(world.gather_rows(own(world, keys)))
             assert torch.equal(sharded.shard.rows, own(world, one.rows))
             assert (sharded.pointer, sharded.filled) == (one.pointer, one.filled)
-            assert sharded.refused == one.refused == len(counts[: counts.index(count) + 1])
+            assert sharded.refused == one.refused == number
             assert len(set(world.all_of(checksum(replica)))) == 1
             if one.filled >= W:
                 visible = sharded.rows[: sharded.filled]

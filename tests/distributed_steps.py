@@ -96,7 +96,9 @@ def noisy(images: Tensor, generator: torch.Generator | Share) -> Tensor:
     return images.double() / 255 + 0.3 * noise
 
 
-def make_state(method: Method, world: World, sharded: bool = False) -> TrainState:
+def make_state(
+    method: Method, world: World, sharded: bool = False, accumulate: int = 1
+) -> TrainState:
     """Split batch norm in the encoder, divided among the processes; in eval mode in the heads."""
     torch.manual_seed(0)
     student, heads = small_student().double(), build_heads(method).double().eval()
@@ -109,7 +111,8 @@ def make_state(method: Method, world: World, sharded: bool = False) -> TrainStat
     teacher = make_teacher(student) if method.teacher_sees() else nn.Identity()
     state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
     if world.size > 1:
-        state.parallel = average_gradients(Trained(student, heads), world)
+        trained = Trained(student, heads)
+        state.parallel = average_gradients(trained, world, accumulate=accumulate)
     return state
 
 
@@ -129,7 +132,7 @@ def steps(world: World, folder: Path) -> None:
 
 
 def check_steps(world: World, method: Method, sharded: bool, accumulate: int, name: str) -> None:
-    one, state = make_state(method, ALONE), make_state(method, world, sharded)
+    one, state = make_state(method, ALONE), make_state(method, world, sharded, accumulate)
     views = {x: noisy for x in method.views()}
     options = dict(seed=3, backend="reference", accumulate=accumulate)
     for number in range(3):

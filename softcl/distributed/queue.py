@@ -127,7 +127,8 @@ class ShardedQueue(nn.Module):
         name = prefix.rstrip(".") or "ShardedQueue"
         rows, state = state_dict.get(prefix + "rows"), state_dict.get(prefix + "_extra_state")
         if rows is None or state is None:
-            missing_keys.extend(k for k in ("rows", "_extra_state") if prefix + k not in state_dict)
+            names = (prefix + entry for entry in ("rows", "_extra_state"))
+            missing_keys.extend(entry for entry in names if entry not in state_dict)
             return
         if tuple(rows.shape) != (self.size, self.dim):
             saved, here = tuple(rows.shape), (self.size, self.dim)

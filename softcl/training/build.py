@@ -251,7 +251,8 @@ def build_state(
     if world.size > 1:
         if device.type == "cuda":
             synchronise_norms((student, teacher, heads), method.num_splits, world)
-        state.parallel = average_gradients(Trained(student, heads), world)
+        trained = Trained(student, heads)
+        state.parallel = average_gradients(trained, world, accumulate=config.accumulate)
     return state
 
 

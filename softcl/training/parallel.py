@@ -7,6 +7,7 @@ batch norm sees a process's own images on CPUs, where PyTorch has no synchronise
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -30,23 +31,28 @@ class Trained(nn.Module):
         return student, {name: self.heads["predictor"](rows) for name, rows in student.items()}
 
 
-def average_gradients(trained: Trained, world: World) -> nn.Module:
+def average_gradients(trained: Trained, world: World, *, accumulate: int = 1) -> nn.Module:
     """DDP around what is trained: the mean of the processes' gradients after each backward pass.
 
     The graph is the same in every step, so buckets are filled and sent in a fixed order; gradients
-    live in the buckets. Buffers stay each process's own, see `average_buffers`.
+    live in the buckets. Buffers stay each process's own, see `average_buffers`. Where a step is
+    accumulated of several parts, the graph is not declared static: DDP cannot then leave out the
+    exchange of the first parts (``no_sync``).
     """
     if world.size == 1:
         return trained
     from torch.nn.parallel import DistributedDataParallel
 
     on_cuda = next(trained.parameters()).is_cuda
+    options = inspect.signature(DistributedDataParallel).parameters
+    # Renamed in torch 2.14, where the old name warns.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     return DistributedDataParallel(
         trained,
         device_ids=[world.local_rank] if on_cuda else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=True,
+        static_graph=accumulate == 1,
+        **{buffers: False},
     )
 
 
