@@ -68,7 +68,15 @@ class World:
         if cuda:
             torch.cuda.set_device(local_rank)
         with _telling(f"process {environment.get('RANK')} of {size}", "to start"):
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+            # torchrun may keep its store when it starts the processes again: the addresses in it
+            # are then those of processes that are gone.
+            attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"softcl/{attempt}", store)
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
             world = cls.joined(local_rank)
         world._owns_engine = True
         return world
