@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-import softcl
-from softcl.distributed import ShardedQueue, World, traffic
-from softcl.labels import AdaptiveSoftLabels, HardLabels
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import softcl  # noqa: E402
+from softcl.distributed import ShardedQueue, World, traffic  # noqa: E402
+from softcl.labels import AdaptiveSoftLabels, HardLabels  # noqa: E402
 
 RULES = {"ascl 5": AdaptiveSoftLabels(5), "ascl 1": AdaptiveSoftLabels(1), "moco": HardLabels()}
 STEPS = 5

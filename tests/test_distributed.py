@@ -19,9 +19,13 @@ from processes import free_port, run_cases
 from runs import assert_same
 
 import softcl
+from softcl.data.views import VIEWS, Share
+from softcl.distributed import ShardedQueue, World
+from softcl.nn import MemoryQueue
 from softcl.testing import make_problem
 from softcl.train import main
 from softcl.training.checkpoint import read_checkpoint
+from softcl.training.resume import settle_restart
 from softcl.training.run_folder import read_metrics
 
 CASES = [
@@ -181,3 +185,34 @@ def test_merged_statistics_are_differentiable():
     parts = [softcl.queue_statistics(split, x, 0.1, num_neighbors=3) for x in p.queue.split(8)]
     value(softcl.merge_statistics(parts)).backward()
     torch.testing.assert_close(split.grad, whole.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_shares_of_a_batch_make_the_views_of_the_whole(name):
+    """With the generator's numbers of each sample, wherever it is."""
+    images = torch.randint(0, 256, (12, 3, 20, 24), generator=torch.Generator().manual_seed(0))
+    images, statistics = images.to(torch.uint8), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    whole = VIEWS[name](images, 16, *statistics, torch.Generator().manual_seed(1))
+    for size, rank in ((2, 0), (2, 1), (3, 1), (4, 3)):
+        share = Share(torch.Generator().manual_seed(1), rank, size)
+        part = VIEWS[name](images[rank::size], 16, *statistics, share)
+        torch.testing.assert_close(part, whole[rank::size], rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_queue_starts_with_the_rows_of_a_whole_one(monkeypatch):
+    """Drawn piece by piece, in each process its own."""
+    monkeypatch.setattr(softcl.distributed.queue, "_PIECE_ROWS", 32)
+    for size, dim, processes in ((33, 5, 2), (100, 16, 3), (64, 128, 4), (7, 1, 2)):
+        whole = MemoryQueue(size, dim, seed=3).rows
+        for rank in range(processes):
+            queue = ShardedQueue(size, dim, World(rank, processes), seed=3)
+            assert torch.equal(queue.shard.rows, whole[rank::processes])
+
+
+def test_a_restarted_worker_goes_on_with_the_run_in_out():
+    given, restarted = {"out": "run", "overwrite": True}, {"TORCHELASTIC_RESTART_COUNT": "1"}
+    assert settle_restart(given, {}) == given
+    assert settle_restart(given, {"TORCHELASTIC_RESTART_COUNT": "0"}) == given
+    assert settle_restart(given, restarted) == {"out": "run", "resume": "auto"}
+    assert settle_restart({"resume": "run"}, restarted) == {"resume": "run"}
+    assert settle_restart({"epochs": 2}, restarted) == {"epochs": 2}
