@@ -1,6 +1,7 @@
 """``python -m softcl.train``: train a backbone without labels, and show how good it has become.
 
-The order of things, in softcl/training/: flags.py -> configuration (config.py, settings.py) ->
+Under torchrun every process runs all of this; the first one alone writes and prints. The order of
+things, in softcl/training/: flags.py -> configuration (config.py, settings.py) ->
 images, networks, backend (build.py) -> steps (run.py, step.py) -> run folder (run_folder.py); and
 softcl/evaluation/ for the k-NN score.
 """
@@ -9,22 +10,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from softcl.data import DataError
+from softcl.distributed import ALONE, PeerError, World
 from softcl.training.allocator import keep_freed_pages
 from softcl.training.build import Parts, RunError, assemble, build_views, fingerprint
 from softcl.training.checkpoint import CheckpointError
 from softcl.training.config import ConfigError, TrainConfig
 from softcl.training.flags import parse_flags, report
-from softcl.training.interrupt import StopRequest
+from softcl.training.interrupt import StopRequest, StopVote
 from softcl.training.meter import Diverged
-from softcl.training.progress import make_progress
-from softcl.training.resume import StoredRun, read_run, settle_auto
+from softcl.training.progress import SilentProgress, make_progress
+from softcl.training.resume import StoredRun, read_run, settle_auto, settle_restart
 from softcl.training.run import Run, describe, device_name, versions
-from softcl.training.run_folder import RunFolder, RunFolderError
+from softcl.training.run_folder import Onlooker, RunFolder, RunFolderError
 from softcl.training.view_sheet import SHEET, draw_views
 
 EXTRAS = ("timm", "torchvision", "PIL", "rich", "tensorboard")  # of softcl[train]
@@ -38,22 +43,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 could not run, 2 wrong flags, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
     keep_freed_pages()
+    world = ALONE
     try:
         given = parse_flags(sys.argv[1:] if argv is None else argv)
         config = TrainConfig(**given)
-        given = settle_auto(given)
-        config = TrainConfig(**given)
         require_extras()
-        return start(config) if config.resume is None else resume(read_run(given))
+        world = join(config)
+        given = world.first(lambda: settle_auto(settle_restart(given, os.environ)))
+        config = TrainConfig(**given)
+        if config.resume is None:
+            code = start(config, world)
+        else:
+            code = resume(world.first(lambda: read_run(given)), world)
+        world.close()
+        return code
     except ConfigError as error:
-        return report(str(error), 2)
-    except (RunError, RunFolderError, CheckpointError, DataError) as error:
-        return report(str(error), 1)
+        return _report(error, str(error), 2)
+    except (RunError, RunFolderError, CheckpointError, DataError, PeerError) as error:
+        return _report(error, str(error), 1)
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
-        return report(f"{path}{error.strerror or error}", 1)
-    except KeyboardInterrupt:  # before the first step: nothing to save yet
-        return report("stopped before the first step", 130)
+        return _report(error, f"{path}{error.strerror or error}", 1)
+    except KeyboardInterrupt as error:  # before the first step: nothing to save yet
+        return _report(error, "stopped before the first step", 130)
+
+
+def join(config: TrainConfig) -> World:
+    """The processes of this run: those that torchrun started, or this one alone.
+
+    Raises:
+        ConfigError: a machine has more processes than devices.
+        PeerError: the others cannot be reached.
+    """
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda and local > max(torch.cuda.device_count(), 1):
+        reason = f"{local} processes on a machine with {torch.cuda.device_count()} CUDA devices"
+        raise ConfigError("device", config.device, reason)
+    world = World.start(cuda)
+    world.even = True  # a step's batch is divided evenly, and the images left over are dropped
+    return world
+
+
+def _report(error: BaseException, message: str, code: int) -> int:
+    """`report`, once where every process has the same to say."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0 and (getattr(error, "told", False) or code in (2, 130)):
+        return code
+    return report(f"process {rank}: {message}" if rank > 0 else message, code)
 
 
 def require_extras() -> None:
@@ -63,26 +100,41 @@ def require_extras() -> None:
         raise RunError(f'training needs {named}: pip install "softcl[train]"')
 
 
-def start(config: TrainConfig) -> int:
+def start(config: TrainConfig, world: World = ALONE) -> int:
     """A new run."""
-    if config.out is not None:
-        RunFolder.check_free(Path(config.out).expanduser(), overwrite=config.overwrite)
-    parts = assemble(config)
+    out = None if config.out is None else Path(config.out).expanduser()
+    if out is not None:
+        world.first(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
+    parts = assemble(config, world)
     if config.dry_run:
-        return show_plan(parts)
-    # Only now, when everything else is known to work, is a run that is to be overwritten removed.
-    if config.out is not None:
-        folder = RunFolder.create(Path(config.out).expanduser(), overwrite=config.overwrite)
-    else:
+        return world.first(lambda: show_plan(parts))
+
+    def create() -> RunFolder:
+        if out is not None:
+            return RunFolder.create(out, overwrite=config.overwrite)
         data = Path(config.data.partition(":")[0]).expanduser().resolve().name
-        folder = RunFolder.create_next(RUNS, f"{config.method}-{data}")
-    with folder:
-        run = Run(parts, folder, make_progress())
+        return RunFolder.create_next(RUNS, f"{config.method}-{data}")
+
+    # Only now, when everything else is known to work, is a run that is to be overwritten removed.
+    with folder_of_first(create, world) as folder:
+        run = Run(parts, folder, make_progress() if world.is_first else SilentProgress())
         describe(run)
         run.write_config()
         run.show_views()
         run.measure_baselines()
         return carry_out(run)
+
+
+def folder_of_first(make: Callable[[], RunFolder], world: World) -> RunFolder:
+    """The run's folder, made by the first process; the others look on."""
+    made: list[RunFolder] = []
+
+    def make_and_name() -> Path:
+        made.append(make())
+        return made[0].path
+
+    path = world.first(make_and_name)
+    return made[0] if made else Onlooker(path)
 
 
 def show_plan(parts: Parts) -> int:
@@ -104,21 +156,25 @@ def show_plan(parts: Parts) -> int:
     return 0
 
 
-def resume(stored: StoredRun) -> int:
-    """A run continued from a checkpoint."""
+def resume(stored: StoredRun, world: World = ALONE) -> int:
+    """A run continued from a checkpoint, by any number of processes."""
     if stored.finished:
-        print(f"{stored.folder}: finished, nothing to resume")
+        world.first(lambda: print(f"{stored.folder}: finished, nothing to resume"))
         return 0
-    parts = assemble(stored.config)
+    parts = assemble(stored.config, world)
     if fingerprint(parts.images) != stored.content["fingerprint"]:
         reason = f"not the images that {stored.folder} was trained on"
         raise DataError(f"{stored.config.data}: {reason}")
     if stored.config.dry_run:
-        return show_plan(parts)
-    for line in stored.warnings:
+        return world.first(lambda: show_plan(parts))
+    for line in stored.warnings if world.is_first else ():
         report(f"warning: {line}; going on from {stored.checkpoint}", 0)
-    with RunFolder.reopen(stored.folder, stored.content["step"], stored.checkpoint) as folder:
-        run = Run(parts, folder, make_progress())
+
+    def reopen() -> RunFolder:
+        return RunFolder.reopen(stored.folder, stored.content["step"], stored.checkpoint)
+
+    with folder_of_first(reopen, world) as folder:
+        run = Run(parts, folder, make_progress() if world.is_first else SilentProgress())
         describe(run)
         run.measure_baselines()
         run.load(stored.content)
@@ -130,13 +186,17 @@ def carry_out(run: Run) -> int:
     """Train, evaluate and write everything; the exit code."""
     try:
         with StopRequest() as stop:
-            run.train(stop)
+            vote = StopVote(run.world, stop)
+            run.train(vote)
             run.save()
-            if run.state.step == run.total_steps and stop.exit_code is None:
+            exit_code = vote.settle()
+            if run.state.step == run.total_steps and exit_code is None:
                 run.finish()
             else:
                 run.say_stopped()
-        return stop.exit_code or 0
+            return vote.settle() or 0
+    except PeerError as error:
+        raise PeerError(f"{error}; {run.last_checkpoint()}") from error
     except Diverged as error:
         raise RunError(f"{error}; {run.last_checkpoint()}") from error
     except OSError as error:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
@@ -121,7 +122,22 @@ def _check(images: torch.Tensor, size: int) -> None:
         raise ValueError(f"size must be at least 1, got {size}")
 
 
-def _draw(images: torch.Tensor, columns: int, generator: torch.Generator) -> torch.Tensor:
+class Share(NamedTuple):
+    """In place of a generator: the numbers of every ``size``-th sample, from ``rank`` on.
+
+    Processes that each have such a share of a batch then make the views of the whole batch.
+    """
+
+    generator: torch.Generator
+    rank: int
+    size: int
+
+
+def _draw(images: torch.Tensor, columns: int, generator: torch.Generator | Share) -> torch.Tensor:
+    if isinstance(generator, Share):
+        generator, rank, size = generator
+        whole = images[:1].expand(len(images) * size, *images.shape[1:])  # of its length
+        return _draw(whole, columns, generator)[rank::size]
     if generator.device.type not in ("cpu", images.device.type):
         raise ValueError(
             f"generator must be on the CPU or on the images' device {images.device}, "

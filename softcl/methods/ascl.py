@@ -125,10 +125,11 @@ class ASCL(QueueMethod):
         for view, other in zip(self.student_sees(), self.teacher_sees(), strict=True):
             h = normalize(batch.predicted[view], dim=1)
             t = normalize(batch.teacher[other], dim=1)
-            own = batch.own(t) if self.options() else None
+            own = batch.world.own(len(t), t.device)
+            everyones = batch.world.gather_rows(t)
             labels = label_mean(
-                self.rule(), t, batch.everyones(t), backend=batch.backend,
-                teacher_temperature=self.teacher_temperature, excluded=own,
+                self.rule(), t, everyones, teacher_temperature=self.teacher_temperature,
+                excluded=own if self.options() else None, backend=batch.backend,
             )  # fmt: skip
             rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
             shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))

@@ -17,6 +17,8 @@ the method's page), and
     reduction    "mean", "sum" or "none" (one loss per row)
     backend      of ``softcl.soft_contrastive_loss``
     queue        used when forward gets none
+    world        ``softcl.distributed.World.joined()`` in a DDP program: methods that compare within
+                 the batch then compare with that of all processes
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from softcl.distributed import ALONE, World
 from softcl.methods.ascl import ASCL
 from softcl.methods.method import Batch, Method
 from softcl.methods.moco import MoCo
@@ -64,6 +67,7 @@ class MethodLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         queue: MemoryQueue | None = None,
+        world: World = ALONE,
         **numbers: Any,
     ) -> None:
         super().__init__()
@@ -75,6 +79,7 @@ class MethodLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
         self.queue = queue
+        self.world = world
 
     def extra_repr(self) -> str:
         default = type(self.method)(queue_size=self.method.queue_size)
@@ -103,7 +108,9 @@ class MethodLoss(nn.Module):
     ) -> Tensor:
         teacher = {name: rows.detach() for name, rows in teacher.items()}
         predicted = student if predicted is None else predicted
-        batch = Batch(student, predicted, teacher, queues, backend=self.backend, **rest)
+        batch = Batch(
+            student, predicted, teacher, queues, backend=self.backend, world=self.world, **rest
+        )
         rows = self.method.loss(batch).rows
         if self.reduction == "none":
             return rows

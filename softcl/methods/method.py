@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from softcl.distributed import ALONE, ShardedRows, World
 from softcl.labels import LabelRule
 from softcl.ops import Diagnostics, soft_contrastive_loss
 
@@ -58,6 +59,7 @@ class Batch:
         heads: trained modules besides the student, by name.
         notes: what `prepare` left for the loss.
         backend: of the operator.
+        world: the processes that the batch is divided among; the vectors are this one's.
     """
 
     student: Mapping[str, Tensor]
@@ -67,25 +69,33 @@ class Batch:
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "auto"
+    world: World = ALONE
 
-    def rows(self, name: str = "queue") -> Tensor:
+    def rows(self, name: str = "queue") -> Tensor | ShardedRows:
         """The rows of a queue that may take part in a loss, (K, D)."""
         queue = self.queues[name]
-        return queue if isinstance(queue, Tensor) else queue.rows[: queue.filled]
+        return queue.rows[: queue.filled] if hasattr(queue, "filled") else queue
 
     # A loss that reads the whole batch asks these two: where several processes have a part each,
     # they tell of all.
 
-    def everyones(self, rows: Tensor, queue: Tensor | None = None) -> Tensor:
+    def everyones(self, rows: Tensor, queue: Tensor | None = None) -> Tensor | ShardedRows:
         """Rows (N, D) of this batch as the set to compare with, and a queue's after them.
 
-        Gradients reach the rows.
+        Gradients reach the rows, in the process that has them.
+
+        Raises:
+            ValueError: there is a queue, and no process has all of it.
         """
-        return rows if queue is None else torch.cat([rows, queue])
+        if queue is None:
+            return rows if self.world.size == 1 else ShardedRows(rows, self.world)
+        if isinstance(queue, ShardedRows):
+            raise ValueError("the keys of the batch cannot stand beside a queue of ShardedRows")
+        return torch.cat([self.world.gather_rows(rows), queue])
 
     def own(self, rows: Tensor) -> Tensor:
         """The place of each of these rows among everyone's, (N,) int64."""
-        return torch.arange(len(rows), device=rows.device)
+        return self.world.own(len(rows), rows.device)
 
 
 class Result(NamedTuple):
@@ -186,11 +196,12 @@ class Method:
         return {"queue": batch.teacher["key"]}
 
     def prepare(
-        self, views: dict[str, Tensor], generator: torch.Generator
+        self, views: dict[str, Tensor], generator: torch.Generator, world: World = ALONE
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The views, perhaps with more made of them, and notes for the loss.
 
-        The generator is on the CPU, so that its numbers can be read without waiting for a device.
+        The generator is on the CPU, so that its numbers can be read without waiting for a device;
+        it is the same in every process of the world.
         """
         return views, {}
 

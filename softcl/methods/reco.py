@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from softcl.distributed import ALONE, World
 from softcl.labels import HardLabels, LabelRule, RelationalLabels
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
 from softcl.methods.method import Batch, Method, Result, View
@@ -65,13 +66,14 @@ class ReCo(Method):
         return {**super().views(), **weak}
 
     def prepare(
-        self, views: dict[str, Tensor], generator: torch.Generator
+        self, views: dict[str, Tensor], generator: torch.Generator, world: World = ALONE
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not self.local_weight:
             return views, {}
         images, others = views["query"], views["key"]
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        mixed, share = MIXES[self.mix](images, others[order], generator)
+        order = torch.randperm(len(images) * world.size, generator=generator)  # of all processes
+        mixed, share = MIXES[self.mix](images, world.permute(others, order), generator)
+        order = order[world.rank :: world.size].to(images.device)
         return {**views, "mixed": mixed}, {"order": order, "share": share}
 
     def student_sees(self) -> tuple[str, ...]:
@@ -96,7 +98,8 @@ class ReCo(Method):
         if self.local_weight:
             order, share = batch.notes["order"], batch.notes["share"]
             queries.append(normalize(batch.predicted["mixed"], dim=1))
-            keys.append(normalize(torch.lerp(k[order], q.detach(), share), dim=1))
+            others = batch.world.gather_rows(k)[order]
+            keys.append(normalize(torch.lerp(others, q.detach(), share), dim=1))
         # The two contrastive terms share one visit of the queue.
         rows, shown = soft_contrastive_loss(
             torch.cat(queries), torch.cat(keys), batch.rows(), HardLabels(),

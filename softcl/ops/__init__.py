@@ -5,7 +5,9 @@
     label_mean              the labels' mean alone, for losses that are no cross-entropy
 
 All visit the queue once, in one of several backends (see :mod:`softcl.ops.backends`), and never
-hold an N x K matrix. The arguments are checked here; a backend may rely on them.
+hold an N x K matrix. The arguments are checked here; a backend may rely on them. A queue
+may also be :class:`softcl.distributed.ShardedRows`, of which each process has a part: then every
+process calls with its own vectors and gets their results over the whole queue.
 
 Options, and which backends have them:
 
@@ -18,14 +20,16 @@ Options, and which backends have them:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from softcl.distributed.shards import ShardedRows
 from softcl.labels import HardLabels, LabelRule, MixedLabels
 from softcl.ops import library as _library  # noqa: F401  (registers torch.ops.softcl)
+from softcl.ops import sharded
 from softcl.ops.backends import (
     BACKENDS,
     FUSED_BACKENDS,
@@ -51,6 +55,7 @@ from softcl.ops.checks import (
     values_are_at_hand,
 )
 from softcl.ops.compose import LabelMean, compose_label_mean, towards
+from softcl.ops.merge import merge_neighbors, merge_sums
 from softcl.ops.reference import sum_dtype, unit_rows
 
 __all__ = [
@@ -64,6 +69,7 @@ __all__ = [
     "UnsupportedBackendError",
     "choose_backend",
     "label_mean",
+    "merge_statistics",
     "options_of",
     "queue_statistics",
     "soft_contrastive_loss",
@@ -81,8 +87,7 @@ class QueueStatistics(NamedTuple):
         neighbor_indices: their queue rows, (N, k) int64; equal logits by lowest row.
 
     Floating results are float32, or float64 if an input is. Statistics over disjoint parts of a
-    queue determine those of the whole: ``lse`` by logaddexp, ``mean`` and ``lse - entropy``
-    (the expected logit) as averages weighted by each part's share exp(lse_part - lse).
+    queue determine those of the whole: see :func:`merge_statistics`.
     """
 
     lse: Tensor
@@ -111,7 +116,7 @@ class Diagnostics(NamedTuple):
 
 def queue_statistics(
     vectors: Tensor,  # (N, D)
-    queue: Tensor,  # (K, D)
+    queue: Tensor | ShardedRows,  # (K, D)
     temperature: float,
     *,
     num_neighbors: int = 0,
@@ -148,26 +153,61 @@ def queue_statistics(
         UnsupportedBackendError: the backend asked for cannot run this call.
     """
     check_rows("vectors", vectors)
-    check_rows_like("queue", queue, vectors, "vectors")
+    local = _local_rows(queue, vectors=vectors, excluded=excluded)
+    check_rows_like("queue", local, vectors, "vectors")
     check_temperature("temperature", temperature)
     check_excluded(excluded, vectors, queue.shape[0])
     check_count("num_neighbors", num_neighbors, queue.shape[0] - (excluded is not None))
     check_backend_name(backend)
-    statistics = QueueStatistics(
-        *torch.ops.softcl.queue_statistics(
+    if isinstance(queue, ShardedRows):
+        found = sharded.queue_statistics(
+            vectors, queue, float(temperature), num_neighbors, sums=bool(sums), backend=backend
+        )
+    else:
+        found = torch.ops.softcl.queue_statistics(
             vectors, queue, float(temperature), num_neighbors, bool(sums), backend, excluded
         )
-    )
+    statistics = QueueStatistics(*found)
     shown = statistics.lse if sums else statistics.neighbor_logits
     if values_are_at_hand(shown) and not all_finite(shown):
-        explain_non_finite(vectors=vectors, queue=queue)
+        explain_non_finite(vectors=vectors, queue=local)
     return statistics
+
+
+def _local_rows(queue: Tensor | ShardedRows, *, excluded=None, **vectors: Tensor) -> Tensor:
+    """The queue, or this process's part of it; processes with batches of other lengths are told."""
+    if not isinstance(queue, ShardedRows):
+        return queue
+    if excluded is not None:
+        raise ValueError("excluded cannot be combined with a queue of ShardedRows")
+    for name, rows in vectors.items():
+        queue.world.check_rows(name, rows.shape[0])
+    return queue.local
+
+
+def merge_statistics(
+    parts: Sequence[QueueStatistics], *, num_neighbors: int | None = None
+) -> QueueStatistics:
+    """The statistics of a queue from those of its parts, for the same vectors; differentiable.
+
+    Args:
+        parts: of each part of the queue, with ``neighbor_indices`` of the whole (add the place of
+            the part's first row, for one).
+        num_neighbors: k, None for the longest of the parts' lists. The k nearest rows are right
+            where each part's list holds its k nearest, or all its rows.
+    """
+    sums = (torch.stack([part[place] for part in parts]) for place in range(3))
+    dtype, k = parts[0].lse.dtype, num_neighbors
+    k = max(part.neighbor_indices.shape[1] for part in parts) if k is None else k
+    lists = (torch.cat([part[place] for part in parts], 1) for place in (3, 4))
+    merged = (x.to(dtype) for x in merge_sums(*sums))
+    return QueueStatistics(*merged, *merge_neighbors(*lists, k))
 
 
 def soft_contrastive_loss(
     query: Tensor,  # (N, D)
     key: Tensor,  # (N, D), or (N / queries_per_key, D)
-    queue: Tensor,  # (K, D)
+    queue: Tensor | ShardedRows,  # (K, D)
     rule: LabelRule,
     *,
     temperature: float,
@@ -230,7 +270,8 @@ def soft_contrastive_loss(
     """
     check_rows("query", query)
     check_constant_rows("key", key, query, "query")
-    check_constant_rows("queue", queue, query, "query")
+    local = _local_rows(queue, query=query, excluded=excluded)
+    check_constant_rows("queue", local, query, "query")
     check_count("queries_per_key", queries_per_key, query.shape[0], least=1, what="queries")
     if key.shape[0] * queries_per_key != query.shape[0]:
         per_key = f" with {queries_per_key} queries per key" if queries_per_key > 1 else ""
@@ -254,6 +295,16 @@ def soft_contrastive_loss(
     if virtual_logit and not isinstance(rule, MixedLabels):
         raise ValueError(f"virtual_logit needs MixedLabels, got {rule!r}")
     check_backend_name(backend)
+    if isinstance(queue, ShardedRows):
+        loss, *shown = sharded.soft_contrastive(
+            query, key, queue, rule, float(temperature), float(teacher_temperature),
+            positive=positive, normalize=normalize, diagnostics=diagnostics,
+            queries_per_key=queries_per_key, virtual_logit=virtual_logit, backend=backend,
+        )  # fmt: skip
+        if values_are_at_hand(loss) and not all_finite(loss):
+            explain_non_finite(query=query, key=key, queue=queue.local)
+        loss = _reduced(loss, label_sum, reduction)
+        return (loss, Diagnostics(*shown)) if diagnostics else loss
     if queries_per_key > 1:
         key = key.repeat(queries_per_key, 1)
 
@@ -284,10 +335,7 @@ def soft_contrastive_loss(
         confidence, entropy = labels.confidence, labels.entropy
     if values_are_at_hand(loss) and not all_finite(loss):
         explain_non_finite(query=query, key=key, queue=queue)
-    if isinstance(label_sum, Tensor) or label_sum != 1.0:
-        loss = loss * label_sum
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
+    loss = _reduced(loss, label_sum, reduction)
     if not diagnostics:
         return loss
     return loss, Diagnostics(
@@ -298,10 +346,18 @@ def soft_contrastive_loss(
     )
 
 
+def _reduced(loss: Tensor, label_sum: float | Tensor, reduction: str) -> Tensor:
+    if isinstance(label_sum, Tensor) or label_sum != 1.0:
+        loss = loss * label_sum
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
 def label_mean(
     rule: LabelRule,
     key: Tensor,  # (N, D)
-    queue: Tensor,  # (K, D)
+    queue: Tensor | ShardedRows,  # (K, D)
     *,
     teacher_temperature: float,
     normalize: bool = False,
@@ -317,7 +373,7 @@ def label_mean(
     :func:`soft_contrastive_loss`, and so are the errors. No gradient is recorded.
     """
     check_rows("key", key)
-    check_constant_rows("queue", queue, key, "key")
+    check_constant_rows("queue", _local_rows(queue, key=key, excluded=excluded), key, "key")
     if not isinstance(rule, LabelRule):
         raise TypeError(f"rule must be a label rule of softcl.labels, got {rule!r}")
     check_temperature("teacher_temperature", teacher_temperature)
@@ -328,6 +384,13 @@ def label_mean(
     check_count("rule.num_neighbors", rule.num_neighbors, queue.shape[0] - (excluded is not None))
     check_backend_name(backend)
     key = key.detach()
+    if isinstance(queue, ShardedRows):
+        return LabelMean(
+            *sharded.label_mean(
+                rule, key, queue, float(teacher_temperature),
+                normalize=normalize, virtual_logit=virtual_logit, backend=backend,
+            )
+        )  # fmt: skip
     if normalize:
         key = unit_rows(key, sum_dtype(key, queue))[0].to(key.dtype)
     return compose_label_mean(

@@ -16,6 +16,7 @@ O(N (piece + D)), and its running softmax needs no bound on the logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -192,22 +193,18 @@ def soft_contrastive(
             *(None if x is None else x.to(label_mean.dtype) for x in numbers),
         )
 
-    lse = student.lse()
-    positive_logit = positive_cosine / temperature
-    total = torch.logaddexp(lse, positive_logit) if positive else lse
-    loss = (total - row_dot(z, label_mean) / temperature).to(dtype)
-
+    loss, dquery = finish(
+        z,
+        t,
+        norm if normalize else None,
+        student.lse(),
+        student.mean() if gradient else None,
+        label_mean,
+        temperature,
+        positive,
+    )
     empty = loss.new_empty(0)
-    dquery = empty
-    if gradient:
-        expected = student.mean()  # (N, D)
-        if positive:
-            expected = expected * torch.exp(lse - total)[:, None]
-            expected = expected + t * torch.exp(positive_logit - total)[:, None]
-        dquery = (expected - label_mean) / temperature
-        if normalize:
-            dquery = (dquery - z * (z * dquery).sum(1, keepdim=True)) / norm
-        dquery = dquery.to(dtype)
+    dquery = empty if dquery is None else dquery
     return (
         loss,
         dquery,
@@ -218,6 +215,32 @@ def soft_contrastive(
     )
 
 
+def finish(
+    z: Tensor,  # (N, D)
+    t: Tensor,  # (N, D)
+    norm: Tensor | None,  # (N, 1) of the query that z was made from, or None
+    lse: Tensor,  # (N,) of the student's softmax over the queue
+    expected: Tensor | None,  # (N, D), its mean; None where no gradient is wanted
+    label_mean: Tensor,  # (N, D)
+    temperature: float,
+    positive: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss (N,) and its gradient in the query (N, D), from what the pass has summed."""
+    dtype = z.dtype
+    positive_logit = row_dot(z, t) / temperature
+    total = torch.logaddexp(lse, positive_logit) if positive else lse
+    loss = (total - row_dot(z, label_mean) / temperature).to(dtype)
+    if expected is None:
+        return loss, None
+    if positive:
+        expected = expected * torch.exp(lse - total)[:, None]
+        expected = expected + t * torch.exp(positive_logit - total)[:, None]
+    dquery = (expected - label_mean) / temperature
+    if norm is not None:
+        dquery = (dquery - z * (z * dquery).sum(1, keepdim=True)) / norm
+    return loss, dquery.to(dtype)
+
+
 def label_mean_of(
     rule: LabelRule,
     t: Tensor,  # (N, D)
@@ -225,11 +248,21 @@ def label_mean_of(
     mean: Tensor | None,  # (N, D)
     confidence: Tensor | None,  # (N,)
     neighbor_logits: Tensor,  # (N, n)
-    neighbor_rows: Tensor,  # (N, n, D)
+    neighbors: Tensor | Callable[[Tensor | None], Tensor],
 ) -> Tensor:
-    """The label mean ``m`` (N, D) of each rule, as :mod:`softcl.labels` defines it."""
-    rows = neighbor_rows.to(t.dtype)
+    """The label mean ``m`` (N, D) of each rule, as :mod:`softcl.labels` defines it.
+
+    ``neighbors`` are the nearest rows (N, n, D), or a function that adds them: (N, D) for weights
+    (N, n), or None for weights of 1.
+    """
     n = rule.num_neighbors
+
+    def neighbor_sum(weights: Tensor | None = None) -> Tensor:
+        if not isinstance(neighbors, Tensor):
+            return neighbors(weights)
+        rows = neighbors.to(t.dtype)
+        return rows.sum(1) if weights is None else torch.einsum("nk,nkd->nd", weights, rows)
+
     if rule.name == "hard":
         return t
     if rule.name == "relational":
@@ -243,12 +276,12 @@ def label_mean_of(
         # min(1, a q) differs from a q only where a q > 1; those rows are all among the n nearest.
         excess = (1.0 - mass * shares).clamp(max=0.0)
         total = 1.0 + mass + excess.sum(1, keepdim=True)
-        return (t + mass * mean + torch.einsum("nk,nkd->nd", excess, rows)) / total
+        return (t + mass * mean + neighbor_sum(excess)) / total
     if rule.name == "adaptive_neighbors":
         c = confidence[:, None]
-        return (t + c * rows.sum(1)) / (1.0 + c * n)
+        return (t + c * neighbor_sum()) / (1.0 + c * n)
     if rule.name == "neighbors":
-        return (t + rows.sum(1)) / (1.0 + n)
+        return (t + neighbor_sum()) / (1.0 + n)
     raise ValueError(f"rule is not one the reference knows: {rule!r}")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from softcl.data import VIEWS, DataError, ImageSet, find_format, load_dataset, training_split
 from softcl.data.recipe import RECIPE
+from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods import method as methods
 from softcl.methods.method import Method
@@ -21,12 +22,18 @@ from softcl.nn import (
     MemoryQueue,
     build_backbone,
     build_head,
-    convert_split_batch_norm,
     make_teacher,
 )
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
 from softcl.training.config import ConfigError, TrainConfig, did_you_mean
 from softcl.training.optimizers import build_optimizer
+from softcl.training.parallel import (
+    Trained,
+    average_gradients,
+    divide_splits,
+    splits_fit,
+    synchronise_norms,
+)
 from softcl.training.settings import check_method_flags, fill, recipe_size
 from softcl.training.speed import check_speed, settle_speed, speed_up
 from softcl.training.step import TrainState, View, derived_seed
@@ -48,6 +55,7 @@ class Parts:
         state: networks, queues, optimiser.
         backend: of the operator, for every step.
         knn: evaluation.
+        world: the processes that train together.
     """
 
     config: TrainConfig
@@ -57,9 +65,10 @@ class Parts:
     state: TrainState
     backend: BackendChoice
     knn: KNN
+    world: World = ALONE
 
 
-def assemble(config: TrainConfig) -> Parts:
+def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     """Make the parts; what is quick to refuse is refused before the images are read.
 
     Raises:
@@ -67,27 +76,59 @@ def assemble(config: TrainConfig) -> Parts:
     """
     check_method_flags(config)
     check_arch(config.arch)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, world)
     check_speed(config, device)
     images, bank, queries, evaluation = load_images(config)
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, device)
     build_views(method, images, config.image_size)
-    state = build_state(config, method, device)
-    speed_up(config, state)
+    check_processes(config, method, world)
+    state = build_state(config, method, device, world)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
-    return Parts(config, defaults, images, evaluation, state, backend, knn)
+    return Parts(config, defaults, images, evaluation, state, backend, knn, world)
 
 
-def resolve_device(name: str) -> torch.device:
+def check_processes(config: TrainConfig, method: Method, world: World) -> None:
+    """Refuse a batch, splits or queues that cannot be divided among the processes.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    W, splits = world.size, method.num_splits
+    if W == 1:
+        return
+    if not splits_fit(splits, world):
+        reason = f"must divide the {W} processes, or be a multiple of them (split batch norm)"
+        raise ConfigError("num_splits", splits, reason)
+    own, parts = max(splits // W, 1), config.accumulate * W
+    if config.batch_size % (parts * own) or config.batch_size < 2 * parts * own:
+        divided = f"{W} processes" + (f" x --accumulate {config.accumulate}" * (parts > W))
+        divided += f" x {own} splits each" * (own > 1)
+        reason = f"must be a multiple of {divided}, with two images for each"
+        raise ConfigError("batch_size", config.batch_size, reason)
+    if config.queue_sharding and method.queues() and min(method.queues().values()) < W:
+        reason = f"less than a row for each of {W} processes (--queue-sharding)"
+        raise ConfigError("queue_size", method.queue_size, reason)
+    if config.queue_sharding and method.queues() and method.options():
+        reason = "cannot be combined with the batch's other keys beside the queue (--use-keys)"
+        raise ConfigError("queue_sharding", "", reason)
+
+
+def resolve_device(name: str, world: World = ALONE) -> torch.device:
     """The device that `name` means; "auto" is the first CUDA device, or else the CPU.
+
+    Among several processes "auto" and "cuda" are the device of the process's number on its machine.
 
     Raises:
         ConfigError: there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if world.size == 1:
+            return torch.device(name)
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -187,7 +228,9 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def build_state(config: TrainConfig, method: Method, device: torch.device) -> TrainState:
+def build_state(
+    config: TrainConfig, method: Method, device: torch.device, world: World = ALONE
+) -> TrainState:
     """Networks, queues and optimiser at step 0: a function of the configuration alone.
 
     Raises:
@@ -204,8 +247,7 @@ def build_state(config: TrainConfig, method: Method, device: torch.device) -> Tr
         layers=method.projector_layers, norm=method.projector_norm,
     )  # fmt: skip
     student: nn.Module = Encoder(backbone, projector)
-    if method.num_splits > 1:
-        student = convert_split_batch_norm(student, method.num_splits)
+    student = divide_splits(student, method.num_splits, world)
     student = student.to(device).train()
     heads = build_heads(method).to(device).train()
     optimizer = build_optimizer(
@@ -216,14 +258,28 @@ def build_state(config: TrainConfig, method: Method, device: torch.device) -> Tr
         momentum=config.sgd_momentum,
         decay_norms=config.decay_norms,
     )
-    queues = nn.ModuleDict(
-        {
-            name: MemoryQueue(rows, method.projection_dim, seed=derived_seed(config.seed, name))
-            for name, rows in method.queues().items()
-        }
-    )
+    queues = build_queues(config, method, world).to(device)
     teacher = make_teacher(student) if method.teacher_sees() else nn.Identity()
-    return TrainState(method, student, teacher, queues.to(device), optimizer, heads)
+    state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
+    if world.size > 1 and device.type == "cuda":
+        synchronise_norms((student, teacher, heads), method.num_splits, world)
+    speed_up(config, state)  # before DDP lays out the gradients
+    if world.size > 1:
+        trained = Trained(student, heads)
+        state.parallel = average_gradients(trained, world, accumulate=config.accumulate)
+    return state
+
+
+def build_queues(config: TrainConfig, method: Method, world: World) -> nn.ModuleDict:
+    """The method's queues, whole in each process or divided; the same rows either way."""
+    queues = {}
+    for name, rows in method.queues().items():
+        size, seed = (rows, method.projection_dim), derived_seed(config.seed, name)
+        if config.queue_sharding and world.size > 1:
+            queues[name] = ShardedQueue(*size, world, seed=seed)
+        else:
+            queues[name] = MemoryQueue(*size, seed=seed)
+    return nn.ModuleDict(queues)
 
 
 @torch.no_grad()

@@ -182,6 +182,8 @@ class TrainConfig:
         help="auto, cuda, triton, cpu or reference")
     device: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
         help="auto, cpu, cuda or cuda:N")
+    queue_sharding: bool | None = _flag(_RUN, may_change=True,
+        help="of several processes each keeps a part of the queue, or all of it (default)")
     out: str | None = _flag(_RUN, may_change=True, metavar="FOLDER",
         help="run folder (default: a new one under runs/)")
     overwrite: bool = _flag(_RUN, False, may_change=True,

@@ -111,6 +111,19 @@ class BarProgress:
             self._task = None
 
 
+class SilentProgress:
+    """Shows nothing: for the processes beside the first."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    def show(self, status: Status) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def make_progress(stream: TextIO | None = None) -> Progress:
     """A bar if `stream` (standard output) is a terminal that can move its cursor, else lines."""
     stream = sys.stdout if stream is None else stream

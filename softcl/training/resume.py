@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ class StoredRun:
     content: dict[str, Any]
     finished: bool
     warnings: list[str]
+
+
+def settle_restart(given: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """The flags of a worker that torchrun started again: go on with the run in --out.
+
+    torchrun repeats the command as it was; without --out nothing says which run it was.
+    """
+    restarted = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not restarted or "resume" in given or "out" not in given:
+        return given
+    rest = {name: value for name, value in given.items() if name != "overwrite"}
+    return {**rest, "resume": AUTO}
 
 
 def settle_auto(given: dict[str, Any]) -> dict[str, Any]:

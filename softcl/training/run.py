@@ -15,8 +15,9 @@ from softcl.training.build import Parts, build_views, fingerprint
 from softcl.training.config import identity_hash
 from softcl.training.diagnose import first_damaged, first_non_finite
 from softcl.training.feed import BatchFeed
-from softcl.training.interrupt import StopRequest
+from softcl.training.interrupt import StopVote
 from softcl.training.meter import Diverged, Meter
+from softcl.training.parallel import average_buffers
 from softcl.training.picture import choose_queries, draw_neighbors, nearest
 from softcl.training.progress import Progress, Status, clock
 from softcl.training.resume import FORMAT
@@ -41,13 +42,15 @@ class Run:
     def __init__(self, parts: Parts, folder: RunFolder, progress: Progress) -> None:
         self.parts, self.folder, self.progress = parts, folder, progress
         self.state, self.knn, self.backend = parts.state, parts.knn, parts.backend
+        self.world = parts.world
         self.device, images = parts.knn.device, parts.images
         self.config = config = dataclasses.replace(
             parts.config, out=str(folder.path), overwrite=False, resume=None
         )
         self.fingerprint = fingerprint(images)
         self.images = _resident_on(images, self.device)
-        self.feed = BatchFeed(self.images, config.batch_size, config.seed, self.device)
+        feed = (self.images, config.batch_size, config.seed, self.device, self.world)
+        self.feed = BatchFeed(*feed)
         self.views = build_views(self.state.method, images, config.image_size)
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
@@ -63,7 +66,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------ steps
 
-    def train(self, stop: StopRequest) -> None:
+    def train(self, vote: StopVote) -> None:
         """Steps until the end, --max-steps or a request to stop; logs, evaluates, saves."""
         self._first_step = self.state.step
         self._loop_started = time.perf_counter()
@@ -74,7 +77,7 @@ class Run:
             self._one_step(images)
             if self.meter.due(self.state.step, self.total_steps):
                 self._log(last)
-            if stop.exit_code is not None:
+            if vote.asked():
                 return
             self._evaluate_if_due()
             if self._checkpoint_is_due():
@@ -97,22 +100,24 @@ class Run:
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
+        momentum = teacher_momentum(
+            state.step,
+            start=state.method.momentum,
+            schedule=config.momentum_schedule,
+            total_steps=self.total_steps,
+        )
         try:
-            measures = train_step(
-                state,
-                images,
-                self.views,
-                seed=config.seed,
-                backend=self.backend.name,
-                momentum=teacher_momentum(
-                    state.step,
-                    start=state.method.momentum,
-                    schedule=config.momentum_schedule,
-                    total_steps=self.total_steps,
-                ),
-                accumulate=config.accumulate,
-                clip_norm=config.clip_norm,
-            )
+            with self.world.watching(f"in step {state.step + 1}"):
+                measures = train_step(
+                    state,
+                    images,
+                    self.views,
+                    seed=config.seed,
+                    backend=self.backend.name,
+                    momentum=momentum,
+                    accumulate=config.accumulate,
+                    clip_norm=config.clip_norm,
+                )
         except ValueError as error:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
@@ -160,6 +165,10 @@ class Run:
 
     def measure_baselines(self) -> None:
         """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder)."""
+        self.world.first(self._measure_baselines)
+        self.meter.restart(self.feed.waited)
+
+    def _measure_baselines(self) -> None:
         stored = self.folder.read_json(BASELINES)
         if stored is not None and stored.get("num_neighbors") == self.knn.num_neighbors:
             self.baselines = stored
@@ -174,7 +183,6 @@ class Run:
             )
         else:
             self.progress.say("k-NN       not measured: the images have no labels")
-        self.meter.restart(self.feed.waited)
 
     def _baselines(self) -> dict[str, Any]:
         if self.state.step:
@@ -202,19 +210,28 @@ class Run:
         if not self.knn.labelled:
             return
         paused = time.perf_counter()
-        features = self.knn.encoder_features(self.state.student)
-        self.accuracy = self.knn.accuracy(*features)
+        self._settle_buffers()
+        self.accuracy = self.world.first(self._evaluate)
         if self.accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = self.accuracy, self.state.step
+        self.evaluated_step = self.state.step
+        self.meter.skip(time.perf_counter() - paused)
+
+    def _settle_buffers(self) -> None:
+        """Running statistics of all the processes, before they are used or kept."""
+        average_buffers((self.state.student, self.state.teacher, self.state.heads), self.world)
+
+    def _evaluate(self) -> float:
+        features = self.knn.encoder_features(self.state.student)
+        accuracy = self.knn.accuracy(*features)
         if self.state.step == self.total_steps:
             self._final_features = features
-        self.evaluated_step = self.state.step
         epoch = self.state.step / self.feed.steps_per_epoch
         self.folder.log(
             {
                 "step": self.state.step,
                 "epoch": epoch,
-                "knn_top1": self.accuracy,
+                "knn_top1": accuracy,
                 "knn_purity": self.knn.purity(*features),
                 "feature_spread": float(query_spread(features[0])),
                 "seconds": self.seconds(),
@@ -222,12 +239,17 @@ class Run:
         )
         self.progress.say(
             f"epoch {epoch:g}/{self.config.epochs}  loss {self.meter.loss:.4f}  "
-            f"k-NN {self.accuracy:.1%}  after {clock(self.seconds())}"
+            f"k-NN {accuracy:.1%}  after {clock(self.seconds())}"
         )
-        self.meter.skip(time.perf_counter() - paused)
+        return accuracy
 
     def finish(self) -> None:
         """The picture and the final numbers, after the last step."""
+        self._settle_buffers()
+        refused = sum(queue.refused for queue in self.state.queues.values())
+        self.world.first(lambda: self._finish(refused))
+
+    def _finish(self, refused: int) -> None:
         picture = self._draw_picture()
         result = {
             "step": self.state.step,
@@ -240,7 +262,7 @@ class Run:
             "loss": self.meter.loss,
             "seconds": self.seconds(),
             "backend": self.backend.name,
-            "refused_keys": sum(queue.refused for queue in self.state.queues.values()),
+            "refused_keys": refused,
         }
         self.progress.close()
         if self.accuracy is not None:
@@ -274,7 +296,7 @@ class Run:
         return every > 0 and (self.state.step % every == 0 or improved)
 
     def save(self) -> None:
-        """Write the checkpoint of this step, unless it is there already.
+        """Write the checkpoint of this step, unless it is there already. All processes call it.
 
         Raises:
             CheckpointError: the disk refuses; the checkpoint before it is kept.
@@ -283,6 +305,7 @@ class Run:
         if self.saved_step == self.state.step:
             return
         started = time.perf_counter()
+        self._settle_buffers()
         self._list_skipped()
         self.meter.check()
         damaged = first_damaged(self.state)
@@ -302,11 +325,14 @@ class Run:
             "seconds": self.seconds(),
             "versions": versions(),
         }
+        self.world.first(lambda: self._write(content))
+        self.saved_step = self.state.step
+        self.meter.skip(time.perf_counter() - started)
+
+    def _write(self, content: dict[str, Any]) -> None:
         self.folder.write_checkpoint(content, keep=self.config.keep_checkpoints)
         if self.best_step == self.state.step:
             self.folder.mark_best()
-        self.saved_step = self.state.step
-        self.meter.skip(time.perf_counter() - started)
 
     def load(self, content: dict[str, Any]) -> None:
         """Go on from the content of a checkpoint of the same configuration."""
@@ -349,7 +375,7 @@ class Run:
     def show_views(self) -> None:
         """views.png, where it was asked for."""
         config = self.config
-        if config.show_views is None:
+        if config.show_views is None or not self.world.is_first:
             return
         path = self.folder.path / SHEET
         images = self.parts.images
@@ -417,6 +443,12 @@ def describe(run: Run) -> None:
         f"seed {config.seed}"
     )
     say(f"backend    {run.backend}")
+    if run.world.size > 1:
+        kept = "each keeps a part of the queue" if config.queue_sharding else "each keeps the queue"
+        say(
+            f"processes  {run.world.size}, {config.batch_size // run.world.size} images of a batch "
+            f"each; {kept}"
+        )
     say(f"run        {run.folder.path}")
 
 

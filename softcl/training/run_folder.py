@@ -219,6 +219,28 @@ class RunFolder:
         self._lock.release()
 
 
+class Onlooker(RunFolder):
+    """The folder as it is to the processes that do not write: it takes everything and does nothing.
+
+    The first process has the `RunFolder` itself.
+    """
+
+    def write_checkpoint(self, content: dict[str, Any], *, keep: int) -> None:
+        pass
+
+    def mark_best(self) -> None:
+        pass
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def holds_checkpoint(path: Path) -> bool:
     """Whether a folder has a checkpoint to go on from."""
     return (path / LAST).exists() or bool(earlier(path))

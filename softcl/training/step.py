@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcl.data.views import Share
+from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.methods.method import Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
+from softcl.training.parallel import Trained, shuffled_among
 
 # What train_step returns, in this order.
 MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
 
-View = Callable[[Tensor, torch.Generator], Tensor]  # uint8 (N, 3, H, W) -> float (N, 3, S, S)
+# uint8 (N, 3, H, W) -> float (N, 3, S, S)
+View = Callable[[Tensor, torch.Generator | Share], Tensor]
 
 
 @dataclass
@@ -28,10 +33,12 @@ class TrainState:
         method: the method's numbers (a dataclass of softcl.methods), constant.
         student, teacher: encoders, images (N, 3, S, S) -> (N, D); the teacher is unused by a method
             whose teacher sees no view.
-        queues: the method's queues of keys, by name (`MemoryQueue` each).
+        queues: the method's queues of keys, by name (`MemoryQueue` or `ShardedQueue` each).
         optimizer: of the parameters of student and heads.
         heads: what is trained besides the student: its predictor, and what a method adds.
         step: steps done.
+        world: the processes that train together.
+        parallel: student and heads in DDP, which averages their gradients; None for one process.
     """
 
     method: Method
@@ -41,8 +48,11 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     step: int = 0
+    world: World = ALONE
+    parallel: nn.Module | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        """All of it; of a sharded queue the rows are in the first process's alone."""
         parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
         return {"step": self.step, **parts}
 
@@ -57,15 +67,19 @@ class TrainState:
         self.step = int(stored["step"])
 
     def enqueue(self, keys: Mapping[str, Tensor]) -> None:
+        """Keys of this process's part of the batch; those of all enter, in the batch's order."""
         for name, rows in keys.items():
-            self.queues[name].enqueue(rows, normalize=True)
+            queue = self.queues[name]
+            if not isinstance(queue, ShardedQueue):
+                rows = self.world.gather_rows(rows.detach())
+            queue.enqueue(rows, normalize=True)
 
     _PARTS = ("student", "teacher", "queues", "optimizer", "heads")
 
 
 def train_step(
     state: TrainState,
-    images: Tensor,  # (N, 3, H, W) uint8
+    images: Tensor,  # (N, 3, H, W) uint8, this process's
     views: Mapping[str, View],
     *,
     seed: int,
@@ -89,24 +103,30 @@ def train_step(
     Raises:
         ValueError: on the CPU, when the query, the key or the queue is no longer finite.
     """
-    method, random = state.method, StepRandom(seed, state.step, images.device)
+    method, world = state.method, state.world
+    random = StepRandom(seed, state.step, images.device, world)
+    on_host = torch.device("cpu")
     momentum = method.momentum if momentum is None else momentum
     has_teacher = bool(method.teacher_sees())
     if has_teacher and method.teacher_follows == "before":
         update_teacher(state.teacher, state.student, momentum)
 
-    made = {name: make(images, random(f"view {name}")) for name, make in views.items()}
-    generators = {name: random(f"shuffle {name}") for name in method.teacher_sees()}
-    generators["mix"] = random("mix", torch.device("cpu"))
+    made = {name: make(images, random.share(f"view {name}")) for name, make in views.items()}
+    # Where images travel between processes, the host has to know which.
+    shuffling = on_host if world.size > 1 else images.device
+    generators = {name: random(f"shuffle {name}", shuffling) for name in method.teacher_sees()}
+    generators["mix"] = random("mix", on_host)
     state.optimizer.zero_grad(set_to_none=True)
     keys, measures = [], []
     for part in zip(*(view.chunk(accumulate) for view in made.values()), strict=True):
-        batch = encode(state, dict(zip(made, part, strict=True)), generators, backend)
-        keys.append(method.keys(batch))
-        if method.enqueue == "before":
-            state.enqueue(keys[-1])
-        result = method.loss(batch)
-        (result.rows.mean() / accumulate).backward()
+        last = len(keys) == accumulate - 1
+        with contextlib.nullcontext() if last else _no_exchange(state):
+            batch = encode(state, dict(zip(made, part, strict=True)), generators, backend)
+            keys.append(method.keys(batch))
+            if method.enqueue == "before":
+                state.enqueue(keys[-1])
+            result = method.loss(batch)
+            (result.rows.mean() / accumulate).backward()
         measures.append(_measures(result, batch))
     if clip_norm is not None:
         trained = [*state.student.parameters(), *state.heads.parameters()]
@@ -122,6 +142,11 @@ def train_step(
     return torch.stack(measures).mean(0)
 
 
+def _no_exchange(state: TrainState) -> contextlib.AbstractContextManager:
+    """Gradients are summed in each process, and averaged with those of the last part."""
+    return contextlib.nullcontext() if state.parallel is None else state.parallel.no_sync()
+
+
 def encode(
     state: TrainState,
     views: dict[str, Tensor],  # (N, 3, S, S) each
@@ -129,24 +154,25 @@ def encode(
     backend: str,
 ) -> Batch:
     """The vectors that the method's loss compares."""
-    method, heads = state.method, state.heads
-    views, notes = method.prepare(views, generators["mix"])
-    student = {name: state.student(views[name]) for name in method.student_sees()}
-    predicted = student
-    if "predictor" in heads:
-        predicted = {name: heads["predictor"](rows) for name, rows in student.items()}
+    method, heads, world = state.method, state.heads, state.world
+    views, notes = method.prepare(views, generators["mix"], world)
+    trained = Trained(state.student, heads) if state.parallel is None else state.parallel
+    student, predicted = trained({name: views[name] for name in method.student_sees()})
     teacher = {}
     with torch.no_grad():
         for name in method.teacher_sees():
-            if method.shuffles:
+            if not method.shuffles:
+                teacher[name] = state.teacher(views[name])
+            elif world.size == 1:
                 teacher[name] = shuffled(state.teacher, views[name], generators[name])
             else:
-                teacher[name] = state.teacher(views[name])
-    return Batch(student, predicted, teacher, state.queues, heads, notes, backend)
+                among = (world, state.teacher, views[name], generators[name])
+                teacher[name] = shuffled_among(*among)
+    return Batch(student, predicted, teacher, state.queues, heads, notes, backend, world)
 
 
 def _measures(result: Result, batch: Batch) -> Tensor:
-    """The MEASURES of one part of a batch."""
+    """The MEASURES of one part of a batch, of all processes."""
     loss, shown = result.rows.detach().mean(), result.shown
     absent = torch.full_like(loss, math.nan)
     confidence = entropy = top1 = absent
@@ -155,8 +181,24 @@ def _measures(result: Result, batch: Batch) -> Tensor:
         entropy = absent if shown.entropy is None else shown.entropy.mean()
         if shown.positive_rank is not None:
             top1 = (shown.positive_rank == 0).to(loss.dtype).mean()
-    spread = query_spread(next(iter(batch.student.values())))
+    vectors = next(iter(batch.student.values()))
+    if batch.world.size > 1:
+        return _measures_of_all(
+            torch.stack([loss, confidence, entropy, top1]), vectors, batch.world
+        )
+    spread = query_spread(vectors)
     return torch.stack([loss, confidence, entropy, top1, spread.to(loss.dtype)]).float()
+
+
+@torch.no_grad()
+def _measures_of_all(means: Tensor, vectors: Tensor, world: World) -> Tensor:
+    """The processes' measures from the means of their equal parts, by one exchange."""
+    unit = nn.functional.normalize(vectors.double(), dim=1)
+    mean = world.sum(torch.cat([means.double(), unit.mean(0), unit.square().mean(0)])) / world.size
+    first, second = mean[len(means) :].chunk(2)
+    std = (second - first.square()).clamp(min=0.0).sqrt()  # over the whole batch
+    spread = std.mean() * vectors.shape[1] ** 0.5
+    return torch.cat([mean[: len(means)], spread[None]]).float()
 
 
 @torch.no_grad()
@@ -173,16 +215,23 @@ class StepRandom:
     """The random numbers of one step: a function of (seed, step, purpose) and of nothing before it.
 
     A resumed run therefore needs no stored generator. PyTorch's global generator, which drop-out
-    and stochastic depth read, is set in the same way.
+    and stochastic depth read, is set in the same way, to another number in each process.
     """
 
-    def __init__(self, seed: int, step: int, device: torch.device) -> None:
-        self.seed, self.step, self.device = seed, step, device
-        torch.manual_seed(derived_seed(seed, step, "global"))
+    def __init__(self, seed: int, step: int, device: torch.device, world: World = ALONE) -> None:
+        self.seed, self.step, self.device, self.world = seed, step, device, world
+        own = (world.rank,) if world.rank else ()
+        torch.manual_seed(derived_seed(seed, step, "global", *own))
 
     def __call__(self, purpose: str, device: torch.device | None = None) -> torch.Generator:
         generator = torch.Generator(device or self.device)
         return generator.manual_seed(derived_seed(self.seed, self.step, purpose))
+
+    def share(self, purpose: str) -> torch.Generator | Share:
+        """The same numbers, for a batch of which this process has a part."""
+        generator = self(purpose)
+        world = self.world
+        return generator if world.size == 1 else Share(generator, world.rank, world.size)
 
 
 def derived_seed(*parts: int | str) -> int:

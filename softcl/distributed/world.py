@@ -1,0 +1,362 @@
+"""The processes of a run, and the few exchanges that softcl needs of them.
+
+Every exchange is one that the others join with the same shapes and in the same order. What each
+process then receives from the others is counted, in bytes, in ``World.received``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# A process that does not answer for so long has failed. One that was killed is noticed at once.
+PATIENCE = timedelta(seconds=50)
+# What the first process alone does (k-NN, checkpoints) is waited for on a group of its own.
+LONG_PATIENCE = timedelta(hours=2)
+
+
+class PeerError(RuntimeError):
+    """Another process of the run failed or does not answer; the message is one line."""
+
+
+class World:
+    """The W processes of a run, of which this one is number ``rank``.
+
+    Make one with `start` (under torchrun), or with `joined` in a program that has initialised
+    ``torch.distributed`` itself; without either it is ``ALONE``.
+
+    Attributes:
+        rank, size: of this process, 0 <= rank < size; their number W.
+        local_rank: the number of this process on its machine.
+        received: bytes of payload received from the other processes, by kind of exchange.
+        even: the caller vouches that all processes pass equally many rows. Otherwise they compare
+            their numbers first, and different ones are an error in each process and no hang.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None):
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.received: Counter[str] = Counter()
+        self.even = False
+        self._patient = group  # on the host, for objects and long waits
+        self._owns_engine = False
+
+    @classmethod
+    def start(cls, cuda: bool, environment: Mapping[str, str] = os.environ) -> World:
+        """Join the processes that torchrun started; ALONE where it started one or none.
+
+        Raises:
+            PeerError: the others cannot be reached.
+        """
+        size = int(environment.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return ALONE
+        import torch.distributed as dist
+
+        local_rank = int(environment.get("LOCAL_RANK", "0"))
+        if dist.is_initialized():
+            return cls.joined(local_rank)
+        if cuda:
+            torch.cuda.set_device(local_rank)
+        with _telling(f"process {environment.get('RANK')} of {size}", "to start"):
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+            # torchrun may keep its store when it starts the processes again: the addresses in it
+            # are then those of processes that are gone.
+            attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"softcl/{attempt}", store)
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
+            world = cls.joined(local_rank)
+        world._owns_engine = True
+        return world
+
+    @classmethod
+    def joined(cls, local_rank: int | None = None) -> World:
+        """The world of an initialised ``torch.distributed``, whoever initialised it."""
+        import torch.distributed as dist
+
+        patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+        if local_rank is None:
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, patient)
+
+    def close(self) -> None:
+        """Leave; nothing can be exchanged any more."""
+        if self._owns_engine:
+            import torch.distributed as dist
+
+            self._owns_engine = False
+            dist.destroy_process_group()
+
+    def __repr__(self) -> str:
+        return f"process {self.rank} of {self.size}"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    # ----------------------------------------------------------------------------- tensors
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x (n, ...) of every process, (W, n, ...); differentiable, see `exchange`."""
+        return _Gather.apply(x, self) if self.size > 1 else x[None]
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """x (W, n, ...), whose part w goes to process w -> (W, n, ...), whose part w came from it.
+
+        Differentiable. The gradient of a row that was sent comes back from where it went; that of
+        one that was gathered is summed over the processes, in their order.
+        """
+        return _Exchange.apply(x, self) if self.size > 1 else x
+
+    def start_exchange(self, x: Tensor) -> Callable[[], Tensor]:
+        """`exchange` begun, without gradient: what is returned waits for it and gives the result.
+
+        Computation meanwhile runs beside it.
+        """
+        if self.size == 1:
+            return lambda: x
+        import torch.distributed as dist
+
+        x = x.detach().contiguous()
+        result = torch.empty_like(x)
+        with _telling(str(self), "to exchange"):
+            work = dist.all_to_all_single(_raw(result), _raw(x), async_op=True)
+        self._count("exchange", x[0].nbytes * (self.size - 1))
+
+        def finish() -> Tensor:
+            with _telling(str(self), "to exchange"):
+                work.wait()
+            return result
+
+        return finish
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """x (n, ...) of every process -> all (W n, ...) in the batch's order; differentiable."""
+        if self.size == 1:
+            return x
+        self.check_rows("x", len(x))
+        return self.gather(x).transpose(0, 1).flatten(0, 1)
+
+    def own(self, count: int, device: torch.device | str | None = None) -> Tensor:
+        """The places (n,) of this process's n rows among all of the batch's."""
+        return torch.arange(count, device=device) * self.size + self.rank
+
+    def distribute(self, x: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+        """Rows of what all hold together, to where they are wanted; no gradient.
+
+        Args:
+            x: (n, ...), of which row l is row l W + rank of the whole.
+            wanted: for each process the rows of the whole that it gets, int64 on the CPU; the same
+                in every process.
+        """
+        if self.size == 1:
+            return x[wanted[0].to(x.device)]
+        self.check_rows("x", len(x))
+        import torch.distributed as dist
+
+        sent = [rows[rows % self.size == self.rank] // self.size for rows in wanted]
+        sources = wanted[self.rank] % self.size
+        counts = torch.bincount(sources, minlength=self.size).tolist()
+        outgoing = x.detach()[torch.cat(sent).to(x.device)]
+        arrived = x.new_empty((len(sources), *x.shape[1:]))
+        with _telling(str(self), "to distribute rows"):
+            dist.all_to_all_single(
+                _raw_rows(arrived), _raw_rows(outgoing), counts, [len(rows) for rows in sent]
+            )
+        self._count("distribute", (len(sources) - counts[self.rank]) * x[:1].nbytes)
+        # They came sorted by source.
+        return arrived[sources.argsort(stable=True).argsort().to(x.device)]
+
+    def permute(self, x: Tensor, order: Tensor) -> Tensor:
+        """x[order] where x (n, ...) is a part of the whole and order (W n,) is on the CPU."""
+        return self.distribute(x, [order[rank :: self.size] for rank in range(self.size)])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes, in every process, in x itself."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _telling(str(self), "to sum"):
+                dist.all_reduce(x)
+            self._count("sum", 2 * x.nbytes * (self.size - 1) // self.size)
+        return x
+
+    def check_rows(self, name: str, count: int) -> None:
+        """Refuse batches of different lengths, unless they are vouched for.
+
+        Raises:
+            ValueError: in every process, naming each one's number of rows.
+        """
+        if self.size == 1 or self.even:
+            return
+        counts = self.all_of(count)
+        if len(set(counts)) > 1:
+            raise ValueError(f"{name} must have as many rows in every process, got {counts}")
+
+    def _count(self, kind: str, bytes_received: int) -> None:
+        self.received[kind] += bytes_received
+
+    # ----------------------------------------------------------------- on the host, with patience
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns in the first process, in all of them; its errors too.
+
+        An error comes with ``told = True`` in the other processes: the first one reports it.
+        """
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        failed: Exception | None = None
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                failed = error
+                outcome[1] = (type(error), error.args, vars(error))
+        import torch.distributed as dist
+
+        with _telling(str(self), "for the first"):
+            dist.broadcast_object_list(outcome, 0, group=self._patient)
+        if failed is not None:
+            raise failed
+        if outcome[1] is not None:
+            # Made without its __init__, whose arguments need not be the error's.
+            kind, arguments, fields = outcome[1]
+            error = kind.__new__(kind, *arguments)
+            error.args = arguments
+            vars(error).update(fields, told=True)
+            raise error
+        return outcome[0]
+
+    def all_of(self, value: T) -> list[T]:
+        """The small value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with _telling(str(self), "to compare"):
+            dist.all_gather_object(values, value, group=self._patient)
+        return values
+
+    def start_max(self, value: int) -> Callable[[], int]:
+        """The largest value of any process, begun: what is returned waits for it."""
+        if self.size == 1:
+            return lambda: value
+        import torch.distributed as dist
+
+        box = torch.tensor([value])
+        with _telling(str(self), "to agree"):
+            work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self._patient, async_op=True)
+
+        def finish() -> int:
+            with _telling(str(self), "to agree"):
+                work.wait()
+            return int(box)
+
+        return finish
+
+    def collect(self, x: Tensor) -> list[Tensor] | None:
+        """x, of one shape everywhere, of every process on the first one's CPU; None elsewhere."""
+        if self.size == 1:
+            return [x.cpu()]
+        import torch.distributed as dist
+
+        x = x.detach().cpu().contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.is_first else None
+        raw = None if parts is None else [_raw(part) for part in parts]
+        with _telling(str(self), "to collect"):
+            dist.gather(_raw(x), raw, 0, group=self._patient)
+        return parts
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.start_max(0)()
+
+    @contextlib.contextmanager
+    def watching(self, what: str) -> Iterator[None]:
+        """Turn the engine's own errors inside into `PeerError` (DDP exchanges by itself)."""
+        if self.size == 1:
+            yield
+            return
+        with _telling(str(self), what):
+            yield
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def _telling(who: str, what: str) -> Iterator[None]:
+    """One line in place of the engine's many, where it is the engine that failed."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()
+        # Without the place in the engine's sources, and without its advice.
+        reason = re.sub(r"^\[\S*\]\s*", "", text[0] if text else "?").split(". ")[0]
+        words = ("gloo", "nccl", "connection", "timed out", "timeout", "store", "socket")
+        if not any(word in str(error).lower() for word in words):
+            raise
+        raise PeerError(
+            f"{who} waited {what} and another one failed or does not answer ({reason})"
+        ) from error
+
+
+def _raw(x: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: engines differ in the dtypes that they know."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _raw_rows(x: Tensor) -> Tensor:
+    return x.view(len(x), x.shape[1:].numel()).view(torch.uint8)
+
+
+def _gather(x: Tensor, world: World) -> Tensor:
+    import torch.distributed as dist
+
+    # Since torch 2.14 the function has another name; the old one warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    x = x.detach().contiguous()
+    result = x.new_empty((world.size, *x.shape))
+    with _telling(str(world), "to gather"):
+        gather(_raw(result), _raw(x))
+    world._count("gather", x.nbytes * (world.size - 1))
+    return result
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, world):
+        ctx.world = world
+        return _gather(x, world)
+
+    @staticmethod
+    def backward(ctx, gradient):  # (W, n, ...)
+        return ctx.world.start_exchange(gradient)().sum(0), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, world):
+        ctx.world = world
+        return world.start_exchange(x)()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.world.start_exchange(gradient)(), None

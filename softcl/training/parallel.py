@@ -1,0 +1,130 @@
+"""What changes in a run of several processes: gradients, batch norm, the teacher's shuffle.
+
+The batch of --batch-size images is divided among the processes, image i going to process i % W. A
+step then computes what one process would compute (softcl/distributed), with one exception: plain
+batch norm sees a process's own images on CPUs, where PyTorch has no synchronised one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from softcl.distributed import World
+from softcl.nn import SplitBatchNorm2d, convert_split_batch_norm
+
+
+class Trained(nn.Module):
+    """All that is trained, as one module: views -> projections and predictions, by name."""
+
+    def __init__(self, student: nn.Module, heads: nn.ModuleDict) -> None:
+        super().__init__()
+        self.student, self.heads = student, heads
+
+    def forward(self, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        student = {name: self.student(images) for name, images in views.items()}
+        if "predictor" not in self.heads:
+            return student, student
+        return student, {name: self.heads["predictor"](rows) for name, rows in student.items()}
+
+
+def average_gradients(trained: Trained, world: World, *, accumulate: int = 1) -> nn.Module:
+    """DDP around what is trained: the mean of the processes' gradients after each backward pass.
+
+    The graph is the same in every step, so buckets are filled and sent in a fixed order; gradients
+    live in the buckets. Buffers stay each process's own, see `average_buffers`. Where a step is
+    accumulated of several parts, the graph is not declared static: DDP cannot then leave out the
+    exchange of the first parts (``no_sync``).
+    """
+    if world.size == 1:
+        return trained
+    from torch.nn.parallel import DistributedDataParallel
+
+    on_cuda = next(trained.parameters()).is_cuda
+    options = inspect.signature(DistributedDataParallel).parameters
+    # Renamed in torch 2.14, where the old name warns.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    return DistributedDataParallel(
+        trained,
+        device_ids=[world.local_rank] if on_cuda else None,
+        gradient_as_bucket_view=True,
+        static_graph=accumulate == 1,
+        **{buffers: False},
+    )
+
+
+def divide_splits(student: nn.Module, num_splits: int, world: World) -> nn.Module:
+    """Split batch norm whose splits are divided among the processes.
+
+    With W processes and S splits, S a multiple of W, each process has S / W of them, and they are
+    the same groups of images as in one process. With W a multiple of S a process has (at most) one.
+    """
+    own = num_splits // world.size
+    return convert_split_batch_norm(student, own) if own > 1 else student
+
+
+def splits_fit(num_splits: int, world: World) -> bool:
+    """Whether the splits can be divided among the processes, or the processes among them."""
+    return num_splits % world.size == 0 or world.size % num_splits == 0
+
+
+def synchronise_norms(modules: Iterable[nn.Module], num_splits: int, world: World) -> None:
+    """Give batch norm the statistics of all the processes that share a split; CUDA alone.
+
+    2-D batch norm is shared by the processes of its split (none, where each process has splits of
+    its own), 1-D batch norm, which is never split, by all. Parameters and buffers stay the same
+    tensors, so that an optimiser made before stays valid.
+    """
+    import torch.distributed as dist
+    from timm.layers import convert_sync_batchnorm
+
+    group = None
+    if num_splits > 1 and world.size > num_splits:
+        members = [list(range(s, world.size, num_splits)) for s in range(num_splits)]
+        groups = [dist.new_group(ranks) for ranks in members]  # every process makes all of them
+        group = groups[world.rank % num_splits]
+
+    def convert(norm: nn.Module) -> nn.Module:
+        if isinstance(norm, nn.BatchNorm1d):
+            return convert_sync_batchnorm(norm)
+        if not isinstance(norm, nn.BatchNorm2d) or isinstance(norm, SplitBatchNorm2d):
+            return norm
+        return norm if num_splits == world.size else convert_sync_batchnorm(norm, group)
+
+    for module in modules:
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                    setattr(parent, name, convert(child))
+
+
+@torch.no_grad()
+def average_buffers(modules: Iterable[nn.Module], world: World) -> None:
+    """Make running statistics the processes' mean: what one process with all splits would have.
+
+    They follow each step's statistics linearly, so it does not matter when this is done.
+    """
+    if world.size == 1:
+        return
+    buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    mean = world.sum(torch.cat([b.flatten() for b in buffers])) / world.size
+    for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view(buffer.shape))
+
+
+@torch.no_grad()
+def shuffled_among(
+    world: World, teacher: nn.Module, images: Tensor, generator: torch.Generator
+) -> Tensor:
+    """`softcl.nn.shuffled` for a batch that is divided among processes.
+
+    The images change places across processes, as in MoCo, and each travels to one process alone.
+    The generator is on the CPU, and the same in all of them.
+    """
+    order = torch.randperm(len(images) * world.size, generator=generator)
+    return world.permute(teacher(world.permute(images, order)), order.argsort())
