@@ -11,7 +11,8 @@ reads.
                   + 8 n                           the rank of the positive, for diagnostics
                   + m (2 f + k (f + 8))           lse, entropy; nearest logits and rows
                   + m D f                         mean of the teacher's softmax
-                  + m (k (8 + f) + D f) ]         weights to where the rows are, their sum back
+                  + m (k (8 + f) + D f)           weights to where the rows are, their sum back
+                  + 8 n ]                         places of excluded rows
         each line where the rule and the arguments need it; the last not for k = 0, nor for ASCL's
         soft labels with k = 1, which cannot be clipped
     backward: nothing

@@ -83,15 +83,15 @@ class Batch:
         """Rows (N, D) of this batch as the set to compare with, and a queue's after them.
 
         Gradients reach the rows, in the process that has them.
-
-        Raises:
-            ValueError: there is a queue, and no process has all of it.
         """
+        world = self.world
+        if world.size == 1:
+            return rows if queue is None else torch.cat([rows, queue])
         if queue is None:
-            return rows if self.world.size == 1 else ShardedRows(rows, self.world)
-        if isinstance(queue, ShardedRows):
-            raise ValueError("the keys of the batch cannot stand beside a queue of ShardedRows")
-        return torch.cat([self.world.gather_rows(rows), queue])
+            return ShardedRows(rows, world)
+        # Row j of the queue stands in place W N + j: with process j % W, as a part of a queue does.
+        own = queue.local if isinstance(queue, ShardedRows) else queue[world.rank :: world.size]
+        return ShardedRows(torch.cat([rows, own]), world, len(rows) * world.size + len(queue))
 
     def own(self, rows: Tensor) -> Tensor:
         """The place of each of these rows among everyone's, (N,) int64."""

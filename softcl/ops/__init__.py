@@ -153,7 +153,7 @@ def queue_statistics(
         UnsupportedBackendError: the backend asked for cannot run this call.
     """
     check_rows("vectors", vectors)
-    local = _local_rows(queue, vectors=vectors, excluded=excluded)
+    local = _local_rows(queue, vectors=vectors)
     check_rows_like("queue", local, vectors, "vectors")
     check_temperature("temperature", temperature)
     check_excluded(excluded, vectors, queue.shape[0])
@@ -161,8 +161,9 @@ def queue_statistics(
     check_backend_name(backend)
     if isinstance(queue, ShardedRows):
         found = sharded.queue_statistics(
-            vectors, queue, float(temperature), num_neighbors, sums=bool(sums), backend=backend
-        )
+            vectors, queue, float(temperature), num_neighbors, sums=bool(sums), backend=backend,
+            excluded=excluded,
+        )  # fmt: skip
     else:
         found = torch.ops.softcl.queue_statistics(
             vectors, queue, float(temperature), num_neighbors, bool(sums), backend, excluded
@@ -174,12 +175,10 @@ def queue_statistics(
     return statistics
 
 
-def _local_rows(queue: Tensor | ShardedRows, *, excluded=None, **vectors: Tensor) -> Tensor:
+def _local_rows(queue: Tensor | ShardedRows, **vectors: Tensor) -> Tensor:
     """The queue, or this process's part of it; processes with batches of other lengths are told."""
     if not isinstance(queue, ShardedRows):
         return queue
-    if excluded is not None:
-        raise ValueError("excluded cannot be combined with a queue of ShardedRows")
     for name, rows in vectors.items():
         queue.world.check_rows(name, rows.shape[0])
     return queue.local
@@ -270,7 +269,7 @@ def soft_contrastive_loss(
     """
     check_rows("query", query)
     check_constant_rows("key", key, query, "query")
-    local = _local_rows(queue, query=query, excluded=excluded)
+    local = _local_rows(queue, query=query)
     check_constant_rows("queue", local, query, "query")
     check_count("queries_per_key", queries_per_key, query.shape[0], least=1, what="queries")
     if key.shape[0] * queries_per_key != query.shape[0]:
@@ -300,6 +299,7 @@ def soft_contrastive_loss(
             query, key, queue, rule, float(temperature), float(teacher_temperature),
             positive=positive, normalize=normalize, diagnostics=diagnostics,
             queries_per_key=queries_per_key, virtual_logit=virtual_logit, backend=backend,
+            excluded=excluded,
         )  # fmt: skip
         if values_are_at_hand(loss) and not all_finite(loss):
             explain_non_finite(query=query, key=key, queue=queue.local)
@@ -373,7 +373,7 @@ def label_mean(
     :func:`soft_contrastive_loss`, and so are the errors. No gradient is recorded.
     """
     check_rows("key", key)
-    check_constant_rows("queue", _local_rows(queue, key=key, excluded=excluded), key, "key")
+    check_constant_rows("queue", _local_rows(queue, key=key), key, "key")
     if not isinstance(rule, LabelRule):
         raise TypeError(f"rule must be a label rule of softcl.labels, got {rule!r}")
     check_temperature("teacher_temperature", teacher_temperature)
@@ -389,6 +389,7 @@ def label_mean(
             *sharded.label_mean(
                 rule, key, queue, float(teacher_temperature),
                 normalize=normalize, virtual_logit=virtual_logit, backend=backend,
+                excluded=excluded,
             )
         )  # fmt: skip
     if normalize:

@@ -52,6 +52,7 @@ def queue_statistics(
     *,
     sums: bool,
     backend: str,
+    excluded: Tensor | None = None,  # (n,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the operator of that name returns, for this process's vectors over all the rows.
 
@@ -61,7 +62,7 @@ def queue_statistics(
     world = rows.world
     gathered = world.gather(vectors).flatten(0, 1)  # (W n, D)
     lse, mean, entropy, logits, indices = _local(
-        gathered, rows, temperature, num_neighbors, sums, backend
+        gathered, rows, temperature, num_neighbors, sums, backend, _excluded_here(excluded, rows)
     )
     if num_neighbors > 0:
         indices = world.exchange(_by_owner(indices, world.size))  # (W, n, k)
@@ -78,11 +79,30 @@ def queue_statistics(
     return lse, mean, entropy, *_merge_lists(logits, indices)
 
 
-def _local(gathered, rows, temperature, num_neighbors, sums, backend):
-    """Statistics of all vectors over the local rows, indices those of the whole."""
+def _excluded_here(excluded: Tensor | None, rows: ShardedRows) -> Tensor | None:
+    """Of every process's vectors (W n,) the excluded row's place in the local rows, or -1."""
+    if excluded is None:
+        return None
+    world = rows.world
+    places = world.gather(excluded).flatten()
+    return torch.where(
+        (places >= 0) & (places % world.size == world.rank), places // world.size, -1
+    )
+
+
+def _local(gathered, rows, temperature, num_neighbors, sums, backend, excluded):
+    """Statistics of all vectors over the local rows, indices those of the whole.
+
+    Raises:
+        ValueError: a row is excluded, and a part has too few rows besides it.
+    """
     k = min(num_neighbors, len(rows.local))
+    if excluded is not None and len(rows.local) < max(k, 1) + 1:
+        raise ValueError(
+            f"excluded needs parts of more than {max(k, 1)} rows, got {len(rows.local)} of {rows}"
+        )
     lse, mean, entropy, logits, indices = torch.ops.softcl.queue_statistics(
-        gathered, rows.local, temperature, k, sums, backend
+        gathered, rows.local, temperature, k, sums, backend, excluded
     )
     missing = num_neighbors - k
     indices = pad(indices * rows.world.size + rows.world.rank, (0, missing), value=_NO_ROW)
@@ -128,19 +148,22 @@ def soft_contrastive(
     queries_per_key: int,
     virtual_logit: bool,
     backend: str,
+    excluded: Tensor | None = None,  # (V n,)
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """loss (V n,), confidence, entropy, positive_rank and neighbor_indices of this process's rows.
 
     What was not asked for, or what the rule does not compute, is None.
     """
     gradient = query.requires_grad and torch.is_grad_enabled()
+    if excluded is not None and queries_per_key > 1:  # what a query leaves out, its key does
+        key, queries_per_key = key.repeat(queries_per_key, 1), 1
     with torch.no_grad():
         dtype = reference.sum_dtype(query, rows.local)
         z, t, norm = query.to(dtype), key.to(dtype), None
         if normalize:
             z, norm = reference.unit_rows(query, dtype)
             t, _ = reference.unit_rows(key, dtype)
-        pass_ = _Pass(z.to(query.dtype), t.to(key.dtype), rows, backend)
+        pass_ = _Pass(z.to(query.dtype), t.to(key.dtype), rows, backend, excluded)
         finish_student = pass_.start_student(temperature, gradient, diagnostics)
         labels = pass_.label_mean(rule, t, teacher_temperature, virtual_logit)
         lse, expected, rank = finish_student()
@@ -159,9 +182,20 @@ def soft_contrastive(
 
 
 class _Pass:
-    """One visit of every part of the queue by the unit rows z (V n, D) and t (n, D)."""
+    """One visit of every part of the queue by the unit rows z (V n, D) and t (n, D).
 
-    def __init__(self, z: Tensor, t: Tensor, rows: ShardedRows, backend: str) -> None:
+    ``excluded`` (n,) is of t, and of z where there is one for every t.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        t: Tensor,
+        rows: ShardedRows,
+        backend: str,
+        excluded: Tensor | None = None,
+    ) -> None:
+        self.excluded, self.all_excluded = excluded, _excluded_here(excluded, rows)
         self.rows, self.world, self.backend = rows, rows.world, backend
         self.z, self.t = z, t
         gathered = self.world.gather(torch.cat([z, t]))  # (W, V n + n, D)
@@ -177,7 +211,7 @@ class _Pass:
         positives = positives.repeat(1, len(self.z) // len(self.t), 1).flatten(0, 1)
         loss, dquery, _, _, rank, _ = torch.ops.softcl.soft_contrastive(
             self.all_z, positives, self.rows.local, "hard", 0, 1.0, temperature, 1.0,
-            False, False, gradient, diagnostics, self.backend,
+            False, False, gradient, diagnostics, self.backend, self.all_excluded,
         )  # fmt: skip
         columns = [loss[:, None], dquery] if gradient else [loss[:, None]]
         numbers = self._start(torch.cat(columns, 1))
@@ -202,8 +236,9 @@ class _Pass:
         if not (rule.needs_softmax or k > 0):
             return None, None, None, t
         lse, mean, entropy, logits, indices = _local(
-            self.all_t, self.rows, teacher_temperature, k, rule.needs_softmax, self.backend
-        )
+            self.all_t, self.rows, teacher_temperature, k, rule.needs_softmax, self.backend,
+            self.all_excluded,
+        )  # fmt: skip
         columns = [lse[:, None], entropy[:, None]] if rule.needs_softmax else []
         columns += [mean] * rule.needs_mean + [logits]
         numbers = self._start(torch.cat(columns, 1))
@@ -214,7 +249,7 @@ class _Pass:
         if rule.needs_softmax:
             mean = numbers[:, :, 2 : 2 + t.shape[1]] if rule.needs_mean else None
             lse, mean, entropy = merge_sums(numbers[:, :, 0], mean, numbers[:, :, 1])
-            confidence = reference.confidence_of(entropy, len(self.rows))
+            confidence = reference.confidence_of(entropy, len(self.rows), self.excluded)
         if virtual_logit:
             leak = torch.sigmoid(-lse)[:, None]  # see softcl/ops/compose.py
             mean = leak * t + (1.0 - leak) * mean
@@ -248,11 +283,12 @@ def label_mean(
     normalize: bool,
     virtual_logit: bool,
     backend: str,
+    excluded: Tensor | None = None,  # (n,)
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """mean (n, D), confidence, entropy and neighbor_indices, as `softcl.label_mean`."""
     dtype = reference.sum_dtype(key, rows.local)
     t = reference.unit_rows(key, dtype)[0] if normalize else key.to(dtype)
-    pass_ = _Pass(t[:0].to(key.dtype), t.to(key.dtype), rows, backend)
+    pass_ = _Pass(t[:0].to(key.dtype), t.to(key.dtype), rows, backend, excluded)
     confidence, entropy, neighbors, mean = pass_.label_mean(
         rule, t, teacher_temperature, virtual_logit
     )

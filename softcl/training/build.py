@@ -110,9 +110,6 @@ def check_processes(config: TrainConfig, method: Method, world: World) -> None:
     if config.queue_sharding and method.queues() and min(method.queues().values()) < W:
         reason = f"less than a row for each of {W} processes (--queue-sharding)"
         raise ConfigError("queue_size", method.queue_size, reason)
-    if config.queue_sharding and method.queues() and method.options():
-        reason = "cannot be combined with the batch's other keys beside the queue (--use-keys)"
-        raise ConfigError("queue_sharding", "", reason)
 
 
 def resolve_device(name: str, world: World = ALONE) -> torch.device:
