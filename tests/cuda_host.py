@@ -29,8 +29,13 @@ SOURCES = (
     "cuda/stream_64.cu",
     "cuda/stream_128.cu",
     "cuda/stream_256.cu",
+    "cuda/stream_hopper.cu",
+    "cuda/stream_hopper_64.cu",
+    "cuda/stream_hopper_128.cu",
+    "cuda/stream_hopper_256.cu",
     "cuda/host/block.cpp",
     "cuda/host/module.cpp",
+    "cuda/host/warpgroup.cpp",
 )
 FLAGS = ("-std=c++17", "-DSOFTCL_WITH_CUDA", "-O2", "-fPIC", "-w", "-fno-strict-aliasing")
 

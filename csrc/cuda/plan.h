@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "stream.h"
+#include "stream_hopper.h"
 
 namespace softcl::cuda {
 
@@ -21,6 +22,7 @@ struct Work {
   std::int64_t num_neighbors;  // k
   bool ranks;
   int multiprocessors;
+  bool hopper;  // see can_stream_hopper
 };
 
 struct Plan {
@@ -40,6 +42,8 @@ struct Plan {
   std::int64_t candidates_per_block;
   std::int64_t workspace_bytes;
 };
+
+inline constexpr int kMostSplits = 64;
 
 Plan make_plan(const Work& work);
 

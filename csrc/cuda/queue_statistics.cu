@@ -79,6 +79,8 @@ Work work_of(const QueueStatisticsParams& p, int device) {
   work.mean_rows = p.mean != nullptr ? 1 : 0;
   work.num_neighbors = p.num_neighbors;
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  work.hopper = can_stream_hopper(device, p.queue, p.queue_size, work.dim, p.vector_type,
+                                  p.temperature < kColdestWithoutMaximum);
   return work;
 }
 
@@ -109,9 +111,9 @@ void queue_statistics(const QueueStatisticsParams& params, const Launch& where) 
   stream.aligned = is_aligned(params.vectors, work.dim) && is_aligned(params.queue, work.dim);
   stream.softmax = has_sums(params);
   stream.entropy = params.entropy != nullptr;
-  stream.running_maximum = params.temperature < kColdestWithoutMaximum;
-  launch_stream(stream, params.vector_type, work.pairing, work.mean_rows, plan.row_blocks,
-                plan.splits, where.stream);
+  stream.running_maximum =
+      params.temperature < kColdestWithoutMaximum || always_has_maximum(work, params.vector_type);
+  launch_planned_stream(stream, params.vector_type, work, plan, where.stream);
 
   StatisticsParams finish = {};
   finish.finish = finish_params(work, plan, stream, where.workspace);

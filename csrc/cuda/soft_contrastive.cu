@@ -177,6 +177,11 @@ bool has_teacher_softmax(const SoftContrastiveParams& p) {
          (has_softmax(p.rule) && (p.confidence != nullptr || p.entropy != nullptr));
 }
 
+bool needs_maximum(const SoftContrastiveParams& p) {
+  return p.temperature < kColdestWithoutMaximum ||
+         (has_teacher_softmax(p) && p.teacher_temperature < kColdestWithoutMaximum);
+}
+
 Work work_of(const SoftContrastiveParams& p, int device) {
   check_count("num_queries", p.num_queries, 1, kMostRows);
   check_count("queue_size", p.queue_size, 1, kMostRows);
@@ -197,6 +202,8 @@ Work work_of(const SoftContrastiveParams& p, int device) {
   work.num_neighbors = p.rule.num_neighbors;
   work.ranks = p.positive_rank != nullptr;
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  work.hopper =
+      can_stream_hopper(device, p.queue, p.queue_size, work.dim, p.vector_type, needs_maximum(p));
   return work;
 }
 
@@ -251,10 +258,8 @@ void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) 
                    is_aligned(params.queue, work.dim);
   stream.normalize = params.normalize;
   stream.softmax = work.pairing == Pairing::kSingle || has_softmax;
-  stream.running_maximum = params.temperature < kColdestWithoutMaximum ||
-                           (has_softmax && params.teacher_temperature < kColdestWithoutMaximum);
-  launch_stream(stream, params.vector_type, work.pairing, work.mean_rows, plan.row_blocks,
-                plan.splits, where.stream);
+  stream.running_maximum = needs_maximum(params) || always_has_maximum(work, params.vector_type);
+  launch_planned_stream(stream, params.vector_type, work, plan, where.stream);
 
   const LossParams loss = loss_params(params, work, plan, stream, where.workspace);
   const auto kernel = params.vector_type == ElementType::kFloat16 ? &finish_kernel<Float16>

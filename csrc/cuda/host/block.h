@@ -17,6 +17,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -29,6 +30,8 @@ struct Site {
   int line;
 };
 
+enum class Access { kRead, kWrite, kAtomic };
+
 /// How kernels run from now on.
 struct Options {
   std::uint64_t seed = 0;
@@ -39,9 +42,24 @@ void set_options(const Options& options);
 /// "file:line" of every barrier and wait met since the options were set, in order of appearance.
 std::vector<std::string> sites();
 
+/// What a block has beside its threads, where a kernel uses it: see warpgroup.h. It watches shared
+/// memory in place of the rule above, as barriers are no longer all that orders accesses.
+class Hardware {
+ public:
+  virtual ~Hardware() = default;
+  virtual void begin_block(char* shared, std::size_t bytes, int threads) = 0;
+  virtual void end_block() = 0;
+  virtual void end_thread() = 0;
+  virtual void access(std::uint32_t address, int size, Access access) = 0;
+  virtual void meet_at_barrier() = 0;  // all threads have
+  virtual bool advance() = 0;          // does something that was under way; false: nothing is
+  virtual std::string waiting() = 0;   // who waits for what
+};
+
 /// Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws
 /// std::runtime_error with the first thing that was reported.
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel);
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
+              Hardware* hardware = nullptr);
 
 // ---- For the instructions, within a thread
 // -------------------------------------------------------
@@ -58,8 +76,6 @@ void collect(Site site, void* mine, void (*act)(void* const* lanes));
 /// Whether the site takes effect, after noting it.
 bool is_kept(Site site);
 
-enum class Access { kRead, kWrite, kAtomic };
-
 /// The bytes at a shared address, after the checks.
 char* shared_bytes(std::uint32_t address, int size, int alignment, Access access);
 
@@ -67,5 +83,15 @@ char* shared_bytes(std::uint32_t address, int size, int alignment, Access access
 void start_copy(std::uint32_t target, const void* source, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
+
+// ---- For the hardware beside the threads
+// ---------------------------------------------------------
+
+int current_thread();
+std::uint64_t draw();
+
+/// Runs other threads until one of them resumes this one.
+void suspend();
+void resume(int thread);
 
 }  // namespace softcl::cuda::host

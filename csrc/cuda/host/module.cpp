@@ -34,10 +34,19 @@ cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 
+namespace {
+
+int capability = 80;
+
+}  // namespace
+
 // A small one, so that small problems have several splits and rows share a block.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 << 10;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
+                                                            : 227 << 10;
   return cudaSuccess;
 }
 
@@ -71,6 +80,9 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
       },
       "seed"_a = 0, "omit"_a = "",
       "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect.");
+  module.def(
+      "set_capability", [](int value) { capability = value; }, "capability"_a,
+      "The device's compute capability from now on, ten times: 80 (at first) or 90.");
   module.def("sites", &softcl::cuda::host::sites, "The barriers and waits met since set_options.");
   module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
              "num_neighbors"_a, "multiprocessors"_a);
