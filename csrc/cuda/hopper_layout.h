@@ -66,10 +66,4 @@ SOFTCL_HOST_DEVICE constexpr std::uint64_t column_descriptor(std::uint32_t tile,
 // accumulator_column of layout.h have it. So chunks of columns are those of the mma.sync kernel,
 // and two neighbouring eights of columns are, rounded, one first operand (64, 16).
 
-/// The element of A(64, 16), counted from the lower half of register 0, that holds element `i` of
-/// the accumulator's columns 8 n .. 8 n + 7, n the number of the eight within the 16.
-SOFTCL_HOST_DEVICE constexpr int fragment_element(int n, int i) {
-  return n * 4 + i;
-}
-
 }  // namespace softcl::cuda

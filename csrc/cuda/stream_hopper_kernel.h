@@ -14,7 +14,7 @@
 // Schedule, after FlashAttention-3. The two take turns in starting products: while one turns its
 // products into weights, the other's run. Within a warpgroup the products of tile i run together
 // with the means of tile i - 1, whose weights have stayed in registers: an accumulator of two
-// neighbouring eights of columns is a fragment of a first operand.
+// neighbouring eights of columns is a fragment of a first operand. See kOverlaps for where not.
 //
 // The student's warpgroup sends its products to the teacher's through shared memory where z.mu is
 // wanted, thread by thread: the same thread of both holds the same row and column.
@@ -91,7 +91,7 @@ SOFTCL_DEVICE void produce(const HopperParams& p, const Ring<S>& ring, int first
 /// 64 rows of source (num_rows, D) from `first` on into a tile, zeros where there is none. By all
 /// consumers; fence and synchronise.
 template <typename T, int kDim>
-SOFTCL_DEVICE void load_row_tile(std::uint32_t tile, const void* source, std::int64_t first,
+SOFTCL_DEVICE void load_row_tile(std::uint32_t tile, const void* source, int first,
                                  const StreamParams& p) {
   constexpr int kPieces = kDim / 8;  // of a row
   const auto* elements = static_cast<const T*>(source);
@@ -99,7 +99,7 @@ SOFTCL_DEVICE void load_row_tile(std::uint32_t tile, const void* source, std::in
   for (int i = threadIdx.x / kPieces; i < kWarpgroupRows; i += kConsumers / kPieces) {
     ptx::Vector v = {};
     if (first + i < p.num_rows) {
-      v = load_piece(elements + (first + i) * p.dim, piece, p.dim, p.aligned);
+      v = load_piece(elements + std::int64_t(first + i) * p.dim, piece, p.dim, p.aligned);
     }
     if (p.normalize) v = unit_piece<T, kDim>(v);  // all lanes
     ptx::store_shared(tile + box_offset(kWarpgroupRows, i, piece * 8), v);
@@ -167,11 +167,11 @@ SOFTCL_DEVICE void pass_turn(int warpgroup, bool is_last) {
   if (warpgroup == 0 || !is_last) ptx::named_barrier_arrive(kTurn + 1 - warpgroup, kConsumers);
 }
 
-/// The whole split for kTiles tiles of rows, from row_tile on, without means.
-template <typename T, typename S, int kTiles>
+/// The whole split for kTiles tiles of rows, without means: both rows of the samples, or one.
+template <typename T, typename S, bool kTeacher, int kTiles>
 SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&sums)[kTiles],
-                         int row_tile, int first_tile, int tiles) {
-  const int warpgroup = warpgroup_index();
+                         int warpgroup, int first_tile, int tiles) {
+  const int row_tile = warpgroup * kTiles;
   const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
   float s[kTiles][S::kTileRows / 8][4] = {};
   float carry[2];
@@ -190,26 +190,34 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
     for (int r = 0; r < kTiles; ++r) ptx::settle(s[r]);
     ring.release(i);
     const int tile = first_tile + i;
+    count_products<S, kTeacher>(sums[0], s[0], p, row_tile, tile);
     if constexpr (kTiles == 2) {
-      count_products<S>(sums[0], s[0], p, row_tile, tile);
-      count_products<S>(sums[1], s[1], p, row_tile + 1, tile);
+      count_products<S, true>(sums[1], s[1], p, row_tile + 1, tile);
       // The teacher's first: they read the student's products.
       if (p.softmax) {
         add_weights<T, S, true>(sums[1], s[1], carry, p.scale[1], OwnProducts<S>{s[0]});
       }
       add_weights<T, S, false>(sums[0], s[0], carry, p.scale[0], NoProducts());
-    } else {
-      count_products<S>(sums[0], s[0], p, row_tile, tile);
-      if (p.softmax) add_role_weights<T, S>(sums[0], s[0], carry, p, row_tile, NoProducts());
+    } else if (p.softmax) {
+      add_role_weights<T, S, kTeacher>(sums[0], s[0], carry, p);
     }
   }
+  store_row_sums<S, kTeacher>(sums[0], p, row_tile, false);
+  if constexpr (kTiles == 2) store_row_sums<S, true>(sums[1], p, row_tile + 1, false);
 }
 
-/// The whole split for one tile of rows, with its mean.
+/// Whether a warpgroup turns products into weights while its own means still run. Then products,
+/// weights and means all lie in registers, for which there is no room with two parts of both rows'
+/// weights, nor with fp16's running maximum beside 128 sums; there the turns alone keep the tensor
+/// cores busy.
 template <typename T, typename S>
+inline constexpr bool kOverlaps = !S::kSends && !(kHasMaximum<T> && S::kDim == 256);
+
+/// The whole split for one tile of rows, with its mean.
+template <typename T, typename S, bool kTeacher>
 SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, RowSums& sums,
-                                   int row_tile, int first_tile, int tiles) {
-  const int warpgroup = warpgroup_index();
+                                   int warpgroup, int first_tile, int tiles) {
+  const int row_tile = warpgroup;
   const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
   float s[S::kTileRows / 8][4] = {};
   float mean[S::kDim / 8][4] = {};
@@ -225,7 +233,7 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
   pass_turn(warpgroup, tiles == 1);
   ptx::wgmma_wait<0>();
   ptx::settle(s);
-  visit_products<T, S>(sums, s, carry, p, ring.memory, row_tile, first_tile, 0, tiles);
+  visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, row_tile, first_tile, 0, tiles);
   pack_weights<T, S>(weights, sums, s);
 
   for (int i = 1; i < tiles; ++i) {
@@ -238,12 +246,22 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
     multiply_weights<T, S>(mean, weights, ring.tile(i - 1));
     ptx::wgmma_commit();
     pass_turn(warpgroup, i + 1 == tiles);
-    ptx::wgmma_wait<1>();
-    ptx::settle(s);
-    visit_products<T, S>(sums, s, carry, p, ring.memory, row_tile, first_tile, i, tiles);
-    ptx::wgmma_wait<0>();
-    ptx::settle(mean);
-    ring.release(i - 1);
+    if constexpr (kOverlaps<T, S>) {
+      ptx::wgmma_wait<1>();
+      ptx::settle(s);
+      visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, row_tile, first_tile, i,
+                                     tiles);
+      ptx::wgmma_wait<0>();
+      ptx::settle(mean);
+      ring.release(i - 1);
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::settle(s);
+      ptx::settle(mean);
+      ring.release(i - 1);
+      visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, row_tile, first_tile, i,
+                                     tiles);
+    }
     carry_mean<T, S>(mean, sums, carry);
     pack_weights<T, S>(weights, sums, s);
   }
@@ -254,7 +272,8 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   ptx::settle(mean);
-  store_means<S>(mean, p, row_tile);
+  store_row_sums<S, kTeacher>(sums, p, row_tile, true);
+  store_means<S, kTeacher>(mean, p, row_tile);
 }
 
 /// Loads the rows, finds the positives, sweeps and stores. By both consuming warpgroups.
@@ -263,9 +282,9 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
   const int warpgroup = warpgroup_index();
   const bool passes_keys = p.ranks != nullptr && !S::kPair;
   for (int r = 0; r < S::kRowTiles; ++r) {
-    const std::int64_t first = first_sample_of_tile<S>(r);
-    load_row_tile<T, S::kDim>(ring.memory + r * S::kRowTileBytes,
-                              p.rows[is_teacher_tile<S>(r) ? 1 : 0], first, p);
+    const int first = first_sample_of_tile<S>(r);
+    load_row_tile<T, S::kDim>(ring.memory + r * S::kRowTileBytes, p.rows[S::kPair ? r % 2 : 0],
+                              first, p);
     if (passes_keys) {
       load_row_tile<T, S::kDim>(ring.tile(0) + r * S::kRowTileBytes, p.rows[1], first, p);
     }
@@ -276,7 +295,7 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
   constexpr int kTiles = S::kBoth ? 2 : 1;
   const int row_tile = warpgroup * kTiles;
   RowSums sums[kTiles];
-  if (p.ranks != nullptr && !is_teacher_tile<S>(row_tile)) {
+  if (p.ranks != nullptr && (S::kBoth || !S::kPair || warpgroup == 0)) {
     const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
     const std::uint32_t keys =
         S::kPair ? rows + S::kRowTileBytes : ring.tile(0) + row_tile * S::kRowTileBytes;
@@ -285,17 +304,17 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
   if (passes_keys) ptx::named_barrier_arrive(kKeysRead, kHopperThreads);
   if (warpgroup == 1) ptx::named_barrier_arrive(kTurn, kConsumers);
 
-  // Of a pair with one mean, the teacher's warpgroup has none.
-  bool has_mean = kMeanRows > 0;
-  if constexpr (kMeanRows == 0) {
-    sweep<T, S, kTiles>(p, ring, sums, row_tile, first_tile, tiles);
-  } else if (kMeanRows == 1 && warpgroup == 1) {
-    has_mean = false;
-    sweep<T, S, kTiles>(p, ring, sums, row_tile, first_tile, tiles);
+  if constexpr (!S::kPair && kMeanRows > 0) {
+    sweep_with_mean<T, S, false>(p, ring, sums[0], warpgroup, first_tile, tiles);
+  } else if constexpr (kMeanRows == 0) {
+    sweep<T, S, false>(p, ring, sums, warpgroup, first_tile, tiles);
+  } else if (warpgroup == 0) {
+    sweep_with_mean<T, S, false>(p, ring, sums[0], 0, first_tile, tiles);
+  } else if constexpr (kMeanRows == 2) {
+    sweep_with_mean<T, S, true>(p, ring, sums[0], 1, first_tile, tiles);
   } else {
-    sweep_with_mean<T, S>(p, ring, sums[0], row_tile, first_tile, tiles);
+    sweep<T, S, true>(p, ring, sums, 1, first_tile, tiles);
   }
-  for (int r = 0; r < kTiles; ++r) store_row_sums<S>(sums[r], p, row_tile + r, has_mean);
 }
 
 #endif
@@ -307,7 +326,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using S = HopperShape<kDim, kPairing, kMeanRows>;
   const Ring<S> ring{ptx::tile_memory()};
   const int first_tile = blockIdx.y * p.stream.tiles_per_split;
-  const int tiles = min(p.stream.tiles_per_split, p.stream.num_tiles - first_tile);
+  const int left = p.stream.num_tiles - first_tile;
+  const int tiles = left < p.stream.tiles_per_split ? left : p.stream.tiles_per_split;
   if (threadIdx.x == 0) ring.initialize();
   ptx::sync_threads();
   if (warpgroup_index() == kConsumers / kWarpgroup) {

@@ -71,16 +71,11 @@ SOFTCL_DEVICE int warpgroup_row(int i) {
   return threadIdx.x % kWarpgroup / kWarp * 16 + accumulator_row(lane_index(), 2 * i);
 }
 
-/// The first sample of a tile of rows in shared memory, and whether they are the teacher's.
+/// The first sample of a tile of rows in shared memory. There are at most 2^30 rows.
 template <typename S>
-SOFTCL_DEVICE std::int64_t first_sample_of_tile(int row_tile) {
+SOFTCL_DEVICE int first_sample_of_tile(int row_tile) {
   const int samples = S::kBoth ? row_tile / 2 : S::kPair ? 0 : row_tile;
-  return std::int64_t(blockIdx.x) * S::kSamples + samples * kWarpgroupRows;
-}
-
-template <typename S>
-SOFTCL_DEVICE bool is_teacher_tile(int row_tile) {
-  return S::kPair && row_tile % 2 == 1;
+  return static_cast<int>(blockIdx.x) * S::kSamples + samples * kWarpgroupRows;
 }
 
 /// Adds a tile's products to the chunk maxima, and writes those of the chunks that end in it.
@@ -102,9 +97,10 @@ SOFTCL_DEVICE void store_chunk_maxima(RowSums& sums, const float (&s)[S::kTileRo
         largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
       }
       if (!ends) continue;
-      const std::int64_t sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
+      const int sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
       if (sample < p.num_rows) {
-        p.maxima[sample * p.num_chunks + chunk_of(step, lane_index(), p.steps_per_chunk)] = largest;
+        p.maxima[std::int64_t(sample) * p.num_chunks +
+                 chunk_of(step, lane_index(), p.steps_per_chunk)] = largest;
       }
       largest = kAbsent;
     }
@@ -112,10 +108,9 @@ SOFTCL_DEVICE void store_chunk_maxima(RowSums& sums, const float (&s)[S::kTileRo
 }
 
 /// Writes a split's sums, by the first lane of a row's four.
-template <typename S>
+template <typename S, bool kTeacher>
 SOFTCL_DEVICE void store_row_sums(const RowSums& sums, const StreamParams& p, int row_tile,
                                   bool has_mean) {
-  const bool teacher = is_teacher_tile<S>(row_tile);
   SOFTCL_UNROLL
   for (int i = 0; i < 2; ++i) {
     const float weight = quad_sum(sums.weight[i]);
@@ -123,33 +118,33 @@ SOFTCL_DEVICE void store_row_sums(const RowSums& sums, const StreamParams& p, in
     const float cosine = quad_sum(sums.cosine[i]);
     const float student = quad_sum(sums.student[i]);
     const int rank = quad_sum(sums.rank[i]);
-    const std::int64_t sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
+    const int sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
     if (sample >= p.num_rows || lane_index() % 4 != 0) continue;
-    const std::int64_t sum_row = sample + (teacher ? p.num_rows : 0);
+    const std::int64_t sum_row = (kTeacher ? p.num_rows : 0) + sample;
     float* slots = p.sums + std::int64_t(blockIdx.y) * kNumSlots * p.num_sum_rows + sum_row;
     const auto store = [&](SumSlot slot, float x) { slots[slot * p.num_sum_rows] = x; };
-    if (p.softmax || (S::kPair && !teacher)) {
+    if (p.softmax || (S::kPair && !kTeacher)) {
       store(kWeights, weight);
       store(kCosines, cosine);
       store(kMaximum, sums.maximum[i]);
     }
-    if (teacher && p.softmax) store(kStudentCosines, student);
+    if (kTeacher && p.softmax) store(kStudentCosines, student);
     if (has_mean) store(kMeanWeights, mean_weight);
-    if (p.ranks != nullptr && !teacher) {
+    if (!kTeacher && p.ranks != nullptr) {
       p.ranks[std::int64_t(blockIdx.y) * p.num_rows + sample] = rank;
     }
   }
 }
 
 /// Writes a split's means.
-template <typename S>
+template <typename S, bool kTeacher>
 SOFTCL_DEVICE void store_means(const float (&mean)[S::kDim / 8][4], const StreamParams& p,
                                int row_tile) {
   SOFTCL_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const std::int64_t sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
+    const int sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
     if (sample >= p.num_rows) continue;
-    const std::int64_t row = sample + (is_teacher_tile<S>(row_tile) ? p.num_rows : 0);
+    const std::int64_t row = (kTeacher ? p.num_rows : 0) + sample;
     float* target = p.means + (std::int64_t(blockIdx.y) * p.num_mean_rows + row) * p.dim;
     SOFTCL_UNROLL
     for (int n = 0; n < S::kDim / 8; ++n) {

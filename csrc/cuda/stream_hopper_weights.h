@@ -10,9 +10,10 @@
 
 namespace softcl::cuda {
 
-// fp16 weights are 2^kHeadroom at the running maximum: as large as fp16 has it with room to spare,
-// so that weights down to 2^-39 of the largest have a value.
-inline constexpr float kHeadroom = 15.0f;
+// What fp16 weights are multiplied by for their product: the largest, 1 at the running maximum,
+// becomes as large as fp16 has it, and weights down to 2^-39 of it still have a value. Their sum in
+// the same product's scale divides it out again.
+inline constexpr float kHeadroom = 32768.0f;
 
 template <typename T>
 inline constexpr bool kHasMaximum = std::is_same_v<T, Float16>;
@@ -45,7 +46,7 @@ struct SentProducts {
 };
 
 /// What needs the products as they are: columns past the queue's end, ranks, chunk maxima.
-template <typename S>
+template <typename S, bool kTeacher>
 SOFTCL_DEVICE void count_products(RowSums& sums, float (&s)[S::kTileRows / 8][4],
                                   const StreamParams& p, int row_tile, int tile) {
   const std::int64_t left = p.queue_size - std::int64_t(tile) * S::kTileRows;
@@ -60,15 +61,14 @@ SOFTCL_DEVICE void count_products(RowSums& sums, float (&s)[S::kTileRows / 8][4]
       }
     }
   }
-  const bool teacher = is_teacher_tile<S>(row_tile);
-  if (p.ranks != nullptr && !teacher) {
+  if (!kTeacher && p.ranks != nullptr) {
     SOFTCL_UNROLL
     for (int n = 0; n < S::kTileRows / 8; ++n) {
       SOFTCL_UNROLL
       for (int e = 0; e < 4; ++e) sums.rank[e / 2] += s[n][e] > sums.positive[e / 2];
     }
   }
-  if (p.maxima != nullptr && (teacher || !S::kPair)) {
+  if ((kTeacher || !S::kPair) && p.maxima != nullptr) {
     store_chunk_maxima<S>(sums, s, p, row_tile, tile);
   }
 }
@@ -86,7 +86,7 @@ SOFTCL_DEVICE void raise_maximum(RowSums& sums, const float (&x)[S::kTileRows / 
     }
     largest = fmaxf(largest, ptx::shuffle_xor(largest, 1));
     largest = fmaxf(largest, ptx::shuffle_xor(largest, 2));
-    const float maximum = fmaxf(sums.maximum[i], largest * scale - kHeadroom);
+    const float maximum = fmaxf(sums.maximum[i], largest * scale);
     const float drop = sums.maximum[i] - maximum;
     carry[i] = ptx::exp2_approx(drop);
     sums.maximum[i] = maximum;
@@ -131,43 +131,40 @@ SOFTCL_DEVICE void add_weights(RowSums& sums, float (&x)[S::kTileRows / 8][4], f
   }
 }
 
-/// add_weights as this tile of rows wants it.
-template <typename T, typename S, typename Students>
+/// add_weights as one tile of rows wants it, without z.mu.
+template <typename T, typename S, bool kTeacher>
 SOFTCL_DEVICE void add_role_weights(RowSums& sums, float (&x)[S::kTileRows / 8][4],
-                                    float (&carry)[2], const StreamParams& p, int row_tile,
-                                    const Students& students) {
-  const bool teacher = is_teacher_tile<S>(row_tile);
-  const float scale = p.scale[teacher ? 1 : 0];
-  if (teacher || (!S::kPair && p.entropy)) {
-    add_weights<T, S, true>(sums, x, carry, scale, students);
-  } else {
-    add_weights<T, S, false>(sums, x, carry, scale, NoProducts());
+                                    float (&carry)[2], const StreamParams& p) {
+  if (kTeacher || (!S::kPair && p.entropy)) {
+    add_weights<T, S, true>(sums, x, carry, p.scale[kTeacher ? 1 : 0], NoProducts());
+  } else if constexpr (!kTeacher) {
+    add_weights<T, S, false>(sums, x, carry, p.scale[0], NoProducts());
   }
 }
 
 /// Everything about the products of tile i of the split, by a warpgroup with means: counts, then
 /// weights in place.
-template <typename T, typename S>
+template <typename T, typename S, bool kTeacher>
 SOFTCL_DEVICE void visit_products(RowSums& sums, float (&s)[S::kTileRows / 8][4], float (&carry)[2],
                                   const StreamParams& p, std::uint32_t memory, int row_tile,
                                   int first_tile, int i, int tiles) {
-  count_products<S>(sums, s, p, row_tile, first_tile + i);
-  if constexpr (S::kSends) {
-    const std::uint32_t sent = memory + S::kSentAt;
-    if (is_teacher_tile<S>(row_tile)) {
-      ptx::named_barrier_sync(kProductsSent, kConsumers);
-      add_weights<T, S, true>(sums, s, carry, p.scale[1], SentProducts{sent});
-      if (i + 1 < tiles) ptx::named_barrier_arrive(kProductsTaken, kConsumers);
-      return;
+  count_products<S, kTeacher>(sums, s, p, row_tile, first_tile + i);
+  const std::uint32_t sent = memory + S::kSentAt;
+  if constexpr (S::kSends && kTeacher) {
+    ptx::named_barrier_sync(kProductsSent, kConsumers);
+    add_weights<T, S, true>(sums, s, carry, p.scale[1], SentProducts{sent});
+    if (i + 1 < tiles) ptx::named_barrier_arrive(kProductsTaken, kConsumers);
+  } else {
+    if constexpr (S::kSends) {
+      if (i > 0) ptx::named_barrier_sync(kProductsTaken, kConsumers);
+      SOFTCL_UNROLL
+      for (int n = 0; n < S::kTileRows / 8; ++n) {
+        ptx::store_shared(SentProducts::address(sent, n), OwnProducts<S>{s}.of(n));
+      }
+      ptx::named_barrier_arrive(kProductsSent, kConsumers);
     }
-    if (i > 0) ptx::named_barrier_sync(kProductsTaken, kConsumers);
-    SOFTCL_UNROLL
-    for (int n = 0; n < S::kTileRows / 8; ++n) {
-      ptx::store_shared(SentProducts::address(sent, n), OwnProducts<S>{s}.of(n));
-    }
-    ptx::named_barrier_arrive(kProductsSent, kConsumers);
+    add_role_weights<T, S, kTeacher>(sums, s, carry, p);
   }
-  add_role_weights<T, S>(sums, s, carry, p, row_tile, NoProducts());
 }
 
 /// Weights as the second product takes them, (64, 16) a fragment.
@@ -213,6 +210,10 @@ SOFTCL_DEVICE void pack_weights(Weights<S>& weights, RowSums& sums,
     SOFTCL_UNROLL
     for (int i = 0; i < 4; ++i) {
       float* pair = &w[2 * k + i / 2][i % 2 * 2];
+      if constexpr (kHasMaximum<T>) {
+        pair[0] *= kHeadroom;
+        pair[1] *= kHeadroom;
+      }
       weights.high[k].x[i] = pack_pair<T>(pair[0], pair[1], sum[i % 2]);
     }
   }

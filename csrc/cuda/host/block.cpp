@@ -221,6 +221,10 @@ bool is_kept(Site site) {
   return m.sites.back().kept;
 }
 
+bool is_flipped(Site site) {
+  return !m.options.flip.empty() && name_of(site) == m.options.flip;
+}
+
 void barrier(Site site) {
   if (!is_kept(site)) return;
   if (m.at_barrier > 0 && !same(site, m.barrier_site)) {

@@ -36,6 +36,7 @@ enum class Access { kRead, kWrite, kAtomic };
 struct Options {
   std::uint64_t seed = 0;
   std::string omit;  // "file:line" of a site that has no effect; empty: none
+  std::string flip;  // of one that waits for the other phase
 };
 void set_options(const Options& options);
 
@@ -75,6 +76,9 @@ void collect(Site site, void* mine, void (*act)(void* const* lanes));
 
 /// Whether the site takes effect, after noting it.
 bool is_kept(Site site);
+
+/// Whether it waits for the other phase.
+bool is_flipped(Site site);
 
 /// The bytes at a shared address, after the checks.
 char* shared_bytes(std::uint32_t address, int size, int alignment, Access access);

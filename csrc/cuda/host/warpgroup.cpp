@@ -293,6 +293,7 @@ void mbarrier_arrive(Site site, std::uint32_t address, int expected_bytes) {
 
 void mbarrier_wait(Site site, std::uint32_t address, int parity) {
   if (!is_kept(site)) return;
+  if (is_flipped(site)) parity = 1 - parity;
   Mbarrier& b = h.mbarrier(address);
   while (static_cast<int>(b.phase & 1) == parity) {
     b.waiting.push_back(current_thread());
