@@ -49,16 +49,19 @@ SOFTCL_HOST_DEVICE constexpr std::uint64_t matrix_descriptor(std::uint32_t addre
          std::uint64_t(stride >> 4) << 32 | std::uint64_t(1) << 62;
 }
 
+// Other parts of a tile are sums: a tile's addresses, over 16, do not carry out of their 14 bits.
+
 /// Columns 16 k .. 16 k + 15 of a tile's rows, K-major. The leading offset is not used; 1 stands
 /// for it.
 SOFTCL_HOST_DEVICE constexpr std::uint64_t row_descriptor(std::uint32_t tile, int rows, int k) {
   const int steps = kBoxColumns / 16;
-  return matrix_descriptor(tile + k / steps * rows * kBoxRowBytes + k % steps * 32, 16, kAtomBytes);
+  return matrix_descriptor(tile, 16, kAtomBytes) +
+         ((k / steps * rows * kBoxRowBytes + k % steps * 32) >> 4);
 }
 
 /// Rows 16 k .. 16 k + 15 of a tile, all its columns as N, MN-major.
 SOFTCL_HOST_DEVICE constexpr std::uint64_t column_descriptor(std::uint32_t tile, int rows, int k) {
-  return matrix_descriptor(tile + k * 2 * kAtomBytes, rows * kBoxRowBytes, kAtomBytes);
+  return matrix_descriptor(tile, rows * kBoxRowBytes, kAtomBytes) + (k * 2 * kAtomBytes >> 4);
 }
 
 // An accumulator (64, N) in registers ("Matrix Fragments for wgmma.mma_async.m64nNk16"): of warp w

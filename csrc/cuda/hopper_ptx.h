@@ -43,6 +43,13 @@ SOFTCL_DEVICE int uniform(int x) {
   return __shfl_sync(0xffffffffu, x, 0);
 }
 
+/// x, of which the compiler knows nothing: what is made of it stays where it is made, and takes no
+/// registers in between.
+SOFTCL_DEVICE std::uint32_t opaque(std::uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// As shared_memory(), at a multiple of 1024.
 SOFTCL_DEVICE std::uint32_t tile_memory() {
   extern __shared__ __align__(1024) unsigned char dynamic_tile_memory[];

@@ -109,6 +109,7 @@ SOFTCL_DEVICE void load_row_tile(std::uint32_t tile, const void* source, int fir
 /// Starts s (64, N) = rows (64, D) times N rows of a tile, transposed.
 template <typename T, int kDim, int kEights>
 SOFTCL_DEVICE void multiply_rows(float (&s)[kEights][4], std::uint32_t rows, std::uint32_t tile) {
+  rows = ptx::opaque(rows);
   SOFTCL_UNROLL
   for (int k = 0; k < kDim / 16; ++k) {
     ptx::wgmma_rows<T>(s, row_descriptor(rows, kWarpgroupRows, k),
@@ -326,8 +327,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using S = HopperShape<kDim, kPairing, kMeanRows>;
   const Ring<S> ring{ptx::tile_memory()};
   const int first_tile = blockIdx.y * p.stream.tiles_per_split;
-  const int left = p.stream.num_tiles - first_tile;
-  const int tiles = left < p.stream.tiles_per_split ? left : p.stream.tiles_per_split;
+  // Not the smaller of two numbers: that would not be a uniform register.
+  const bool is_last = blockIdx.y + 1 == gridDim.y;
+  const int tiles = is_last ? p.stream.num_tiles - first_tile : p.stream.tiles_per_split;
   if (threadIdx.x == 0) ring.initialize();
   ptx::sync_threads();
   if (warpgroup_index() == kConsumers / kWarpgroup) {

@@ -103,31 +103,28 @@ SOFTCL_DEVICE void add_weights(RowSums& sums, float (&x)[S::kTileRows / 8][4], f
                                float scale, const Students& students) {
   constexpr bool kRunning = kHasMaximum<T>;
   if constexpr (kRunning) raise_maximum<S>(sums, x, carry, scale);
-  // Summed over a step first: one rounding per step in the long sums, not eight.
+  // Summed over the tile first: one rounding per tile in the long sums, not one per product.
+  float weight[2] = {}, cosine[2] = {}, student[2] = {};
   SOFTCL_UNROLL
-  for (int step = 0; step < S::kTileRows / kStepColumns; ++step) {
-    float weight[2] = {}, cosine[2] = {}, student[2] = {};
+  for (int n = 0; n < S::kTileRows / 8; ++n) {
+    const ptx::Vector z = students.of(n);
     SOFTCL_UNROLL
-    for (int n = 4 * step; n < 4 * step + 4; ++n) {
-      const ptx::Vector z = students.of(n);
-      SOFTCL_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const float logit = kRunning ? fmaf(x[n][e], scale, -sums.maximum[e / 2]) : x[n][e] * scale;
-        const float w = ptx::exp2_approx(logit);
-        weight[e / 2] += w;
-        if constexpr (kEntropy) cosine[e / 2] = fmaf(w, kRunning ? logit : x[n][e], cosine[e / 2]);
-        if constexpr (Students::kExist) {
-          student[e / 2] = fmaf(w, ptx::float_of(z.x[e]), student[e / 2]);
-        }
-        x[n][e] = w;
+    for (int e = 0; e < 4; ++e) {
+      const float logit = kRunning ? fmaf(x[n][e], scale, -sums.maximum[e / 2]) : x[n][e] * scale;
+      const float w = ptx::exp2_approx(logit);
+      weight[e / 2] += w;
+      if constexpr (kEntropy) cosine[e / 2] = fmaf(w, kRunning ? logit : x[n][e], cosine[e / 2]);
+      if constexpr (Students::kExist) {
+        student[e / 2] = fmaf(w, ptx::float_of(z.x[e]), student[e / 2]);
       }
+      x[n][e] = w;
     }
-    SOFTCL_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      sums.weight[i] += weight[i];
-      if constexpr (kEntropy) sums.cosine[i] += cosine[i];
-      if constexpr (Students::kExist) sums.student[i] += student[i];
-    }
+  }
+  SOFTCL_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    sums.weight[i] += weight[i];
+    if constexpr (kEntropy) sums.cosine[i] += cosine[i];
+    if constexpr (Students::kExist) sums.student[i] += student[i];
   }
 }
 

@@ -123,6 +123,7 @@ void yield() {
     switch_context(here, m.main);
     return;
   }
+  if (next == m.current) return;  // what it waited for has come meanwhile
   m.current = next;
   threadIdx = dim3(next);
   switch_context(here, m.threads[next].context);

@@ -21,6 +21,10 @@ inline int uniform(int x) {
   return x;
 }
 
+inline std::uint32_t opaque(std::uint32_t x) {
+  return x;
+}
+
 inline std::uint32_t tile_memory() {
   return 0;
 }
