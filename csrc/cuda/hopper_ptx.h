@@ -50,6 +50,17 @@ SOFTCL_DEVICE std::uint32_t opaque(std::uint32_t x) {
   return x;
 }
 
+/// As load_shared, in its place in the program: many of them do not all move to the front, to wait
+/// in registers.
+SOFTCL_DEVICE Vector load_shared_here(std::uint32_t address) {
+  Vector v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3])
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 /// As shared_memory(), at a multiple of 1024.
 SOFTCL_DEVICE std::uint32_t tile_memory() {
   extern __shared__ __align__(1024) unsigned char dynamic_tile_memory[];

@@ -14,7 +14,7 @@
 // Schedule, after FlashAttention-3. The two take turns in starting products: while one turns its
 // products into weights, the other's run. Within a warpgroup the products of tile i run together
 // with the means of tile i - 1, whose weights have stayed in registers: an accumulator of two
-// neighbouring eights of columns is a fragment of a first operand. See kOverlaps for where not.
+// neighbouring eights of columns is a fragment of a first operand.
 //
 // The student's warpgroup sends its products to the teacher's through shared memory where z.mu is
 // wanted, thread by thread: the same thread of both holds the same row and column.
@@ -126,7 +126,6 @@ SOFTCL_DEVICE void multiply_weights(float (&mean)[S::kDim / 8][4], const Weights
     ptx::wgmma_columns<T>(mean, weights.high[k], column_descriptor(tile, S::kTileRows, k));
   }
   if (!weights.two_parts) return;
-  ptx::wgmma_fence();  // once more in this branch, or the compiler adds one
   SOFTCL_UNROLL
   for (int k = 0; k < S::kTileRows / 16; ++k) {
     ptx::wgmma_columns<T>(mean, weights.low[k], column_descriptor(tile, S::kTileRows, k));
@@ -207,13 +206,6 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
   if constexpr (kTiles == 2) store_row_sums<S, true>(sums[1], p, row_tile + 1, false);
 }
 
-/// Whether a warpgroup turns products into weights while its own means still run. Then products,
-/// weights and means all lie in registers, for which there is no room with two parts of both rows'
-/// weights, nor with fp16's running maximum beside 128 sums; there the turns alone keep the tensor
-/// cores busy.
-template <typename T, typename S>
-inline constexpr bool kOverlaps = !S::kSends && !(kHasMaximum<T> && S::kDim == 256);
-
 /// The whole split for one tile of rows, with its mean.
 template <typename T, typename S, bool kTeacher>
 SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, RowSums& sums,
@@ -247,22 +239,12 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
     multiply_weights<T, S>(mean, weights, ring.tile(i - 1));
     ptx::wgmma_commit();
     pass_turn(warpgroup, i + 1 == tiles);
-    if constexpr (kOverlaps<T, S>) {
-      ptx::wgmma_wait<1>();
-      ptx::settle(s);
-      visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, row_tile, first_tile, i,
-                                     tiles);
-      ptx::wgmma_wait<0>();
-      ptx::settle(mean);
-      ring.release(i - 1);
-    } else {
-      ptx::wgmma_wait<0>();
-      ptx::settle(s);
-      ptx::settle(mean);
-      ring.release(i - 1);
-      visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, row_tile, first_tile, i,
-                                     tiles);
-    }
+    ptx::wgmma_wait<1>();
+    ptx::settle(s);
+    visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, row_tile, first_tile, i, tiles);
+    ptx::wgmma_wait<0>();
+    ptx::settle(mean);
+    ring.release(i - 1);
     carry_mean<T, S>(mean, sums, carry);
     pack_weights<T, S>(weights, sums, s);
   }

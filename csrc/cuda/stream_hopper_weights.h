@@ -40,9 +40,7 @@ struct SentProducts {
   static SOFTCL_DEVICE std::uint32_t address(std::uint32_t memory, int n) {
     return memory + (n * kWarpgroup + threadIdx.x % kWarpgroup) * 16;
   }
-  SOFTCL_DEVICE ptx::Vector of(int n) const {
-    return ptx::load_shared<ptx::Vector>(address(memory, n));
-  }
+  SOFTCL_DEVICE ptx::Vector of(int n) const { return ptx::load_shared_here(address(memory, n)); }
 };
 
 /// What needs the products as they are: columns past the queue's end, ranks, chunk maxima.

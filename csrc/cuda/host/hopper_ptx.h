@@ -25,6 +25,10 @@ inline std::uint32_t opaque(std::uint32_t x) {
   return x;
 }
 
+inline Vector load_shared_here(std::uint32_t address) {
+  return load_shared<Vector>(address);
+}
+
 inline std::uint32_t tile_memory() {
   return 0;
 }
