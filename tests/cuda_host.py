@@ -35,6 +35,7 @@ SOURCES = (
     "cuda/stream_hopper_256.cu",
     "cuda/host/block.cpp",
     "cuda/host/module.cpp",
+    "cuda/host/products.cpp",
     "cuda/host/warpgroup.cpp",
 )
 FLAGS = ("-std=c++17", "-DSOFTCL_WITH_CUDA", "-O2", "-fPIC", "-w", "-fno-strict-aliasing")

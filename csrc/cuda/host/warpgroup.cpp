@@ -1,4 +1,5 @@
-// See warpgroup.h.
+// See warpgroup.h: barriers, copies, and the watch over shared memory. Products are in
+// products.cpp.
 
 #include "warpgroup.h"
 
@@ -6,120 +7,21 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 
-#include "clocks.h"
-#include "hopper_layout.h"
-#include "ptx.h"
+#include "hopper_state.h"
 
 namespace softcl::cuda::host {
 
-namespace {
-
-constexpr int kRegisterFile = 65536;
-constexpr int kNamedBarriers = 16;
-constexpr int kMostMbarriers = 32;
-
-struct Mbarrier {
-  int count = 0, pending = 0;
-  std::int64_t bytes = 0;  // expected and not yet written; below 0 while they come early
-  std::uint64_t phase = 0;
-  int agent = 0;  // the copies that count here
-  std::uint32_t copies = 0;
-  int initializer = 0;
-  std::uint32_t initialized = 0;
-  Knowledge arriving, left;  // of the phase under way, and of those that have ended
-  std::vector<int> waiting;
-};
-
-struct NamedBarrier {
-  int count = 0, arrived = 0;
-  Knowledge knowledge;
-  std::vector<int> waiting;
-};
-
-struct Copy {
-  std::uint32_t target;
-  const TensorMap* map;
-  int column, row;
-  std::uint32_t barrier;
-  std::uint32_t time;
-};
-
-// Accumulators that a product owns: their values, until they are settled.
-struct Owned {
-  float* c;
-  int columns;
-  std::uint64_t group;
-  std::vector<float> values;
-};
-
-struct Fragment {
-  const std::uint32_t* registers;
-  std::uint32_t values[4];
-  std::uint64_t group;
-};
-
-struct ThreadState {
-  Knowledge knowledge;
-  int registers = 0;
-  bool fenced = false;
-  std::uint64_t committed = 0, done = 0;  // groups
-  std::uint64_t open = 0;                 // products of the group that is not committed
-  std::vector<Owned> owned;
-  std::vector<Fragment> fragments;
-};
-
-struct WarpgroupState {
-  int arrived = 0;
-  const Product* lanes[kWarpgroup];
-  std::uint32_t products = 0;                  // ever started: the time of its agent
-  std::vector<std::uint32_t> last_of_group{};  // group -> products started by its end
-};
-
-std::string place(std::uint32_t address) {
-  return "shared memory at " + std::to_string(address);
-}
-
-class Hopper final : public Hardware {
- public:
-  void begin_block(char* shared, std::size_t bytes, int threads) override;
-  void end_block() override;
-  void end_thread() override;
-  void access(std::uint32_t address, int size, Access access) override;
-  void meet_at_barrier() override;
-  bool advance() override;
-  std::string waiting() override;
-
-  ThreadState& self() { return threads_[current_thread()]; }
-  WarpgroupState& group() { return warpgroups_[current_thread() / kWarpgroup]; }
-  int product_agent() const { return static_cast<int>(threads_.size()) + current_thread() / 128; }
-
-  /// This thread's accesses so far are released: later ones have another number.
-  void step() { ++self().knowledge.known[current_thread()]; }
-  void visit(std::uint32_t address, int size, const Visit& v);
-  Mbarrier& mbarrier(std::uint32_t address);
-  void end_phase_if_due(Mbarrier& b);
-
-  char* shared_ = nullptr;
-  std::size_t bytes_ = 0;
-  int agents_ = 0;
-  int total_registers_ = 0;
-  std::vector<ThreadState> threads_;
-  std::vector<WarpgroupState> warpgroups_;
-  std::vector<Location> locations_;
-  std::unordered_map<std::uint32_t, Mbarrier> mbarriers_;
-  NamedBarrier named_[kNamedBarriers];
-  std::vector<Copy> copies_;
-  std::vector<int> wanting_registers_;
-};
-
 Hopper h;
+
+namespace {
 
 void wake(std::vector<int>& threads) {
   for (const int thread : threads) resume(thread);
   threads.clear();
 }
+
+}  // namespace
 
 void Hopper::begin_block(char* shared, std::size_t bytes, int threads) {
   shared_ = shared;
@@ -204,7 +106,7 @@ void Hopper::end_phase_if_due(Mbarrier& b) {
 bool Hopper::advance() {
   if (copies_.empty()) return false;
   const std::size_t chosen = draw() % copies_.size();
-  const Copy copy = copies_[chosen];
+  const BoxCopy copy = copies_[chosen];
   copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(chosen));
   const TensorMap& map = *copy.map;
   for (int r = 0; r < map.box_rows; ++r) {
@@ -243,8 +145,6 @@ std::string Hopper::waiting() {
   if (!wanting_registers_.empty()) what += ", threads for registers";
   return what;
 }
-
-}  // namespace
 
 void run_warpgroups(dim3 grid, int threads, std::size_t shared_bytes,
                     const std::function<void()>& kernel) {
@@ -350,196 +250,6 @@ void copy_box(std::uint32_t target, const TensorMap* map, int column, int row,
   h.visit(target, bytes, {b.agent, time, true, true, &own});
   std::memset(h.shared_ + target, 0xff, bytes);
   h.copies_.push_back({target, map, column, row, barrier, time});
-}
-
-// ---- Products
-// ------------------------------------------------------------------------------------
-
-namespace {
-
-// A matrix of 16-bit numbers in shared memory, as its descriptor has it.
-struct SharedMatrix {
-  std::uint32_t start, leading, stride;
-
-  explicit SharedMatrix(std::uint64_t descriptor)
-      : start((descriptor & 0x3fff) << 4),
-        leading((descriptor >> 16 & 0x3fff) << 4),
-        stride((descriptor >> 32 & 0x3fff) << 4) {
-    if (descriptor >> 62 != 1) report("a descriptor without 128-byte swizzle");
-    if ((descriptor >> 49 & 7) != 0) report("a descriptor with a base offset");
-  }
-
-  // T = 8 elements of 16 bytes. K-major: Swizzle<3,4,3> o ((8,m),(T,2k)):((8T,SBO),(1,T)).
-  std::uint32_t k_major(int row, int k) const {
-    return swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2);
-  }
-  // MN-major: Swizzle<3,4,3> o ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)).
-  std::uint32_t mn_major(int n, int k) const {
-    return swizzled(start + n / 64 * leading + n % 64 * 2 + k / 8 * stride + k % 8 * 128);
-  }
-};
-
-// Reads all elements, two at a time where they are neighbours, and watches the reads.
-template <typename Address, typename Take>
-void read_matrix(int rows, int columns, const Visit& visit, Address address, Take take) {
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; j += 2) {
-      const std::uint32_t first = address(i, j);
-      h.visit(first, 4, visit);
-      std::uint16_t x[2];
-      std::memcpy(x, h.shared_ + first, 4);
-      take(i, j, x[0]);
-      take(i, j + 1, x[1]);
-    }
-  }
-}
-
-float* accumulators_of(ThreadState& thread, const Product& p) {
-  for (Owned& owned : thread.owned) {
-    if (owned.c != p.c) continue;
-    if (owned.columns != p.columns) report("two shapes of products on the same accumulators");
-    owned.group = thread.committed + 1;
-    return owned.values.data();
-  }
-  const int count = p.columns / 2;
-  thread.owned.push_back({p.c, p.columns, thread.committed + 1, {p.c, p.c + count}});
-  std::memset(p.c, 0xff, count * sizeof(float));
-  return thread.owned.back().values.data();
-}
-
-// The last of the warpgroup's threads runs the product.
-void multiply(WarpgroupState& group, int first_thread) {
-  const Product& p = *group.lanes[0];
-  // It reads what all of the threads know to be there.
-  static Knowledge common;
-  common = h.threads_[first_thread].knowledge;
-  for (int t = 1; t < kWarpgroup; ++t) {
-    const Knowledge& other = h.threads_[first_thread + t].knowledge;
-    for (int i = 0; i < h.agents_; ++i) {
-      common.known[i] = std::min(common.known[i], other.known[i]);
-      common.fenced[i] = std::min(common.fenced[i], other.fenced[i]);
-    }
-  }
-  const Visit visit{h.product_agent(), ++group.products, false, true, &common};
-  static float a[64][16], b[32][16][8], c[256];  // b: by eight columns
-  if (p.fragment == nullptr) {
-    const SharedMatrix matrix(p.a);
-    read_matrix(
-        64, 16, visit, [&](int i, int k) { return matrix.k_major(i, k); },
-        [&](int i, int k, std::uint16_t x) { a[i][k] = p.to_float(x); });
-  } else {
-    for (int t = 0; t < kWarpgroup; ++t) {
-      const int row = t / 32 * 16 + t % 32 / 4;
-      for (int i = 0; i < 8; ++i) {
-        a[row + i / 2 % 2 * 8][t % 4 * 2 + i / 4 * 8 + i % 2] =
-            p.to_float(static_cast<std::uint16_t>(group.lanes[t]->fragment[i / 2] >> i % 2 * 16));
-      }
-    }
-  }
-  const SharedMatrix matrix(p.b);
-  if (p.transposed) {
-    read_matrix(
-        16, p.columns, visit, [&](int k, int n) { return matrix.mn_major(n, k); },
-        [&](int k, int n, std::uint16_t x) { b[n / 8][k][n % 8] = p.to_float(x); });
-  } else {
-    read_matrix(
-        p.columns, 16, visit, [&](int n, int k) { return matrix.k_major(n, k); },
-        [&](int n, int k, std::uint16_t x) { b[n / 8][k][n % 8] = p.to_float(x); });
-  }
-  // Four threads hold a row: element 4 n + 2 i + e of thread t is column 8 n + 2 (t % 4) + e.
-  for (int row = 0; row < 64; ++row) {
-    const int i = row / 8 % 2, first = row / 16 * 32 + row % 8 * 4;
-    float* held[4];
-    for (int t = 0; t < 4; ++t) {
-      held[t] = accumulators_of(h.threads_[first_thread + first + t], *group.lanes[first + t]);
-    }
-    for (int n = 0; n < p.columns / 8; ++n) {
-      for (int j = 0; j < 8; ++j) c[j] = p.add ? held[j / 2][4 * n + 2 * i + j % 2] : 0.0f;
-      ptx::add_products(c, a[row], b[n]);
-      ptx::add_products(c, a[row] + 8, b[n] + 8);
-      for (int j = 0; j < 8; ++j) held[j / 2][4 * n + 2 * i + j % 2] = c[j];
-    }
-  }
-}
-
-}  // namespace
-
-void start_product(const Product& product) {
-  ThreadState& self = h.self();
-  const bool owned = std::any_of(self.owned.begin(), self.owned.end(),
-                                 [&](const Owned& o) { return o.c == product.c; });
-  if (!self.fenced && !(owned && product.fragment == nullptr)) {
-    report("a product without wgmma.fence since its registers were accessed");
-  }
-  ++self.open;
-  if (product.fragment != nullptr) {
-    Fragment fragment{product.fragment, {}, self.committed + 1};
-    std::memcpy(fragment.values, product.fragment, sizeof(fragment.values));
-    self.fragments.push_back(fragment);
-  }
-  WarpgroupState& group = h.group();
-  const int first = current_thread() / kWarpgroup * kWarpgroup;
-  group.lanes[current_thread() - first] = &product;
-  if (++group.arrived < kWarpgroup) {
-    suspend();
-    return;
-  }
-  group.arrived = 0;
-  for (int t = 0; t < kWarpgroup; ++t) {
-    const Product& p = *group.lanes[t];
-    if (p.a != product.a || p.b != product.b || p.columns != product.columns ||
-        p.add != product.add || p.transposed != product.transposed) {
-      report("threads of one warpgroup start different products");
-    }
-  }
-  multiply(group, first);
-  for (int t = 0; t < kWarpgroup; ++t) resume(first + t);
-}
-
-void fence_products(Site site) {
-  if (is_kept(site)) h.self().fenced = true;
-}
-
-void commit_products(Site site) {
-  if (!is_kept(site)) return;
-  ThreadState& self = h.self();
-  ++self.committed;
-  self.open = 0;
-  auto& last = h.group().last_of_group;
-  if (last.size() <= self.committed) last.resize(self.committed + 1);
-  last[self.committed] = h.group().products;
-}
-
-void wait_for_products(Site site, int pending) {
-  if (!is_kept(site)) return;
-  ThreadState& self = h.self();
-  self.fenced = false;
-  if (self.committed <= static_cast<std::uint64_t>(pending)) return;
-  self.done = std::max(self.done, self.committed - pending);
-  std::uint32_t& known = self.knowledge.known[h.product_agent()];
-  known = std::max(known, h.group().last_of_group[self.done]);
-  auto& fragments = self.fragments;
-  for (const Fragment& f : fragments) {
-    if (f.group <= self.done && std::memcmp(f.registers, f.values, sizeof(f.values)) != 0) {
-      report("a fragment was overwritten while its product ran");
-    }
-  }
-  fragments.erase(std::remove_if(fragments.begin(), fragments.end(),
-                                 [&](const Fragment& f) { return f.group <= self.done; }),
-                  fragments.end());
-}
-
-void settle(Site site, float* c) {
-  if (!is_kept(site)) return;
-  ThreadState& self = h.self();
-  for (std::size_t i = 0; i < self.owned.size(); ++i) {
-    const Owned& owned = self.owned[i];
-    if (owned.c != c) continue;
-    if (owned.group > self.done) report("accumulators settled while a product owns them");
-    std::memcpy(c, owned.values.data(), owned.values.size() * sizeof(float));
-    self.owned.erase(self.owned.begin() + static_cast<std::ptrdiff_t>(i));
-    return;
-  }
 }
 
 }  // namespace softcl::cuda::host
