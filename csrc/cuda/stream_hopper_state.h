@@ -62,6 +62,8 @@ struct RowSums {
   int rank[2] = {};
 };
 
+#if defined(SOFTCL_HAS_WARPGROUPS)
+
 SOFTCL_DEVICE int warpgroup_index() {
   return ptx::uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
 }
@@ -156,5 +158,7 @@ SOFTCL_DEVICE void store_means(const float (&mean)[S::kDim / 8][4], const Stream
     }
   }
 }
+
+#endif
 
 }  // namespace softcl::cuda
