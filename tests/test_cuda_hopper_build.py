@@ -48,7 +48,8 @@ def test_kernels_for_sm_90a(tmp_path, dim):
         + [f"-I{CSRC / 'include'}", '-DSOFTCL_SOURCE_NAME=""', "-o", str(cubin)]
         + [str(CSRC / f"cuda/stream_hopper_{dim}.cu")]
     )
-    assert "warning" not in said and "serialized" not in said and "C7510" not in said, said
+    # C7510: products serialised; C7519: a fence that the compiler had to add.
+    assert "warning" not in said and "serialized" not in said and "C75" not in said, said
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
     assert spills == [("0", "0", "0")] * NUM_VARIANTS, said
     # 65536 / 384, in units of eight: what the launch gives a thread, before they are shared anew.

@@ -118,17 +118,15 @@ SOFTCL_DEVICE void multiply_rows(float (&s)[kEights][4], std::uint32_t rows, std
 }
 
 /// Starts mean (64, D) += weights (64, rows of the tile) times the tile.
-template <typename T, typename S>
-SOFTCL_DEVICE void multiply_weights(float (&mean)[S::kDim / 8][4], const Weights<S>& weights,
-                                    std::uint32_t tile) {
+template <typename T, typename S, int kParts>
+SOFTCL_DEVICE void multiply_weights(float (&mean)[S::kDim / 8][4],
+                                    const Weights<S, kParts>& weights, std::uint32_t tile) {
   SOFTCL_UNROLL
-  for (int k = 0; k < S::kTileRows / 16; ++k) {
-    ptx::wgmma_columns<T>(mean, weights.high[k], column_descriptor(tile, S::kTileRows, k));
-  }
-  if (!weights.two_parts) return;
-  SOFTCL_UNROLL
-  for (int k = 0; k < S::kTileRows / 16; ++k) {
-    ptx::wgmma_columns<T>(mean, weights.low[k], column_descriptor(tile, S::kTileRows, k));
+  for (int part = 0; part < kParts; ++part) {
+    SOFTCL_UNROLL
+    for (int k = 0; k < S::kTileRows / 16; ++k) {
+      ptx::wgmma_columns<T>(mean, weights.parts[part][k], column_descriptor(tile, S::kTileRows, k));
+    }
   }
 }
 
@@ -207,15 +205,14 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
 }
 
 /// The whole split for one tile of rows, with its mean.
-template <typename T, typename S, bool kTeacher>
+template <typename T, typename S, bool kTeacher, int kParts>
 SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, RowSums& sums,
                                    int warpgroup, int first_tile, int tiles) {
   const int row_tile = warpgroup;
   const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
   float s[S::kTileRows / 8][4] = {};
   float mean[S::kDim / 8][4] = {};
-  Weights<S> weights;
-  weights.two_parts = S::kSends || p.weight_parts == 2;
+  Weights<S, kParts> weights;
   float carry[2];
 
   ring.wait_for(0);
@@ -287,16 +284,20 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
   if (passes_keys) ptx::named_barrier_arrive(kKeysRead, kHopperThreads);
   if (warpgroup == 1) ptx::named_barrier_arrive(kTurn, kConsumers);
 
-  if constexpr (!S::kPair && kMeanRows > 0) {
-    sweep_with_mean<T, S, false>(p, ring, sums[0], warpgroup, first_tile, tiles);
-  } else if constexpr (kMeanRows == 0) {
+  if constexpr (kMeanRows == 0) {
     sweep<T, S, false>(p, ring, sums, warpgroup, first_tile, tiles);
-  } else if (warpgroup == 0) {
-    sweep_with_mean<T, S, false>(p, ring, sums[0], 0, first_tile, tiles);
-  } else if constexpr (kMeanRows == 2) {
-    sweep_with_mean<T, S, true>(p, ring, sums[0], 1, first_tile, tiles);
-  } else {
+  } else if constexpr (S::kSends) {
+    if (warpgroup == 0) {
+      sweep_with_mean<T, S, false, 2>(p, ring, sums[0], 0, first_tile, tiles);
+    } else {
+      sweep_with_mean<T, S, true, 2>(p, ring, sums[0], 1, first_tile, tiles);
+    }
+  } else if (S::kPair && warpgroup == 1) {
     sweep<T, S, true>(p, ring, sums, 1, first_tile, tiles);
+  } else if (p.weight_parts == 2) {
+    sweep_with_mean<T, S, false, 2>(p, ring, sums[0], S::kPair ? 0 : warpgroup, first_tile, tiles);
+  } else {
+    sweep_with_mean<T, S, false, 1>(p, ring, sums[0], S::kPair ? 0 : warpgroup, first_tile, tiles);
   }
 }
 

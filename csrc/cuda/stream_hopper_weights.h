@@ -162,16 +162,15 @@ SOFTCL_DEVICE void visit_products(RowSums& sums, float (&s)[S::kTileRows / 8][4]
   }
 }
 
-/// Weights as the second product takes them, (64, 16) a fragment.
-template <typename S>
+/// Weights as the second product takes them, (64, 16) a fragment; in two parts, then what rounding
+/// left of them.
+template <typename S, int kParts>
 struct Weights {
-  ptx::Vector high[S::kTileRows / 16] = {};
-  ptx::Vector low[S::kTileRows / 16] = {};  // what rounding left of them
-  bool two_parts;
+  ptx::Vector parts[kParts][S::kTileRows / 16] = {};
 
   SOFTCL_DEVICE void settle() {
-    ptx::settle(high);
-    ptx::settle(low);
+    SOFTCL_UNROLL
+    for (int part = 0; part < kParts; ++part) ptx::settle(parts[part]);
   }
 };
 
@@ -196,29 +195,22 @@ SOFTCL_DEVICE std::uint32_t pack_pair(float& first, float& second, float& sum) {
 }
 
 /// The weights w of a tile as fragments, and the sums of what those stand for.
-template <typename T, typename S>
-SOFTCL_DEVICE void pack_weights(Weights<S>& weights, RowSums& sums,
+template <typename T, typename S, int kParts>
+SOFTCL_DEVICE void pack_weights(Weights<S, kParts>& weights, RowSums& sums,
                                 float (&w)[S::kTileRows / 8][4]) {
   float sum[2] = {};
   SOFTCL_UNROLL
-  for (int k = 0; k < S::kTileRows / 16; ++k) {
-    SOFTCL_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      float* pair = &w[2 * k + i / 2][i % 2 * 2];
-      if constexpr (kHasMaximum<T>) {
-        pair[0] *= kHeadroom;
-        pair[1] *= kHeadroom;
-      }
-      weights.high[k].x[i] = pack_pair<T>(pair[0], pair[1], sum[i % 2]);
-    }
-  }
-  if (weights.two_parts) {
+  for (int part = 0; part < kParts; ++part) {
     SOFTCL_UNROLL
     for (int k = 0; k < S::kTileRows / 16; ++k) {
       SOFTCL_UNROLL
       for (int i = 0; i < 4; ++i) {
         float* pair = &w[2 * k + i / 2][i % 2 * 2];
-        weights.low[k].x[i] = pack_pair<T>(pair[0], pair[1], sum[i % 2]);
+        if (kHasMaximum<T> && part == 0) {
+          pair[0] *= kHeadroom;
+          pair[1] *= kHeadroom;
+        }
+        weights.parts[part][k].x[i] = pack_pair<T>(pair[0], pair[1], sum[i % 2]);
       }
     }
   }
