@@ -93,6 +93,10 @@ void bind_cuda(py::module_& module) {
              "stream"_a, "workspace"_a, "workspace_bytes"_a,
              "Launches cpu_soft_contrastive's work on a CUDA stream; workspace as in "
              "cuda_queue_statistics.");
+  module.def(
+      "cuda_allow_hopper", &cuda::allow_hopper, "allowed"_a,
+      "Whether calls may take the kernel for compute capability 9.0, where they can; True at "
+      "first. For comparisons.");
   module.def("cuda_enqueue", &cuda_enqueue, py::kw_only(), "keys"_a, "queue"_a, "refused"_a,
              "num_keys"_a, "queue_size"_a, "dim"_a, "pointer"_a, "key_type"_a, "queue_type"_a,
              "normalize"_a, "device"_a, "stream"_a,

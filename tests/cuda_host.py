@@ -28,8 +28,14 @@ SOURCES = (
     "cuda/stream_64.cu",
     "cuda/stream_128.cu",
     "cuda/stream_256.cu",
+    "cuda/stream_hopper.cu",
+    "cuda/stream_hopper_64.cu",
+    "cuda/stream_hopper_128.cu",
+    "cuda/stream_hopper_256.cu",
     "cuda/host/block.cpp",
+    "cuda/host/products.cpp",
     "cuda/host/runtime.cpp",
+    "cuda/host/warpgroup.cpp",
 )
 MODULE_SOURCES = ("bindings_cuda.cpp", "cuda/host/module.cpp")
 PROGRAM_SOURCES = ("cuda/check/main.cu", "cuda/check/reference.cpp")

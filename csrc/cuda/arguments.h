@@ -83,4 +83,16 @@ inline StreamParams stream_params(const Work& work, const Plan& plan, void* work
   return p;
 }
 
+/// The Hopper kernel's fp16 weights always are relative to a running maximum.
+inline bool always_has_maximum(const Work& work) {
+  return work.hopper && work.kernel_type == ElementType::kFloat16;
+}
+
+/// The streaming kernel that the plan is for.
+inline void launch_planned_stream(const StreamParams& params, const Work& work, const Plan& plan,
+                                  void* stream) {
+  (work.hopper ? launch_stream_hopper : launch_stream)(params, work.pairing, work.mean_rows,
+                                                       plan.row_blocks, plan.splits, stream);
+}
+
 }  // namespace softcl::cuda

@@ -9,7 +9,6 @@ namespace softcl::cuda {
 namespace {
 
 constexpr std::int64_t kMostChunks = 8192;  // of a row: the workspace does not grow with the queue
-constexpr int kMostSplits = 64;
 constexpr int kFinishBlocksPerMultiprocessor = 8;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -42,7 +41,8 @@ int choose_steps_per_chunk(std::int64_t queue_size, std::int64_t num_neighbors) 
 
 Plan make_plan(const Work& work) {
   Plan plan = {};
-  plan.shape = stream_shape(work.kernel_type, work.dim, work.pairing, work.mean_rows);
+  plan.shape = work.hopper ? hopper_shape(work.dim, work.pairing, work.mean_rows)
+                           : stream_shape(work.kernel_type, work.dim, work.pairing, work.mean_rows);
   const bool paired = work.pairing == Pairing::kPaired;
   plan.row_blocks = static_cast<int>(ceil_div(work.num_rows, plan.shape.rows_per_block));
   plan.num_tiles = static_cast<int>(ceil_div(work.queue_size, plan.shape.tile_rows));
@@ -51,8 +51,11 @@ Plan make_plan(const Work& work) {
   const int steps_per_tile = plan.shape.tile_rows / kStepColumns;
   const int tiles_per_chunk =
       work.num_neighbors > 0 ? std::max(1, plan.steps_per_chunk / steps_per_tile) : 1;
-  const int wanted =
+  int wanted =
       choose_splits(plan.row_blocks, plan.num_tiles, work.multiprocessors * plan.shape.blocks);
+  if (work.hopper && work.mean_rows > 0) {
+    wanted = std::max(wanted, static_cast<int>(ceil_div(work.queue_size, kLongestSplit)));
+  }
   // No chunk belongs to two splits.
   plan.tiles_per_split = static_cast<int>(
       ceil_div(ceil_div(plan.num_tiles, wanted), tiles_per_chunk) * tiles_per_chunk);

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "stream.h"
+#include "stream_hopper.h"
 
 namespace softcl::cuda {
 
@@ -22,6 +23,7 @@ struct Work {
   bool ranks;
   int multiprocessors;
   ElementType kernel_type;
+  bool hopper;  // see can_stream_hopper
 };
 
 struct Plan {
@@ -41,6 +43,8 @@ struct Plan {
   std::int64_t candidates_per_block;
   std::int64_t workspace_bytes;
 };
+
+inline constexpr int kMostSplits = 64;
 
 Plan make_plan(const Work& work);
 

@@ -96,6 +96,8 @@ Work work_of(const QueueStatisticsParams& p, int device) {
   work.num_neighbors = p.num_neighbors;
   work.kernel_type = kernel_type(p.vector_type, p.queue_type);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  work.hopper = can_stream_hopper(device, p.queue, p.queue_size, work.dim, work.kernel_type,
+                                  p.temperature < kColdestWithoutMaximum);
   return work;
 }
 
@@ -128,8 +130,8 @@ void queue_statistics(const QueueStatisticsParams& params, const Launch& where) 
   stream.aligned = is_aligned(params.vectors, work.dim) && is_aligned(params.queue, work.dim);
   stream.softmax = has_sums(params);
   stream.entropy = params.entropy != nullptr;
-  stream.running_maximum = params.temperature < kColdestWithoutMaximum;
-  launch_stream(stream, work.pairing, work.mean_rows, plan.row_blocks, plan.splits, where.stream);
+  stream.running_maximum = params.temperature < kColdestWithoutMaximum || always_has_maximum(work);
+  launch_planned_stream(stream, work, plan, where.stream);
 
   StatisticsParams finish = {};
   finish.finish = finish_params(work, plan, stream, where.workspace);

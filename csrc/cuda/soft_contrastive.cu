@@ -178,6 +178,11 @@ bool has_teacher_softmax(const SoftContrastiveParams& p) {
          (has_softmax(p.rule) && (p.confidence != nullptr || p.entropy != nullptr));
 }
 
+bool needs_maximum(const SoftContrastiveParams& p) {
+  return p.temperature < kColdestWithoutMaximum ||
+         (has_teacher_softmax(p) && p.teacher_temperature < kColdestWithoutMaximum);
+}
+
 Work work_of(const SoftContrastiveParams& p, int device) {
   check_count("num_queries", p.num_queries, 1, kMostRows);
   check_count("queue_size", p.queue_size, 1, kMostRows);
@@ -199,6 +204,8 @@ Work work_of(const SoftContrastiveParams& p, int device) {
   work.ranks = p.positive_rank != nullptr;
   work.kernel_type = kernel_type(p.vector_type, p.queue_type);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  work.hopper = can_stream_hopper(device, p.queue, p.queue_size, work.dim, work.kernel_type,
+                                  needs_maximum(p));
   return work;
 }
 
@@ -255,9 +262,8 @@ void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) 
                    is_aligned(params.queue, work.dim);
   stream.normalize = params.normalize;
   stream.softmax = work.pairing == Pairing::kSingle || has_softmax;
-  stream.running_maximum = params.temperature < kColdestWithoutMaximum ||
-                           (has_softmax && params.teacher_temperature < kColdestWithoutMaximum);
-  launch_stream(stream, work.pairing, work.mean_rows, plan.row_blocks, plan.splits, where.stream);
+  stream.running_maximum = needs_maximum(params) || always_has_maximum(work);
+  launch_planned_stream(stream, work, plan, where.stream);
 
   const LossParams loss = loss_params(params, work, plan, stream, where.workspace);
   launch(&finish_kernel, dim3(plan.finish_blocks), kFinishThreads,

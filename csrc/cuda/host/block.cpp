@@ -82,6 +82,7 @@ struct Machine {
   std::unordered_map<const void*, GlobalShadow> global;  // of this grid
   std::uint64_t block_time = 0;
   const std::function<void()>* kernel = nullptr;
+  Hardware* hardware = nullptr;
   std::string reported;
 };
 
@@ -114,7 +115,9 @@ int pick() {
 // Runs another fiber, after this one was made to wait or has ended.
 void yield() {
   Context& here = m.threads[m.current].context;
-  const int next = pick();
+  if (m.hardware != nullptr && m.random() % 16 == 0) m.hardware->advance();
+  int next = pick();
+  while (next == kNobody && m.hardware != nullptr && m.hardware->advance()) next = pick();
   if (next == kNobody) {
     if (m.unfinished > 0) {
       std::string what = "deadlock: ";
@@ -124,11 +127,13 @@ void yield() {
       for (const Warp& warp : m.warps) {
         if (warp.arrived > 0) what += ", lanes of a warp at " + name_of(warp.site);
       }
+      if (m.hardware != nullptr) what += m.hardware->waiting();
       m.reported = what + "; the other threads have ended or wait elsewhere";
     }
     switch_context(here, m.main);
     return;
   }
+  if (next == m.current) return;  // what it waited for has come meanwhile
   m.current = next;
   threadIdx = dim3(next);
   switch_context(here, m.threads[next].context);
@@ -142,6 +147,7 @@ void set_runnable(bool runnable) {
 
 void run_thread() {
   (*m.kernel)();
+  if (m.hardware != nullptr) m.hardware->end_thread();
   m.threads[m.current].finished = true;
   --m.unfinished;
   set_runnable(false);
@@ -167,6 +173,7 @@ void run_block(int num_threads) {
   m.unfinished = num_threads;
   m.at_barrier = 0;
   m.block_time = ++m.time;
+  if (m.hardware != nullptr) m.hardware->begin_block(m.shared.data(), m.shared.size(), num_threads);
   m.current = pick();
   threadIdx = dim3(m.current);
   switch_context(m.main, m.threads[m.current].context);
@@ -185,13 +192,14 @@ std::vector<std::string> sites() {
   return names;
 }
 
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes,
-              const std::function<void()>& kernel) {
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
+              Hardware* hardware) {
   if (block.y != 1 || block.z != 1 || block.x % kWarp != 0 || block.x > kMostThreads) {
     throw std::runtime_error("blocks are whole warps along x, at most 1024 threads");
   }
   if (!m.stacks) m.stacks.reset(new char[kMostThreads * kStack]);
   m.kernel = &kernel;
+  m.hardware = hardware;
   m.reported.clear();
   m.random.seed(m.options.seed);
   m.shared.resize(shared_bytes);
@@ -205,6 +213,7 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes,
   for (const std::uint64_t b : blocks) {
     blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
     run_block(block.x);
+    if (m.reported.empty() && hardware != nullptr) hardware->end_block();
     if (!m.reported.empty()) throw std::runtime_error(m.reported);
   }
 }
@@ -224,6 +233,10 @@ bool is_kept(Site site) {
   return m.sites.back().kept;
 }
 
+bool is_flipped(Site site) {
+  return !m.options.flip.empty() && name_of(site) == m.options.flip;
+}
+
 void barrier(Site site) {
   if (!is_kept(site)) return;
   if (m.at_barrier > 0 && !same(site, m.barrier_site)) {
@@ -237,6 +250,7 @@ void barrier(Site site) {
   }
   m.at_barrier = 0;
   ++m.time;
+  if (m.hardware != nullptr) m.hardware->meet_at_barrier();
   for (Warp& warp : m.warps) warp.runnable = 0xffffffffu;
 }
 
@@ -302,6 +316,10 @@ char* shared_bytes(std::uint32_t address, int size, int alignment, Access access
     report("shared memory accessed at " + std::to_string(address) + ", no multiple of " +
            std::to_string(alignment));
   }
+  if (m.hardware != nullptr) {
+    m.hardware->access(address, size, access);
+    return m.shared.data() + address;
+  }
   for (std::uint32_t i = address / 2; i < (address + size + 1) / 2; ++i) {
     watch(m.shadow[i], access, "shared memory", address);
   }
@@ -333,6 +351,23 @@ void wait_for_copies(int pending) {
     }
     groups.erase(groups.begin());
   }
+}
+
+int current_thread() {
+  return m.current;
+}
+
+std::uint64_t draw() {
+  return m.random();
+}
+
+void suspend() {
+  set_runnable(false);
+  yield();
+}
+
+void resume(int thread) {
+  m.warps[thread / kWarp].runnable |= 1u << thread % kWarp;
 }
 
 }  // namespace softcl::cuda::host

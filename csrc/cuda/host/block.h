@@ -19,6 +19,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -31,19 +32,40 @@ struct Site {
   int line;
 };
 
+enum class Access { kRead, kWrite, kAtomic };
+
 /// How kernels run from now on.
 struct Options {
   std::uint64_t seed = 0;
   std::string omit;  // "file:line" of a site that has no effect; empty: none
+  std::string flip;  // of one that waits for the other phase
 };
 void set_options(const Options& options);
+
+/// The device's compute capability from now on, ten times: 80 (at first) or 90.
+void set_capability(int value);
 
 /// "file:line" of every barrier and wait met since the options were set, in order of appearance.
 std::vector<std::string> sites();
 
+/// What a block has beside its threads, where a kernel uses it: see warpgroup.h. It watches shared
+/// memory in place of the rule above, as barriers are no longer all that orders accesses.
+class Hardware {
+ public:
+  virtual ~Hardware() = default;
+  virtual void begin_block(char* shared, std::size_t bytes, int threads) = 0;
+  virtual void end_block() = 0;
+  virtual void end_thread() = 0;
+  virtual void access(std::uint32_t address, int size, Access access) = 0;
+  virtual void meet_at_barrier() = 0;  // all threads have
+  virtual bool advance() = 0;          // does something that was under way; false: nothing is
+  virtual std::string waiting() = 0;   // who waits for what
+};
+
 /// Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws
 /// std::runtime_error with the first thing that was reported.
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel);
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
+              Hardware* hardware = nullptr);
 
 // ---- For the instructions, within a thread
 // -------------------------------------------------------
@@ -60,7 +82,8 @@ void collect(Site site, void* mine, void (*act)(void* const* lanes));
 /// Whether the site takes effect, after noting it.
 bool is_kept(Site site);
 
-enum class Access { kRead, kWrite, kAtomic };
+/// Whether it waits for the other phase.
+bool is_flipped(Site site);
 
 /// The bytes at a shared address, after the checks.
 char* shared_bytes(std::uint32_t address, int size, int alignment, Access access);
@@ -72,5 +95,15 @@ void watch_global(const void* address, Access access);
 void start_copy(std::uint32_t target, const void* source, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
+
+// ---- For the hardware beside the threads
+// ---------------------------------------------------------
+
+int current_thread();
+std::uint64_t draw();
+
+/// Runs other threads until one of them resumes this one.
+void suspend();
+void resume(int thread);
 
 }  // namespace softcl::cuda::host

@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "block.h"
+#include "hopper_layout.h"
 #include "plan.h"
 #include "ptx.h"
 
@@ -17,11 +18,11 @@ namespace {
 // `multiprocessors`.
 std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
                                             bool paired, int mean_rows, std::int64_t num_neighbors,
-                                            int multiprocessors, int kernel_type) {
+                                            int multiprocessors, int kernel_type, bool hopper) {
   using softcl::cuda::Pairing;
   const softcl::cuda::Plan plan = softcl::cuda::make_plan(
       {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
-       num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type)});
+       num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type), hopper});
   return {plan.splits, plan.tiles_per_split, plan.steps_per_chunk, plan.num_chunks,
           plan.num_filled_chunks};
 }
@@ -46,16 +47,19 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
   softcl::bind_cuda(module);
   module.def(
       "set_options",
-      [](std::uint64_t seed, const std::string& omit) {
-        softcl::cuda::host::set_options({seed, omit});
+      [](std::uint64_t seed, const std::string& omit, const std::string& flip) {
+        softcl::cuda::host::set_options({seed, omit, flip});
       },
-      "seed"_a = 0, "omit"_a = "",
-      "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect.");
+      "seed"_a = 0, "omit"_a = "", "flip"_a = "",
+      "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect; let the "
+      "site `flip` wait for the other phase.");
+  module.def("set_capability", &softcl::cuda::host::set_capability, "capability"_a,
+             "The device's compute capability from now on, ten times: 80 (at first) or 90.");
   module.def("sites", &softcl::cuda::host::sites, "The barriers and waits met since set_options.");
   module.def("exchange_in_global_memory", &exchange_in_global_memory, "block_stride"_a,
              "synchronize"_a);
   module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
-             "num_neighbors"_a, "multiprocessors"_a, "kernel_type"_a = 1);
+             "num_neighbors"_a, "multiprocessors"_a, "kernel_type"_a = 1, "hopper"_a = false);
   module.def(
       "piece_offset",
       [](int dim, int row, int piece) {
@@ -65,6 +69,20 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
       },
       "dim"_a, "row"_a, "piece"_a);
   module.def("piece_after", &softcl::cuda::piece_after, "address"_a, "distance"_a);
+  module.def("box_offset", &softcl::cuda::box_offset, "rows"_a, "row"_a, "column"_a);
+  module.def("row_descriptor", &softcl::cuda::row_descriptor, "tile"_a, "rows"_a, "k"_a);
+  module.def("column_descriptor", &softcl::cuda::column_descriptor, "tile"_a, "rows"_a, "k"_a);
+  module.def("accumulator_row", &softcl::cuda::accumulator_row, "lane"_a, "i"_a);
+  module.def("accumulator_column", &softcl::cuda::accumulator_column, "lane"_a, "i"_a);
+  module.def(
+      "hopper_shape",
+      [](int dim, bool paired, int mean_rows) {
+        using softcl::cuda::Pairing;
+        const auto shape = softcl::cuda::hopper_shape(
+            dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows);
+        return std::make_tuple(shape.rows_per_block, shape.tile_rows, shape.shared_bytes);
+      },
+      "dim"_a, "paired"_a, "mean_rows"_a);
   module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "steps_per_chunk"_a);
   module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "steps_per_chunk"_a);
 }

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "block.h"
 #include "softcl/device.h"
 
 cudaError_t cudaGetLastError() {
@@ -32,10 +33,27 @@ cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 
+namespace {
+
+int capability = 80;
+
+}  // namespace
+
+namespace softcl::cuda::host {
+
+void set_capability(int value) {
+  capability = value;
+}
+
+}  // namespace softcl::cuda::host
+
 // A small one, so that small problems have several splits and rows share a block.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : 227 << 10;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
+                                                            : 227 << 10;
   return cudaSuccess;
 }
 

@@ -18,7 +18,11 @@ struct Launch {
   std::int64_t workspace_bytes = 0;
 };
 
-/// Bytes of workspace that the same call needs; reads no pointer but for being null.
+/// Whether calls may take the kernel for compute capability 9.0 where they can; by default they
+/// may.
+void allow_hopper(bool allowed);
+
+/// Bytes of workspace that the same call needs, with the same pointers; reads no memory.
 std::int64_t workspace_bytes(const QueueStatisticsParams& params, int device);
 std::int64_t workspace_bytes(const SoftContrastiveParams& params, int device);
 

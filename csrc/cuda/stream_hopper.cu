@@ -1,0 +1,115 @@
+// Which variant of the Hopper streaming kernel a call runs, and the map by which it copies tiles.
+
+#include <atomic>
+
+#include "arguments.h"
+#include "softcl/cuda.h"
+#include "stream_hopper.h"
+#include "stream_hopper_variants.h"
+
+namespace softcl::cuda {
+
+template <>
+void launch_stream_hopper_of<64>(const HopperParams&, ElementType, Pairing, int, dim3,
+                                 cudaStream_t);
+template <>
+void launch_stream_hopper_of<128>(const HopperParams&, ElementType, Pairing, int, dim3,
+                                  cudaStream_t);
+template <>
+void launch_stream_hopper_of<256>(const HopperParams&, ElementType, Pairing, int, dim3,
+                                  cudaStream_t);
+
+namespace {
+
+std::atomic<bool> hopper_allowed{true};
+
+#if defined(__CUDACC__)
+
+/// The driver's function, found at run time: the module loads where there is no driver.
+decltype(&cuTensorMapEncodeTiled) find_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  #if CUDART_VERSION >= 12050
+  SOFTCL_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                     cudaEnableDefault, &result));
+  #else
+  SOFTCL_CUDA_CHECK(
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result));
+  #endif
+  if (result != cudaDriverEntryPointSuccess || function == nullptr) {
+    throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+  }
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+TensorMap make_tensor_map(const StreamParams& p, ElementType type, int box_rows) {
+  static const auto encode = find_encoder();
+  TensorMap map;
+  const cuuint64_t sizes[2] = {cuuint64_t(p.dim), cuuint64_t(p.queue_size)};
+  const cuuint64_t row_bytes[1] = {cuuint64_t(p.dim) * 2};
+  const cuuint32_t box[2] = {kBoxColumns, cuuint32_t(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result =
+      encode(&map,
+             type == ElementType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             2, const_cast<void*>(p.queue), sizes, row_bytes, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled: CUDA driver error " +
+                             std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+#else
+
+TensorMap make_tensor_map(const StreamParams& p, ElementType, int box_rows) {
+  return {p.queue, p.queue_size, p.dim, std::int64_t(p.dim) * 2, box_rows, kBoxColumns};
+}
+
+#endif
+
+}  // namespace
+
+void allow_hopper(bool allowed) {
+  hopper_allowed = allowed;
+}
+
+bool can_stream_hopper(int device, const void* queue, std::int64_t queue_size, int dim,
+                       ElementType kernel_type, bool running_maximum) {
+  return hopper_allowed && kernel_type != ElementType::kFloat32 &&
+         attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0 && is_aligned(queue, dim) &&
+         queue_size <= std::int64_t(kMostSplits) * kLongestSplit &&
+         (kernel_type == ElementType::kFloat16 || !running_maximum);
+}
+
+StreamShape hopper_shape(int dim, Pairing pairing, int mean_rows) {
+  const auto shape_of = [&](auto dim_constant) {
+    return with_variant(pairing, mean_rows, [](auto pairing_constant, auto mean_constant) {
+      using S = HopperShape<decltype(dim_constant)::value, decltype(pairing_constant)::value,
+                            decltype(mean_constant)::value>;
+      return StreamShape{S::kSamples, S::kTileRows, kHopperThreads, 1, S::kSharedBytes};
+    });
+  };
+  return dim <= 64    ? shape_of(std::integral_constant<int, 64>())
+         : dim <= 128 ? shape_of(std::integral_constant<int, 128>())
+                      : shape_of(std::integral_constant<int, 256>());
+}
+
+void launch_stream_hopper(const StreamParams& params, Pairing pairing, int mean_rows,
+                          int row_blocks, int splits, void* stream) {
+  const ElementType type = params.queue_type;  // and that of the rows
+  HopperParams p;
+  p.stream = params;
+  p.queue = make_tensor_map(params, type, hopper_shape(params.dim, pairing, mean_rows).tile_rows);
+  const auto launch_it = params.dim <= 64    ? &launch_stream_hopper_of<64>
+                         : params.dim <= 128 ? &launch_stream_hopper_of<128>
+                                             : &launch_stream_hopper_of<256>;
+  launch_it(p, type, pairing, mean_rows, dim3(row_blocks, splits),
+            static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace softcl::cuda

@@ -1,0 +1,13 @@
+// The Hopper streaming kernel for rows of up to 128 elements.
+
+#include "stream_hopper_variants.h"
+
+namespace softcl::cuda {
+
+template <>
+void launch_stream_hopper_of<128>(const HopperParams& p, ElementType type, Pairing pairing,
+                                  int mean_rows, dim3 grid, cudaStream_t stream) {
+  launch_hopper_variant<128>(p, type, pairing, mean_rows, grid, stream);
+}
+
+}  // namespace softcl::cuda

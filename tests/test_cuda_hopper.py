@@ -1,0 +1,313 @@
+"""The Hopper streaming kernel's own code, run on the CPU, against the float64 oracle.
+
+What this shows and what not: csrc/cuda/host/block.h and warpgroup.h. Copies, barriers with phases
+and products of warpgroups are written from the PTX ISA; nvcc's code and the hardware's timing are
+not in it. tests/test_cuda_hopper_build.py looks at nvcc's code.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cuda_host import load_host_module
+
+from softcl.labels import (
+    AdaptiveNeighborLabels,
+    AdaptiveSoftLabels,
+    HardLabels,
+    NeighborLabels,
+    RelationalLabels,
+)
+from softcl.ops import cuda, reference
+from softcl.testing import (
+    ENTROPY_TOLERANCE,
+    LSE_TOLERANCE,
+    RULES,
+    Problem,
+    assert_loss_close,
+    assert_neighbors_close,
+    gradient_error,
+    loss_oracle,
+    make_problem,
+    relative_error,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+HALF = (torch.bfloat16, torch.float16)
+# Blocks hold 64 samples, or 128 where nobody wants means or rows are of one kind; tiles 128 queue
+# rows, or 64 for D > 128. The fourth and the last give a split more tiles than there are stages.
+SHAPES = [(1, 1, 8), (65, 129, 64), (9, 300, 104), (66, 1300, 40), (5, 97, 136), (3, 600, 256)]
+SEEDS = (0, 1)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """The module of the kernels on the CPU, on a device of compute capability 9.0."""
+    module = load_host_module()
+    monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
+    module.set_options(seed=0)
+    module.set_capability(90)
+    yield module
+    module.set_options(seed=0)
+    module.set_capability(80)
+    module.cuda_allow_hopper(True)
+
+
+def run(p: Problem, rule, temperature=0.1, teacher_temperature=0.05, **options):
+    options = {
+        "positive": True,
+        "normalize": False,
+        "gradient": True,
+        "diagnostics": True,
+        **options,
+    }
+    return cuda.soft_contrastive(
+        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
+    )
+
+
+def took_hopper(host):
+    return any(site.startswith("stream_hopper") for site in host.sites())
+
+
+def fitting(rule, K):
+    """The rule, with no more neighbours than the queue has rows."""
+    return type(rule)(K) if rule.num_neighbors > K else rule
+
+
+def name(value):
+    return f"{value.name}-{value.num_neighbors}"
+
+
+def assert_ranks_close(rank, p):
+    """Cosines within 1e-6 of the positive's may count either way."""
+    cosines = p.query.double() @ p.queue.double().T
+    positive = (p.query.double() * p.key.double()).sum(1, keepdim=True)
+    assert bool((rank >= (cosines > positive + 1e-6).sum(1)).all())
+    assert bool((rank <= (cosines > positive - 1e-6).sum(1)).all())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_against_oracle(host, rule, shape, dtype):
+    """Every rule, and the same bits whatever the order of threads, copies and blocks."""
+    N, K, D = shape
+    rule = fitting(rule, K)
+    p = make_problem(N, K, D, dtype=dtype, seed=N + D)
+    oracle = loss_oracle(p, rule)
+    got = run(p, rule)
+    assert took_hopper(host)
+    assert_loss_close(got[0], got[1], oracle, dtype)
+    if rule.needs_softmax:
+        assert relative_error(got[2], oracle[2]) <= ENTROPY_TOLERANCE
+        assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
+    assert torch.equal(got[5].sort(1).values, oracle[5].sort(1).values)
+    assert_ranks_close(got[4], p)
+    if rule.num_neighbors != 7:
+        host.set_options(seed=1)
+        for x, y in zip(got, run(p, rule), strict=True):
+            assert torch.equal(x, y)
+    # Without means other warpgroups hold other rows: the same loss but for the order of sums.
+    loss, *rest = run(p, rule, gradient=False, diagnostics=False)
+    assert relative_error(loss, oracle[0]) <= LSE_TOLERANCE
+    assert [x.numel() for x in rest] == [0] * 5
+
+
+@pytest.mark.parametrize("kind", ["clustered", "duplicates"])
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_sharp_labels(host, rule, kind):
+    """Few large labels, clipped ones among them, and ties between the nearest rows."""
+    for dtype in HALF:
+        p = make_problem(33, 600, 64, kind=kind, dtype=dtype)
+        oracle = loss_oracle(p, rule, positive=False)
+        got = run(p, rule, positive=False)
+        # Cosines near 1 and few labels: no averaging takes the rounding of a cosine away.
+        assert_loss_close(got[0], got[1], oracle, dtype, scale=2.0)
+
+
+def test_running_maximum(host):
+    """fp16 at temperatures at which 2^x would overflow, and similarities that keep rising."""
+    p = make_problem(20, 700, 64, dtype=torch.float16)
+    order = (p.query[0].float() @ p.queue.float().T).argsort()
+    p = Problem(p.query, p.key, p.queue[order].contiguous())
+    for rule in (HardLabels(), AdaptiveSoftLabels(7)):
+        got = run(p, rule, 0.01, 0.008)
+        assert took_hopper(host)
+        oracle = loss_oracle(p, rule, temperature=0.01, teacher_temperature=0.008)
+        # One rounding of a cosine moves a logit by 6e-8 / temperature.
+        assert_loss_close(got[0], got[1], oracle, torch.float16, temperature=0.01, scale=6.25)
+
+
+def test_normalize(host):
+    """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
+    generator = torch.Generator().manual_seed(3)
+    for dtype, D in [(torch.bfloat16, 40), (torch.float16, 256)]:
+        p = make_problem(70, 200, D, dtype=dtype)
+        lengths = torch.rand(70, 1, generator=generator) * 50 + 0.01
+        raw = Problem((p.query * lengths).to(dtype), (p.key * lengths.flip(0)).to(dtype), p.queue)
+        norm = raw.query.double().norm(dim=1, keepdim=True)
+        unit = Problem(
+            (raw.query.double() / norm).float().to(dtype),
+            torch.nn.functional.normalize(raw.key.double(), dim=1).float().to(dtype),
+            raw.queue,
+        )
+        got = run(raw, AdaptiveSoftLabels(5), normalize=True)
+        loss, dz, *_ = loss_oracle(unit, AdaptiveSoftLabels(5))
+        z = unit.query.double()
+        du = dz - z * (z * dz).sum(1, keepdim=True)
+        assert relative_error(got[0], loss) <= LSE_TOLERANCE
+        assert gradient_error(got[1] * norm, du, 0.1) <= 1e-3
+        assert_ranks_close(got[4], unit)
+
+
+def test_equal_rows_do_not_outrank_the_positive(host):
+    """A queue row with the bits of the key is not more similar than the positive."""
+    p = make_problem(140, 90, 104, dtype=torch.bfloat16)
+    queue = torch.cat([p.queue, p.key, p.key])
+    own = p.query.double() @ p.key.double().T
+    own = own > own.diagonal()[:, None]
+    for rule, gradient in [(HardLabels(), True), (NeighborLabels(2), True), (HardLabels(), False)]:
+        got = run(Problem(p.query, p.key, queue), rule, gradient=gradient)
+        alone = run(p, rule, gradient=gradient)
+        assert torch.equal(got[4], alone[4] + 2 * own.sum(1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(3)], ids=name)
+def test_non_finite_rows(host, rule, value):
+    """A row gives NaN in its own results; a queue row that matters gives NaN losses."""
+    for dtype in HALF:
+        p = make_problem(35, 200, 24, dtype=dtype)
+        clean = run(p, rule)
+        for broken in ("query", "key"):
+            rows = getattr(p, broken).clone()
+            rows[17, 3] = value
+            got = run(Problem(**{**p.__dict__, broken: rows}), rule)
+            others = torch.arange(35) != 17
+            for x, y in zip(got[:2], clean[:2], strict=True):
+                assert bool(x[17].isnan().all())
+                assert torch.equal(x[others], y[others])
+            assert bool(((got[5] >= 0) & (got[5] < 200)).all())
+        queue = p.queue.clone()
+        queue[199, 19] = math.nan
+        got = run(Problem(p.query, p.key, queue), rule)
+        assert bool(got[0].isnan().all()) and bool(got[1].isnan().all())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (130, 300, 64), (3, 1500, 256)], ids=str)
+def test_queue_statistics(host, shape):
+    N, K, D = shape
+    for dtype in HALF:
+        p = make_problem(N, K, D, dtype=dtype)
+        k = min(K, 20)
+        lse, mean, entropy, logits, indices = cuda.queue_statistics(p.query, p.queue, 0.1, k)
+        assert took_hopper(host)
+        want = reference.queue_statistics(p.query.double(), p.queue.double(), 0.1, k)
+        assert relative_error(lse, want[0]) <= LSE_TOLERANCE
+        assert gradient_error(mean, want[1]) <= 1e-3
+        assert relative_error(entropy, want[2]) <= ENTROPY_TOLERANCE
+        assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+        *empty, again, same = cuda.queue_statistics(p.query, p.queue, 0.1, k, sums=False)
+        assert [x.numel() for x in empty] == [0] * 3
+        assert torch.equal(again, logits) and torch.equal(same, indices)
+
+
+# ---- Which kernel --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "hopper"),
+    [
+        ({}, True),
+        ({"capability": 80}, False),
+        ({"capability": 100}, False),
+        ({"allowed": False}, False),
+        ({"D": 60}, False),  # rows of 120 bytes: TMA takes multiples of 16
+        ({"temperature": 0.02}, False),  # a running maximum
+        ({"temperature": 0.02, "dtype": torch.float16}, True),
+        ({"teacher_temperature": 0.02}, False),
+    ],
+    ids=str,
+)
+def test_which_kernel_runs(host, change, hopper):
+    host.set_capability(change.get("capability", 90))
+    host.cuda_allow_hopper(change.get("allowed", True))
+    p = make_problem(3, 50, change.get("D", 64), dtype=change.get("dtype", torch.bfloat16))
+    temperatures = [change.get(key, 0.1) for key in ("temperature", "teacher_temperature")]
+    host.set_options(seed=0)
+    got = run(p, AdaptiveSoftLabels(3), *temperatures)
+    assert took_hopper(host) == hopper
+    assert bool(got[0].isfinite().all())
+
+
+# ---- The proof that a missing barrier or a wrong phase shows -------------------------------------
+
+
+def workloads():
+    """Calls that between them meet every barrier, wait and fence of the kernel."""
+    pair = make_problem(20, 1500, 64, dtype=torch.bfloat16)
+    half = make_problem(20, 1500, 64, dtype=torch.float16)
+    wide = make_problem(20, 700, 256, dtype=torch.bfloat16)
+    return [
+        lambda: run(pair, RelationalLabels()),
+        lambda: run(pair, AdaptiveNeighborLabels(3)),
+        lambda: run(half, RelationalLabels()),
+        lambda: run(wide, HardLabels()),
+        lambda: run(pair, HardLabels(), gradient=False),
+    ]
+
+
+# The turns are for speed: the order in which warpgroups multiply changes no number.
+NOT_NEEDED = ("kTurn",)
+
+
+def is_needed(site, lines):
+    file, line = site.split(":")
+    return not any(word in lines[file][int(line) - 1] for word in NOT_NEEDED)
+
+
+@pytest.fixture(scope="module")
+def lines():
+    from cuda_host import CSRC
+
+    return {path.name: path.read_text().split("\n") for path in (CSRC / "cuda").glob("*hopper*.h")}
+
+
+def test_every_barrier_and_phase_is_needed_and_missed(host, lines):
+    """Leave out each one in turn, and wait for the wrong phase where one waits: a race, a deadlock,
+    a report or a wrong bit must follow."""
+    calls, sites, good = workloads(), [], []
+    for call in calls:
+        host.set_options(seed=0)
+        good.append(call())
+        sites.append({s for s in host.sites() if s.startswith("stream_hopper")})
+    unnoticed = []
+    every = sorted(s for s in set().union(*sites) if is_needed(s, lines))
+    assert len(every) >= 25
+    for site in every:
+        changes = ["omit"]
+        file, line = site.split(":")
+        if "mbarrier_wait" in lines[file][int(line) - 1]:
+            changes.append("flip")
+        for change in changes:
+            if not any(
+                notices(host, call, {change: site}, result, seed)
+                for call, met, result in zip(calls, sites, good, strict=True)
+                if site in met
+                for seed in SEEDS
+            ):
+                unnoticed.append((change, site, lines[file][int(line) - 1].strip()))
+    assert not unnoticed, unnoticed
+
+
+def notices(host, call, change, good, seed):
+    host.set_options(seed=seed, **change)
+    try:
+        got = call()
+    except RuntimeError:
+        return True
+    return not all(torch.equal(x, y) for x, y in zip(got, good, strict=True))
