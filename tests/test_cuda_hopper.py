@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from cuda_host import load_host_module
+from cuda_host import CSRC, load_host_module
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
@@ -272,8 +272,6 @@ def is_needed(site, lines):
 
 @pytest.fixture(scope="module")
 def lines():
-    from cuda_host import CSRC
-
     return {path.name: path.read_text().split("\n") for path in (CSRC / "cuda").glob("*hopper*.h")}
 
 
@@ -311,3 +309,40 @@ def notices(host, call, change, good, seed):
     except RuntimeError:
         return True
     return not all(torch.equal(x, y) for x, y in zip(got, good, strict=True))
+
+
+def test_what_follows_the_stream_waits_for_it(host):
+    """Launched early on 9.0, every finishing kernel begins with the wait; without it, a report."""
+    p = make_problem(20, 300, 64, dtype=torch.bfloat16)
+    calls = [
+        lambda: run(p, RelationalLabels()),
+        lambda: cuda.queue_statistics(p.query, p.queue, 0.1, 2),
+    ]
+    waits = set()
+    for call in calls:
+        host.set_options(seed=0)
+        call()
+        waits |= {s for s in host.sites() if s.startswith(("soft_contrastive", "queue_statistics"))}
+    text = {name: (CSRC / "cuda" / name).read_text().split("\n") for name in FINISHING}
+    waits = {s for s in waits if "wait_for_previous_grid" in text[file_of(s)][line_of(s) - 1]}
+    assert {file_of(site) for site in waits} == set(FINISHING)
+    for site in waits:
+        reports = []
+        for call in calls:
+            host.set_options(seed=0, omit=site)
+            try:
+                call()
+            except RuntimeError as error:
+                reports.append(str(error))
+        assert reports and all("the grid before may still run" in r for r in reports)
+
+
+FINISHING = ("soft_contrastive.cu", "queue_statistics.cu")
+
+
+def file_of(site):
+    return site.split(":")[0]
+
+
+def line_of(site):
+    return int(site.split(":")[1])

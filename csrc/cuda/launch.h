@@ -15,9 +15,12 @@
 namespace softcl::cuda {
 
 /// kernel(params) on `stream`; params by value, in constant memory. Returns without waiting.
+/// `early` (programmatic dependent launch, compute capability 9.0 or later): the grid may start
+/// while the one before it on the stream ends, so that its launch costs no time; the kernel then
+/// begins with ptx::wait_for_previous_grid.
 template <typename Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_bytes,
-            cudaStream_t stream, const Params& params) {
+            cudaStream_t stream, const Params& params, bool early = false) {
 #if defined(__CUDACC__)
   constexpr std::size_t kUnasked = 48 << 10;
   if (shared_bytes > kUnasked) {
@@ -25,11 +28,20 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_b
                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes)));
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(params);
-  SOFTCL_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  SOFTCL_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
 #else
   static_cast<void>(stream);
-  host::run_grid(grid, dim3(threads), shared_bytes, [&] { kernel(params); });
+  host::run_grid(grid, dim3(threads), shared_bytes, [&] { kernel(params); }, nullptr, early);
 #endif
 }
 
@@ -37,6 +49,11 @@ inline int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
   SOFTCL_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
   return value;
+}
+
+/// Whether a kernel that waits for the grid before it may be launched early.
+inline bool can_launch_early(int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
 }
 
 /// Makes `device` current for the launches and puts the caller's device back.

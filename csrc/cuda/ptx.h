@@ -51,6 +51,15 @@ SOFTCL_DEVICE T shuffle_up(T x, int delta) {
   return __shfl_up_sync(0xffffffffu, x, delta);
 }
 
+/// Waits until the grid before this one on the stream has ended and what it wrote is seen, if this
+/// one was launched early (launch.h); otherwise that was so from the start. Asked by every thread,
+/// before all else.
+SOFTCL_DEVICE void wait_for_previous_grid() {
+  #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  #endif
+}
+
 // ---- Shared memory -----------------------------------------------------------------------------
 
 /// Where the block's dynamic shared memory begins: a multiple of 128.

@@ -55,6 +55,7 @@ SOFTCL_DEVICE void store_sums(const StatisticsParams& p, std::int64_t n, std::ui
 }
 
 __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const StatisticsParams p) {
+  ptx::wait_for_previous_grid();
   const FinishParams& f = p.finish;
   const SelectMemory memory = select_memory(ptx::shared_memory(), f.num_neighbors);
   for (std::int64_t n = blockIdx.x; n < f.num_rows; n += gridDim.x) {
@@ -144,7 +145,7 @@ void queue_statistics(const QueueStatisticsParams& params, const Launch& where) 
   finish.neighbor_indices = params.neighbor_indices;
   launch(&statistics_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(finish.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
-         finish);
+         finish, can_launch_early(where.device));
 }
 
 }  // namespace softcl::cuda

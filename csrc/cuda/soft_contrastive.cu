@@ -169,6 +169,7 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
 }
 
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const LossParams p) {
+  ptx::wait_for_previous_grid();
   for (std::int64_t n = blockIdx.x; n < p.finish.num_rows; n += gridDim.x) finish_row(p, n);
 }
 
@@ -268,7 +269,7 @@ void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) 
   const LossParams loss = loss_params(params, work, plan, stream, where.workspace);
   launch(&finish_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(loss.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
-         loss);
+         loss, can_launch_early(where.device));
 }
 
 }  // namespace softcl::cuda

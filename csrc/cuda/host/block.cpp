@@ -34,6 +34,7 @@ struct Thread {
   std::vector<Copy> open;                 // since the last commit
   std::vector<std::vector<Copy>> groups;  // oldest first
   bool finished = false;
+  bool may_go_on = true;  // the grid before has ended, as far as this thread can know
 };
 
 struct Warp {
@@ -83,6 +84,7 @@ struct Machine {
   std::uint64_t block_time = 0;
   const std::function<void()>* kernel = nullptr;
   Hardware* hardware = nullptr;
+  bool early = false;  // launched before the grid before it has ended
   std::string reported;
 };
 
@@ -167,6 +169,7 @@ void run_block(int num_threads) {
     thread.open.clear();
     thread.groups.clear();
     thread.finished = false;
+    thread.may_go_on = !m.early;
     make_context(thread.context, m.stacks.get() + i * kStack, kStack, run_thread);
   }
   for (Warp& warp : m.warps) warp.runnable = 0xffffffffu;
@@ -193,13 +196,14 @@ std::vector<std::string> sites() {
 }
 
 void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
-              Hardware* hardware) {
+              Hardware* hardware, bool early) {
   if (block.y != 1 || block.z != 1 || block.x % kWarp != 0 || block.x > kMostThreads) {
     throw std::runtime_error("blocks are whole warps along x, at most 1024 threads");
   }
   if (!m.stacks) m.stacks.reset(new char[kMostThreads * kStack]);
   m.kernel = &kernel;
   m.hardware = hardware;
+  m.early = early;
   m.reported.clear();
   m.random.seed(m.options.seed);
   m.shared.resize(shared_bytes);
@@ -237,7 +241,17 @@ bool is_flipped(Site site) {
   return !m.options.flip.empty() && name_of(site) == m.options.flip;
 }
 
+void wait_for_previous_grid(Site site) {
+  if (m.early && is_kept(site)) m.threads[m.current].may_go_on = true;
+}
+
+// At everything that is watched.
+void check_waited() {
+  if (!m.threads[m.current].may_go_on) report("went on while the grid before may still run");
+}
+
 void barrier(Site site) {
+  check_waited();
   if (!is_kept(site)) return;
   if (m.at_barrier > 0 && !same(site, m.barrier_site)) {
     report("threads wait at " + name_of(m.barrier_site) + " and at " + name_of(site));
@@ -255,6 +269,7 @@ void barrier(Site site) {
 }
 
 void collect(Site site, void* mine, void (*act)(void* const* lanes)) {
+  check_waited();
   Warp& warp = m.warps[m.current / kWarp];
   if (warp.arrived > 0 && !same(site, warp.site)) {
     report("lanes of one warp are at " + name_of(warp.site) + " and at " + name_of(site));
@@ -296,6 +311,7 @@ void watch(Shadow& s, Access access, const char* memory, std::uintptr_t address)
 }  // namespace
 
 void watch_global(const void* address, Access access) {
+  check_waited();
   GlobalShadow& global = m.global[address];
   if (global.block_time != m.block_time) {
     if (global.block_time != 0 && (global.written || access != Access::kRead)) {
@@ -308,6 +324,7 @@ void watch_global(const void* address, Access access) {
 }
 
 char* shared_bytes(std::uint32_t address, int size, int alignment, Access access) {
+  check_waited();
   if (std::uint64_t(address) + size > m.shared.size()) {
     report("shared memory has " + std::to_string(m.shared.size()) + " bytes, accessed at " +
            std::to_string(address));

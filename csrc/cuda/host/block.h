@@ -63,9 +63,10 @@ class Hardware {
 };
 
 /// Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws
-/// std::runtime_error with the first thing that was reported.
+/// std::runtime_error with the first thing that was reported. Of a grid that was launched early
+/// every thread has to wait for the grid before it, before anything else that is watched.
 void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& kernel,
-              Hardware* hardware = nullptr);
+              Hardware* hardware = nullptr, bool early = false);
 
 // ---- For the instructions, within a thread
 // -------------------------------------------------------
@@ -75,6 +76,9 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
 
 /// All threads of the block.
 void barrier(Site site);
+
+/// Nothing to wait for: grids run one after the other. But it is noted who has waited.
+void wait_for_previous_grid(Site site);
 
 /// All 32 lanes meet; the last one runs `act` with what each of them gave, by lane.
 void collect(Site site, void* mine, void (*act)(void* const* lanes));

@@ -36,6 +36,11 @@ inline void sync_threads(const char* file = __builtin_FILE(), int line = __built
 
 inline void keep_order() {}
 
+inline void wait_for_previous_grid(const char* file = __builtin_FILE(),
+                                   int line = __builtin_LINE()) {
+  host::wait_for_previous_grid({file, line});
+}
+
 template <typename T>
 struct Shuffle {
   T value, result;
