@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from peers import PEERS  # noqa: E402
+from peers import PEERS, absent  # noqa: E402
 
 import softcl  # noqa: E402
 from softcl.nn import MemoryQueue  # noqa: E402
@@ -120,6 +120,8 @@ def contenders_of(row: Row, device: str) -> dict:
         return {"triton": search_ours, "matmul + topk": search_in_blocks}
     steps = {"triton": lambda p: loss_step(ours, p, RULES[row.kind])}
     for name, peer in PEERS.items():
+        if absent(name, device, RULES[row.kind]):
+            continue
         if name == "compiled" and (device == "cpu" or (row.N, row.K, row.D) not in COMPILED_SHAPES):
             continue
         steps[name] = lambda p, peer=peer: loss_step(peer, p, RULES[row.kind])

@@ -37,7 +37,9 @@ def test_dry_run(tmp_path):
     assert [row["kind"] for row in result["rows"]] == ["top-k", "dense", "hard", "search"]
     for row in result["rows"]:
         peers = {"matmul + topk"} if row["kind"] == "search" else {"eager", "chunked", "attention"}
-        assert set(row["times"]) == {"triton"} | peers
+        times = set(row["times"]) - {"lightly", "linear-ce"}  # for hard labels, where they are
+        assert times == {"triton"} | peers
+        assert row["kind"] == "hard" or times == set(row["times"])
         assert all(value > 0 for value in row["times"].values())
     text = table.with_suffix(".md").read_text()
     assert text.count("\n| 3, 70, 16 |") == 4 and "left out" not in text

@@ -125,8 +125,7 @@ class ASCL(QueueMethod):
         for view, other in zip(self.student_sees(), self.teacher_sees(), strict=True):
             h = normalize(batch.predicted[view], dim=1)
             t = normalize(batch.teacher[other], dim=1)
-            own = batch.world.own(len(t), t.device)
-            everyones = batch.world.gather_rows(t)
+            own, everyones = batch.own(t), batch.everyones(t)
             labels = label_mean(
                 self.rule(), t, everyones, teacher_temperature=self.teacher_temperature,
                 excluded=own if self.options() else None, backend=batch.backend,

@@ -87,8 +87,8 @@ class Batch:
         world = self.world
         if world.size == 1:
             return rows if queue is None else torch.cat([rows, queue])
-        if queue is None:
-            return ShardedRows(rows, world)
+        if queue is None:  # constant rows travel once and are then at hand
+            return ShardedRows(rows, world) if rows.requires_grad else world.gather_rows(rows)
         # Row j of the queue stands in place W N + j: with process j % W, as a part of a queue does.
         own = queue.local if isinstance(queue, ShardedRows) else queue[world.rank :: world.size]
         return ShardedRows(torch.cat([rows, own]), world, len(rows) * world.size + len(queue))
