@@ -81,10 +81,7 @@ void queue_statistics(const QueueStatisticsParams& p) {
   parallel_for(p.num_threads, strips, [&](std::int64_t strip, int thread) {
     read_strip(p.vectors, p.vector_type, p.num_vectors, p.dim, false, strip * lanes, lanes,
                scratch + thread * p.dim, rows);
-    for (int lane = 0; p.excluded != nullptr && lane < lanes; ++lane) {
-      const std::int64_t row = strip * lanes + lane;
-      excluded[row] = row < p.num_vectors ? p.excluded[row] : -1;
-    }
+    if (p.excluded != nullptr) read_excluded(p.excluded, p.num_vectors, strip, lanes, excluded);
   });
 
   PassRequest request;

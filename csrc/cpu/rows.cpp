@@ -65,4 +65,11 @@ void read_strip(const void* matrix, ElementType type, std::int64_t num_rows, std
   }
 }
 
+void read_excluded(const std::int64_t* excluded, std::int64_t num_rows, std::int64_t strip,
+                   int lanes, std::int64_t* out) {
+  for (std::int64_t row = strip * lanes; row < (strip + 1) * lanes; ++row) {
+    out[row] = row < num_rows ? excluded[row] : -1;
+  }
+}
+
 }  // namespace softcl::cpu

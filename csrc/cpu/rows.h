@@ -26,4 +26,9 @@ void read_row(const void* matrix, ElementType type, std::int64_t row, std::int64
 void read_strip(const void* matrix, ElementType type, std::int64_t num_rows, std::int64_t dim,
                 bool normalize, std::int64_t first, int lanes, float* scratch, const Rows& rows);
 
+/// Each lane's excluded queue row (N,) of one strip into `out` (strips, lanes): -1 past the last
+/// row.
+void read_excluded(const std::int64_t* excluded, std::int64_t num_rows, std::int64_t strip,
+                   int lanes, std::int64_t* out);
+
 }  // namespace softcl::cpu

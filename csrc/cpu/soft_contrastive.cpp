@@ -73,9 +73,8 @@ class SoftContrastive {
       read_strip(p_.key, p_.vector_type, p_.num_queries, p_.dim, p_.normalize, strip * lanes, lanes,
                  scratch, t_);
       if (p_.positive_rank != nullptr) similarity_of_positives(strip, thread);
-      for (int lane = 0; p_.excluded != nullptr && lane < lanes; ++lane) {
-        const std::int64_t row = strip * lanes + lane;
-        excluded_[row] = row < p_.num_queries ? p_.excluded[row] : -1;
+      if (p_.excluded != nullptr) {
+        read_excluded(p_.excluded, p_.num_queries, strip, lanes, excluded_);
       }
     });
     request_ = request();
