@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
+from loss_calls import assert_ranks_close, fitting, name, run_loss
 
 from softcl.labels import AdaptiveNeighborLabels, AdaptiveSoftLabels, HardLabels, NeighborLabels
 from softcl.testing import (
@@ -57,26 +59,7 @@ def num_threads(request):
     torch.set_num_threads(before)
 
 
-def run(p: Problem, rule, temperature=0.1, teacher_temperature=0.05, **options):
-    options = {
-        "positive": True,
-        "normalize": False,
-        "gradient": True,
-        "diagnostics": True,
-        **options,
-    }
-    return cpu.soft_contrastive(
-        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
-    )
-
-
-def fitting(rule, K):
-    """The rule, with no more neighbours than the queue has rows."""
-    return type(rule)(K) if rule.num_neighbors > K else rule
-
-
-def name(value):
-    return f"{value.name}-{value.num_neighbors}"
+run = functools.partial(run_loss, cpu)
 
 
 @pytest.mark.parametrize("temperatures", [(0.1, 0.05), (0.01, 0.01)], ids=str)
@@ -115,14 +98,6 @@ def test_against_oracle(num_threads, rule, shape, temperatures):
                 assert got[2].shape == got[3].shape == (0,)
             assert torch.equal(got[5].sort(1).values, oracle[5].sort(1).values)
             assert_ranks_close(got[4], p)
-
-
-def assert_ranks_close(rank, p):
-    """Cosines within 1e-6 of the positive's may count either way."""
-    cosines = p.query.double() @ p.queue.double().T
-    positive = (p.query.double() * p.key.double()).sum(1, keepdim=True)
-    assert bool((rank >= (cosines > positive + 1e-6).sum(1)).all())
-    assert bool((rank <= (cosines > positive - 1e-6).sum(1)).all())
 
 
 @pytest.mark.parametrize("kind", ["clustered", "duplicates"])
@@ -289,11 +264,7 @@ def test_excluded(num_threads, rule, shape, gradient):
         assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
     assert torch.equal(got[5].sort(1).values, oracle[5].sort(1).values)
     assert not bool((got[5] == excluded[:, None]).any())
-    cosines = p.query.double() @ p.queue.double().T
-    cosines[torch.arange(N), excluded] = torch.where(excluded < 0, cosines[:, -1], -2.0)
-    positive = (p.query.double() * p.key.double()).sum(1, keepdim=True)
-    assert bool((got[4] >= (cosines > positive + 1e-6).sum(1)).all())
-    assert bool((got[4] <= (cosines > positive - 1e-6).sum(1)).all())
+    assert_ranks_close(got[4], p, excluded)
 
 
 @pytest.mark.parametrize("sums", [True, False], ids=["sums", "search"])

@@ -7,11 +7,13 @@ not in it. tests/test_cuda_hopper_build.py looks at nvcc's code.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from cuda_host import CSRC, load_host_module
+from loss_calls import assert_ranks_close, fitting, name, run_loss
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
@@ -56,38 +58,11 @@ def host(monkeypatch):
     module.cuda_allow_hopper(True)
 
 
-def run(p: Problem, rule, temperature=0.1, teacher_temperature=0.05, **options):
-    options = {
-        "positive": True,
-        "normalize": False,
-        "gradient": True,
-        "diagnostics": True,
-        **options,
-    }
-    return cuda.soft_contrastive(
-        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
-    )
+run = functools.partial(run_loss, cuda)
 
 
 def took_hopper(host):
     return any(site.startswith("stream_hopper") for site in host.sites())
-
-
-def fitting(rule, K):
-    """The rule, with no more neighbours than the queue has rows."""
-    return type(rule)(K) if rule.num_neighbors > K else rule
-
-
-def name(value):
-    return f"{value.name}-{value.num_neighbors}"
-
-
-def assert_ranks_close(rank, p):
-    """Cosines within 1e-6 of the positive's may count either way."""
-    cosines = p.query.double() @ p.queue.double().T
-    positive = (p.query.double() * p.key.double()).sum(1, keepdim=True)
-    assert bool((rank >= (cosines > positive + 1e-6).sum(1)).all())
-    assert bool((rank <= (cosines > positive - 1e-6).sum(1)).all())
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -6,11 +6,13 @@ nvcc's code and the hardware's timing are not in it.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from cuda_host import load_host_module
+from loss_calls import assert_ranks_close, fitting, name, run_loss
 
 from softcl.labels import AdaptiveSoftLabels, HardLabels, MixedLabels, NeighborLabels
 from softcl.ops import cpu, cuda, reference
@@ -67,34 +69,7 @@ def host(monkeypatch):
     module.set_options(seed=0)
 
 
-def run(p: Problem, rule, temperature=0.1, teacher_temperature=0.05, **options):
-    options = {
-        "positive": True,
-        "normalize": False,
-        "gradient": True,
-        "diagnostics": True,
-        **options,
-    }
-    return cuda.soft_contrastive(
-        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
-    )
-
-
-def fitting(rule, K):
-    """The rule, with no more neighbours than the queue has rows."""
-    return type(rule)(K) if rule.num_neighbors > K else rule
-
-
-def name(value):
-    return f"{value.name}-{value.num_neighbors}"
-
-
-def assert_ranks_close(rank, p):
-    """Cosines within 1e-6 of the positive's may count either way."""
-    cosines = p.query.double() @ p.queue.double().T
-    positive = (p.query.double() * p.key.double()).sum(1, keepdim=True)
-    assert bool((rank >= (cosines > positive + 1e-6).sum(1)).all())
-    assert bool((rank <= (cosines > positive - 1e-6).sum(1)).all())
+run = functools.partial(run_loss, cuda)
 
 
 def assert_same(first, second):
@@ -294,8 +269,8 @@ def test_non_finite_queue_rows_in_statistics(host, value):
     p = make_problem(35, 200, 20, dtype=torch.bfloat16)
     p.queue[123, 7] = value
     for wanted in (("lse",), ("entropy",), ("mean",), ("lse", "mean"), ("lse", "mean", "entropy")):
-        for name, x in statistics_of(host, p, wanted).items():
-            assert bool(x.isnan().all()), (wanted, name)
+        for result, x in statistics_of(host, p, wanted).items():
+            assert bool(x.isnan().all()), (wanted, result)
     *_, indices = cuda.queue_statistics(p.query, p.queue, 0.1, 5)
     assert bool(((indices >= 0) & (indices < 200)).all())
 
