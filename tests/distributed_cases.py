@@ -113,7 +113,7 @@ def uneven(world: World, folder: Path) -> None:
 
 def statistics(world: World, folder: Path) -> None:
     """Statistics over a sharded queue are those over the whole, gradients and indices included."""
-    N, K, D = 3 * world.size, 7 * world.size + 1, 6
+    N, K, D = 3 * world.size, 7 * world.size + 3, 6
     for kind, temperature, k in itertools.product(("random", "duplicates"), (0.1, 0.01), (0, 9)):
         p = make_problem(N, K, D, kind=kind, dtype=torch.float64, seed=4)
         whole, queue = p.query.clone().requires_grad_(), p.queue.clone().requires_grad_()
@@ -239,7 +239,7 @@ def traffic_is_as_derived(world: World, folder: Path) -> None:
     for rule, V, gradient, dtype in itertools.product(
         (HardLabels(), *RULES), (1, 2), (True, False), (torch.float32, torch.float64)
     ):
-        p = make_problem(V * n * W, 5 * W, D, dtype=dtype)
+        p = make_problem(V * n * W, 4 * W + 4, D, dtype=dtype)
         query = own(world, p.query).requires_grad_(gradient)
         world.received.clear()
         loss, _ = _loss(query, own(world, p.key[: n * W]), shard(world, p.queue), rule,
@@ -286,7 +286,7 @@ def queues(world: World, folder: Path) -> None:
         generator = torch.Generator().manual_seed(9)
         for number, count in enumerate(counts, start=1):
             keys = torch.randn(count, 6, generator=generator)
-            keys[1, 2] = torch.nan  # refused
+            keys[-1, 2] = torch.nan  # refused
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 one.enqueue(keys)

@@ -20,7 +20,7 @@ from softcl.data.views import Share
 from softcl.distributed import ALONE, World
 from softcl.methods import ASCL, Method, MoCo
 from softcl.nn import convert_split_batch_norm, make_teacher
-from softcl.testing import GRADIENT_TOLERANCE, LSE_TOLERANCE, gradient_error, relative_error
+from softcl.testing import LSE_TOLERANCE, gradient_error, relative_error
 from softcl.training.build import build_heads, build_queues
 from softcl.training.config import TrainConfig
 from softcl.training.parallel import Trained, average_buffers, average_gradients, divide_splits
@@ -33,7 +33,7 @@ def method_losses(world: World, folder: Path) -> None:
     """Rows and gradients of each method, with the queue replicated and sharded."""
     for name, method in METHODS.items():
         for backend in ("reference", FUSED):
-            if backend == FUSED and (method.options() or not has_native()):
+            if backend == FUSED and not has_native():
                 continue
             dtype = torch.float64 if backend == "reference" else torch.float32
             # The fused operator over a whole queue is what one process calls as well.
@@ -66,9 +66,15 @@ def check_method(
     )
     own_leaves = [*student.values(), *(predicted.values() if predicted is not student else ())]
     rows = method.loss(mine).rows
-    error = relative_error(rows, own(world, expected))
     exact = dtype == torch.float64
-    assert error <= (1e-11 if exact else LSE_TOLERANCE), f"{name}: loss is off by {error:.2e}"
+    # Of the mean, which is what a step minimises; a row's own loss may be near 0.
+    mean = world.sum(rows.detach().double().sum()) / len(expected)
+    for found, want, most in (
+        (rows, own(world, expected), LSE_TOLERANCE),
+        (mean, expected.double().mean(), 1e-6),
+    ):
+        error = relative_error(found, want)
+        assert error <= (1e-11 if exact else most), f"{name}: loss is off by {error:.2e}"
     heads = list(mine.heads.parameters())
     found = torch.autograd.grad(
         (rows * own(world, weights)).sum(), [*own_leaves, *heads], allow_unused=True
@@ -83,8 +89,7 @@ def check_method(
         # As a fraction of the largest gradient of the case, as test_methods does.
         scale = max(float(w.abs().max()) for w in wanted if w is not None)
         error = float((gradient - want).abs().max()) / scale
-        bound = 1e-10 if exact else 2 * GRADIENT_TOLERANCE[dtype]  # two float32 results
-        assert error <= bound, f"{name}: gradient is off by {error:.2e}"
+        assert error <= (1e-10 if exact else 1e-6), f"{name}: gradient is off by {error:.2e}"
 
 
 def noisy(images: Tensor, generator: torch.Generator | Share) -> Tensor:

@@ -34,6 +34,9 @@ CASES = [
     for name in module.CASES
 ]
 
+# Cases that are about another process, or read what two processes wrote.
+NEEDS_OTHERS = {"uneven", "run", "resume", "refusals", "stops", "norms", "silence"}
+
 
 @pytest.fixture(scope="module")
 def shared(folder, tmp_path_factory) -> Path:
@@ -62,6 +65,24 @@ def failures(shared):
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes(failures, size, name):
     assert name not in failures(size), failures(size)[name]
+
+
+def test_one_process_with_an_engine_goes_the_ways_of_many(shared):
+    """As it would on a machine with one GPU: nothing is cut short, and the results are the same."""
+    cases = [case for case in CASES if case.split(".")[1] not in NEEDS_OTHERS]
+    assert len(cases) == len(CASES) - len(NEEDS_OTHERS)
+    failures = run_cases(cases, 1, shared)
+    assert not failures, failures
+
+
+def test_the_cost_of_an_engine_is_measured_on_equal_steps():
+    """bench/engine_cost.py stops where the losses differ; its times are not looked at here."""
+    script = Path(__file__).parents[1] / "bench" / "engine_cost.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--arch", "resnet_tiny"]
+    command += ["--batch-size", "16", "--rounds", "1", "--warmup", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "engine, queue sharded" in done.stdout, done.stdout + done.stderr
+    assert done.returncode in (0, 1) and "first loss" not in done.stdout
 
 
 def test_a_checkpoint_does_not_depend_on_the_number_of_processes(failures, shared, one_thread):

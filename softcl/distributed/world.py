@@ -37,6 +37,8 @@ class World:
 
     Attributes:
         rank, size: of this process, 0 <= rank < size; their number W.
+        alone: no engine takes part. A world of one process that has an engine is not alone: it goes
+            the ways of many, and what they cost can be measured on a machine with one device.
         local_rank: the number of this process on its machine.
         received: bytes of payload received from the other processes, by kind of exchange.
         even: the caller vouches that all processes pass equally many rows. Otherwise they compare
@@ -45,6 +47,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None):
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.alone = size == 1 and group is None
         self.received: Counter[str] = Counter()
         self.even = False
         self._patient = group  # on the host, for objects and long waits
@@ -111,7 +114,7 @@ class World:
 
     def gather(self, x: Tensor) -> Tensor:
         """x (n, ...) of every process, (W, n, ...); differentiable, see `exchange`."""
-        return _Gather.apply(x, self) if self.size > 1 else x[None]
+        return x[None] if self.alone else _Gather.apply(x, self)
 
     def exchange(self, x: Tensor) -> Tensor:
         """x (W, n, ...), whose part w goes to process w -> (W, n, ...), whose part w came from it.
@@ -119,14 +122,14 @@ class World:
         Differentiable. The gradient of a row that was sent comes back from where it went; that of
         one that was gathered is summed over the processes, in their order.
         """
-        return _Exchange.apply(x, self) if self.size > 1 else x
+        return x if self.alone else _Exchange.apply(x, self)
 
     def start_exchange(self, x: Tensor) -> Callable[[], Tensor]:
         """`exchange` begun, without gradient: what is returned waits for it and gives the result.
 
         Computation meanwhile runs beside it.
         """
-        if self.size == 1:
+        if self.alone:
             return lambda: x
         import torch.distributed as dist
 
@@ -145,7 +148,7 @@ class World:
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """x (n, ...) of every process -> all (W n, ...) in the batch's order; differentiable."""
-        if self.size == 1:
+        if self.alone:
             return x
         self.check_rows("x", len(x))
         return self.gather(x).transpose(0, 1).flatten(0, 1)
@@ -162,7 +165,7 @@ class World:
             wanted: for each process the rows of the whole that it gets, int64 on the CPU; the same
                 in every process.
         """
-        if self.size == 1:
+        if self.alone:
             return x[wanted[0].to(x.device)]
         self.check_rows("x", len(x))
         import torch.distributed as dist
@@ -186,7 +189,7 @@ class World:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over the processes, in every process, in x itself."""
-        if self.size > 1:
+        if not self.alone:
             import torch.distributed as dist
 
             with _telling(str(self), "to sum"):
@@ -200,7 +203,7 @@ class World:
         Raises:
             ValueError: in every process, naming each one's number of rows.
         """
-        if self.size == 1 or self.even:
+        if self.alone or self.even:
             return
         counts = self.all_of(count)
         if len(set(counts)) > 1:
@@ -216,7 +219,7 @@ class World:
 
         An error comes with ``told = True`` in the other processes: the first one reports it.
         """
-        if self.size == 1:
+        if self.alone:
             return function()
         outcome: list[Any] = [None, None]
         failed: Exception | None = None
@@ -243,7 +246,7 @@ class World:
 
     def all_of(self, value: T) -> list[T]:
         """The small value of every process, by rank."""
-        if self.size == 1:
+        if self.alone:
             return [value]
         import torch.distributed as dist
 
@@ -254,7 +257,7 @@ class World:
 
     def start_max(self, value: int) -> Callable[[], int]:
         """The largest value of any process, begun: what is returned waits for it."""
-        if self.size == 1:
+        if self.alone:
             return lambda: value
         import torch.distributed as dist
 
@@ -271,7 +274,7 @@ class World:
 
     def collect(self, x: Tensor) -> list[Tensor] | None:
         """x, of one shape everywhere, of every process on the first one's CPU; None elsewhere."""
-        if self.size == 1:
+        if self.alone:
             return [x.cpu()]
         import torch.distributed as dist
 
@@ -289,7 +292,7 @@ class World:
     @contextlib.contextmanager
     def watching(self, what: str) -> Iterator[None]:
         """Turn the engine's own errors inside into `PeerError` (DDP exchanges by itself)."""
-        if self.size == 1:
+        if self.alone:
             yield
             return
         with _telling(str(self), what):

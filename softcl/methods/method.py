@@ -85,7 +85,7 @@ class Batch:
         Gradients reach the rows, in the process that has them.
         """
         world = self.world
-        if world.size == 1:
+        if world.alone:
             return rows if queue is None else torch.cat([rows, queue])
         if queue is None:  # constant rows travel once and are then at hand
             return ShardedRows(rows, world) if rows.requires_grad else world.gather_rows(rows)

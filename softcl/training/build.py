@@ -258,10 +258,10 @@ def build_state(
     queues = build_queues(config, method, world).to(device)
     teacher = make_teacher(student) if method.teacher_sees() else nn.Identity()
     state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
-    if world.size > 1 and device.type == "cuda":
+    if not world.alone and device.type == "cuda":
         synchronise_norms((student, teacher, heads), method.num_splits, world)
     speed_up(config, state)  # before DDP lays out the gradients
-    if world.size > 1:
+    if not world.alone:
         trained = Trained(student, heads)
         state.parallel = average_gradients(trained, world, accumulate=config.accumulate)
     return state
@@ -272,7 +272,7 @@ def build_queues(config: TrainConfig, method: Method, world: World) -> nn.Module
     queues = {}
     for name, rows in method.queues().items():
         size, seed = (rows, method.projection_dim), derived_seed(config.seed, name)
-        if config.queue_sharding and world.size > 1:
+        if config.queue_sharding and not world.alone:
             queues[name] = ShardedQueue(*size, world, seed=seed)
         else:
             queues[name] = MemoryQueue(*size, seed=seed)

@@ -57,14 +57,14 @@ class StopVote:
 
     def asked(self) -> bool:
         """Whether to stop after this step. Every process calls it after each step."""
-        if self.world.size == 1:
+        if self.world.alone:
             return self.stop.exit_code is not None
         before, self._counted = self._counted, self.world.start_max(self.stop.exit_code or 0)
         return before is not None and before() > 0
 
     def settle(self) -> int | None:
         """The exit code that all agree on, None to go on to the end."""
-        if self.world.size == 1:
+        if self.world.alone:
             return self.stop.exit_code
         if self._counted is not None:
             self._counted()

@@ -39,7 +39,7 @@ def average_gradients(trained: Trained, world: World, *, accumulate: int = 1) ->
     accumulated of several parts, the graph is not declared static: DDP cannot then leave out the
     exchange of the first parts (``no_sync``).
     """
-    if world.size == 1:
+    if world.alone:
         return trained
     from torch.nn.parallel import DistributedDataParallel
 
@@ -107,7 +107,7 @@ def average_buffers(modules: Iterable[nn.Module], world: World) -> None:
 
     They follow each step's statistics linearly, so it does not matter when this is done.
     """
-    if world.size == 1:
+    if world.alone:
         return
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
     if not buffers:

@@ -113,7 +113,7 @@ def train_step(
 
     made = {name: make(images, random.share(f"view {name}")) for name, make in views.items()}
     # Where images travel between processes, the host has to know which.
-    shuffling = on_host if world.size > 1 else images.device
+    shuffling = images.device if world.alone else on_host
     generators = {name: random(f"shuffle {name}", shuffling) for name in method.teacher_sees()}
     generators["mix"] = random("mix", on_host)
     state.optimizer.zero_grad(set_to_none=True)
@@ -163,7 +163,7 @@ def encode(
         for name in method.teacher_sees():
             if not method.shuffles:
                 teacher[name] = state.teacher(views[name])
-            elif world.size == 1:
+            elif world.alone:
                 teacher[name] = shuffled(state.teacher, views[name], generators[name])
             else:
                 among = (world, state.teacher, views[name], generators[name])
@@ -182,7 +182,7 @@ def _measures(result: Result, batch: Batch) -> Tensor:
         if shown.positive_rank is not None:
             top1 = (shown.positive_rank == 0).to(loss.dtype).mean()
     vectors = next(iter(batch.student.values()))
-    if batch.world.size > 1:
+    if not batch.world.alone:
         return _measures_of_all(
             torch.stack([loss, confidence, entropy, top1]), vectors, batch.world
         )
@@ -231,7 +231,7 @@ class StepRandom:
         """The same numbers, for a batch of which this process has a part."""
         generator = self(purpose)
         world = self.world
-        return generator if world.size == 1 else Share(generator, world.rank, world.size)
+        return generator if world.alone else Share(generator, world.rank, world.size)
 
 
 def derived_seed(*parts: int | str) -> int:
