@@ -8,9 +8,11 @@ Each row is one run of ``python -m softcl.train --method NAME`` with its recipe 
 one seed, in a process of its own. Finished runs in --out are not repeated and unfinished ones are
 continued, so the command may be stopped and started again.
 
-"Centred" is the k-NN with the mean of all features subtracted before their norms are divided out:
-the first weights' features lie close to their mean, which hides what they tell of an image, and a
-change of the weights, by whatever loss, uncovers that.
+"Over untrained" is the gain over the first weights, whose batch norms were given the statistics of
+the images: with those that a new network starts with, 0 and 1, its features are nearly all the
+same, and any training, by whatever loss, uncovers what they tell of an image. "Centred" is the k-NN
+with the mean of all features subtracted before their norms are divided out, which removes what is
+still common to them.
 
 The last rows are negative controls, ASCL with a teacher's view that tells nothing of the student's:
 that of another image, and noise. The other image is drawn from the whole set, not from the batch:
@@ -152,6 +154,7 @@ def measure_centred(folder: Path) -> None:
 
     from softcl.evaluation import eval_mode, extract
     from softcl.evaluation.backbone import find_checkpoint
+    from softcl.evaluation.calibration import calibrated
     from softcl.training.build import build_knn, build_state, load_images
     from softcl.training.config import TrainConfig
     from softcl.training.settings import fill
@@ -161,10 +164,8 @@ def measure_centred(folder: Path) -> None:
     images, *sets, _ = load_images(config)
     config, method, _ = fill(config, images, config.image_size)
     encoder, knn = build_state(config, method, device).student, build_knn(config, *sets, device)
-    scores = {}
-    for name in ("untrained", "trained"):
-        if name == "trained":
-            encoder.load_state_dict(content["student"])
+
+    def score() -> float:
         places = ((knn.queries, knn.query_indices), (knn.bank, knn.bank_indices))
         with eval_mode(encoder):
             queries, bank = (
@@ -172,7 +173,12 @@ def measure_centred(folder: Path) -> None:
                 for place in places
             )
         mean = bank.mean(0)
-        scores[name] = knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
+        return knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
+
+    with calibrated(encoder, knn.bank, knn.size, device):
+        scores = {"untrained": score()}
+    encoder.load_state_dict(content["student"])
+    scores["trained"] = score()
     (folder / "centred.json").write_text(json.dumps(scores))
 
 
