@@ -1,16 +1,21 @@
 """Every method on the generated set: k-NN accuracy, time, speed and memory, as a Markdown table.
 
     python bench/methods_table.py                      # all methods, one after the other
+    python bench/methods_table.py --jobs 2             # two at a time, each with half of the cores
     python bench/methods_table.py --only ascl snclr    # some of them
     python bench/methods_table.py --epochs 2           # another budget (a flag of softcl.train)
 
 Each row is one run of ``python -m softcl.train --method NAME`` with its recipe for ``shapes`` and
-one seed, in a process of its own. Finished runs in --out are not repeated and unfinished ones are
-continued, so the command may be stopped and started again.
+one seed, in a process of its own. All train for EPOCHS epochs, more than the 8 of the recipes: MoCo
+and the BYOL form of ASCL need them to end ten points above the first weights. Finished runs in
+--out are not repeated and unfinished ones are continued, so the command may be stopped and started
+again.
 
-"Centred" is the k-NN with the mean of all features subtracted before their norms are divided out:
-the first weights' features lie close to their mean, which hides what they tell of an image, and a
-change of the weights, by whatever loss, uncovers that.
+"Over untrained" is the gain over the first weights, whose batch norms were given the statistics of
+the images: with those that a new network starts with, 0 and 1, its features are nearly all the
+same, and any training, by whatever loss, uncovers what they tell of an image. "Centred" is the k-NN
+with the mean of all features subtracted before their norms are divided out, which removes what is
+still common to them.
 
 The last rows are negative controls, ASCL with a teacher's view that tells nothing of the student's:
 that of another image, and noise. The other image is drawn from the whole set, not from the batch:
@@ -25,6 +30,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Name of the row -> flags of softcl.train.
@@ -42,12 +48,14 @@ ROWS = {
 }
 CONTROLS = ("control: shuffled pairs", "control: noise for keys")
 ALL = ROWS | dict.fromkeys(CONTROLS, ROWS["ascl"])
+EPOCHS = 12
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train every method on shapes; print a table")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that run side by side")
     parser.add_argument("--only", nargs="+", choices=[*ALL], default=[*ALL], metavar="ROW")
     arguments, flags = parser.parse_known_args()
     lines = [
@@ -55,10 +63,15 @@ def main() -> int:
         "| peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in arguments.only:
-        folder = arguments.out / "".join(c if c.isalnum() else "-" for c in name).strip("-")
-        lines.append(row(name, run(name, folder, flags)))
-        print(lines[-1], flush=True)
+    threads = max((os.cpu_count() or 1) // arguments.jobs, 1)
+    if arguments.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the children
+    folders = [arguments.out / folder_name(name) for name in arguments.only]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = pool.map(run, arguments.only, folders, [flags] * len(folders))
+        for name, folder in zip(arguments.only, runs, strict=True):
+            lines.append(row(name, folder))
+            print(lines[-1], flush=True)
     untrained = json.loads((folder / "baselines.json").read_text())
     start, pixels = untrained["untrained"], untrained["pixels"]
     middle = json.loads((folder / "centred.json").read_text())["untrained"]
@@ -67,6 +80,10 @@ def main() -> int:
     (arguments.out / "table.md").write_text(text + "\n")
     print(f"\n{text}")
     return 0
+
+
+def folder_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
 def run(name: str, folder: Path, flags: list[str]) -> Path:
@@ -83,6 +100,7 @@ def train(name: str, folder: Path, flags: list[str]) -> None:
         command = ["--resume", str(folder)]
     else:
         command = ["--data", "shapes", *ALL[name], "--knn-every", "0"]
+        command += ["--epochs", str(EPOCHS)]
         command += [*flags, "--out", str(folder), "--overwrite"]
     program = [__file__, "--control", name] if name in CONTROLS else ["-m", "softcl.train"]
     memory = child(name, [*program, *command])
@@ -152,6 +170,7 @@ def measure_centred(folder: Path) -> None:
 
     from softcl.evaluation import eval_mode, extract
     from softcl.evaluation.backbone import find_checkpoint
+    from softcl.evaluation.calibration import calibrated
     from softcl.training.build import build_knn, build_state, load_images
     from softcl.training.config import TrainConfig
     from softcl.training.settings import fill
@@ -161,10 +180,8 @@ def measure_centred(folder: Path) -> None:
     images, *sets, _ = load_images(config)
     config, method, _ = fill(config, images, config.image_size)
     encoder, knn = build_state(config, method, device).student, build_knn(config, *sets, device)
-    scores = {}
-    for name in ("untrained", "trained"):
-        if name == "trained":
-            encoder.load_state_dict(content["student"])
+
+    def score() -> float:
         places = ((knn.queries, knn.query_indices), (knn.bank, knn.bank_indices))
         with eval_mode(encoder):
             queries, bank = (
@@ -172,7 +189,12 @@ def measure_centred(folder: Path) -> None:
                 for place in places
             )
         mean = bank.mean(0)
-        scores[name] = knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
+        return knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
+
+    with calibrated(encoder, knn.bank, knn.size, device):
+        scores = {"untrained": score()}
+    encoder.load_state_dict(content["student"])
+    scores["trained"] = score()
     (folder / "centred.json").write_text(json.dumps(scores))
 
 

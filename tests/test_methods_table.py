@@ -32,7 +32,8 @@ def load():
 def make_table(tmp_path: Path, *only: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--out", "runs", "--only", *only, *FLAGS.split()],
+        [sys.executable, str(SCRIPT), "--jobs", "2", "--out", "runs", "--only", *only,
+         *FLAGS.split()],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from runs import assert_same_run
 
 from softcl import train
@@ -59,6 +61,28 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
     assert "raw pixels" in text and "untrained backbone" in text and "neighbors.png" in text
     state = read_checkpoint(out / "last.pt")
     assert state["step"] == 8 and state["queues"]["queue.rows"].shape == (64, 16)
+
+
+def test_the_untrained_backbone_is_measured_calibrated(flags, tmp_path: Path, monkeypatch):
+    # Batch norms set to a constant: every image then has the features of every other.
+    @contextlib.contextmanager
+    def constant(encoder, images, size, device):
+        norms = [norm for norm in encoder.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.running_var.fill_(1e30)
+        yield encoder
+        for norm in norms:
+            norm.running_var.fill_(1)
+
+    assert main([*flags, "--out", "plain", "--max-steps", "1"]) == 0
+    monkeypatch.setattr(run, "calibrated", constant)
+    assert main([*flags, "--out", "constant", "--max-steps", "1"]) == 0
+    plain, flat = (
+        json.loads((tmp_path / name / "baselines.json").read_text())
+        for name in ("plain", "constant")
+    )
+    assert plain["pixels"] == flat["pixels"]
+    assert plain["untrained_neighbors"] != flat["untrained_neighbors"]
 
 
 def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):

@@ -11,6 +11,7 @@ import torch
 
 import softcl
 from softcl.data import ImageSet
+from softcl.evaluation.calibration import calibrated
 from softcl.training.build import Parts, build_views, fingerprint
 from softcl.training.config import identity_hash
 from softcl.training.diagnose import first_damaged, first_non_finite
@@ -164,7 +165,10 @@ class Run:
     # ------------------------------------------------------------------------------- evaluation
 
     def measure_baselines(self) -> None:
-        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder)."""
+        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder).
+
+        The backbone's batch norms have the statistics of the images (`evaluation.calibration`).
+        """
         self.world.first(self._measure_baselines)
         self.meter.restart(self.feed.waited)
 
@@ -187,7 +191,9 @@ class Run:
     def _baselines(self) -> dict[str, Any]:
         if self.state.step:
             raise RuntimeError("baselines are measured before training")
-        queries, bank = self.knn.encoder_features(self.state.student)
+        student = self.state.student
+        with calibrated(student, self.knn.bank, self.knn.size, self.device):
+            queries, bank = self.knn.encoder_features(student)
         found = nearest(queries[choose_queries(self.knn).to(self.device)], bank)
         result = {"num_neighbors": self.knn.num_neighbors, "untrained_neighbors": found.tolist()}
         if self.knn.labelled:
