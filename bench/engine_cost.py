@@ -5,9 +5,9 @@
 
 A single process never starts ``torch.distributed``. Here one does: gradients go through DDP's
 buckets, keys, measures and the teacher's shuffle through exchanges with nobody, and the queue is
-replicated or, in the last row, sharded. Whole training steps of the three are timed in turn, so that
-all meet the same machine, after their losses were compared. Exits with 1 where the engine with a
-replicated queue costs more than 3 %.
+replicated or, in the last row, sharded. Whole training steps of the three are timed in turn, so
+that all meet the same machine, after their losses were compared. Exits with 1 where the engine with
+a replicated queue costs more than 3 %.
 """
 
 from __future__ import annotations
