@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench.bench_soft_contrastive import AS_IT_COMES, DENSE, prepare_elsewhere, step_elsewhere
+from bench.bench_soft_contrastive import DENSE, prepare_elsewhere, step_elsewhere
+from bench.machine import conditions
 from bench.memory import available_memory, fresh_process
+from bench.peers import AS_IT_COMES
 from bench.shapes import Shape, eager_bytes
 from bench.table import OURS, Row
 from softcl.testing import available_backends, make_problem
@@ -20,12 +22,15 @@ from softcl.testing import available_backends, make_problem
 QUICK = tuple(Shape(256, K, 128) for K in (4096, 16384, 65536))
 FULL = tuple(Shape(1024, K, 128) for K in (4096, 16384, 65536, 131072))
 
+PEERS = (AS_IT_COMES, "chunked", "attention")
+
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     shapes = FULL if option("--full") or option("--shapes") in ("main", "grid") else QUICK
     ours = [b for b in available_backends(make_problem(2, 8, 4), DENSE) if b in OURS]
-    contenders = [*(option("--backend") or ours), AS_IT_COMES, "chunked", "attention"]
+    peers = [p for p in PEERS if p in (option("--peer") or PEERS)]
+    contenders = [*(option("--backend") or ours), *peers]
     metafunc.parametrize("shape", shapes, ids=str)
     metafunc.parametrize("contender", contenders, ids=lambda x: x.replace(" ", "-"))
 
@@ -48,6 +53,7 @@ def bench_peak_memory(benchmark, report, device, shape, contender):
     report(Row(group, contender, benchmark.stats.stats.median, peak_bytes=peak))
     matrix = 4 * shape.N * shape.K
     benchmark.extra_info.update(
+        conditions(device),
         shape=list(shape),
         contender=contender,
         peak_bytes=peak,

@@ -9,13 +9,13 @@ bytes read and written, at the rate of a copy that is too large for the caches, 
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 
+from bench.ceilings import copy_rate
+from bench.machine import conditions
 from bench.table import Row
+from bench.timing import measure
 from softcl.nn import MemoryQueue
 
 K, D = 65536, 128
@@ -55,42 +55,36 @@ def check(queue, keys: torch.Tensor) -> None:
     assert float((queue.rows[slots].double() - expected).abs().max()) <= bound
 
 
-@pytest.fixture(scope="module")
-def copy_rate(device) -> float:
-    """Bytes per second, read and written, of a copy of 256 MB."""
-    source = torch.empty(1 << 26, device=device).fill_(1.0)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2.0 * source.nbytes / statistics.median(times[2:])
-
-
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("batch", BATCHES)
-def bench_enqueue(benchmark, report, copy_rate, device, batch, storage, contender):
+def bench_enqueue(benchmark, report, device, batch, storage, contender):
     dtype = getattr(torch, storage)
     keys = torch.randn(batch, D, generator=torch.Generator().manual_seed(0)).to(device)
-    queue = make_queue(contender, dtype, device)
-    check(queue, keys)
+
+    def prepared(name: str):
+        queue = make_queue(name, dtype, device)
+        check(queue, keys)
+        return lambda: queue.enqueue(keys)
+
     group = f"enqueue {batch} keys, {storage} queue {K}x{D}"
     benchmark.group = group
-    benchmark.pedantic(queue.enqueue, (keys,), rounds=50, iterations=10, warmup_rounds=2)
-    if benchmark.stats is None:
+    ours = None if contender == CONTENDERS[0] else prepared(CONTENDERS[0])
+    timing = measure(
+        benchmark, prepared(contender), ours, device=device, seconds=1.0, most=500, least=50
+    )
+    if timing is None:
         return
     moved = keys.nbytes + batch * D * dtype.itemsize
-    seconds = benchmark.stats.stats.median
-    report(Row(group, contender, seconds, floor=moved / copy_rate))
+    floor = moved / copy_rate(device)
+    report(Row(group, contender, timing.seconds, floor=floor, over_ours=timing.over_ours))
     benchmark.extra_info.update(
+        conditions(device),
         contender=contender,
         bytes=moved,
-        bytes_per_second=moved / seconds,
-        copy_bytes_per_second=copy_rate,
-        percent_of_floor=100 * moved / copy_rate / seconds,
-        threads=torch.get_num_threads(),
+        bytes_per_second=moved / timing.seconds,
+        copy_bytes_per_second=copy_rate(device),
+        floor_seconds=floor,
+        percent_of_floor=100 * floor / timing.seconds,
+        over_ours=timing.over_ours,
     )

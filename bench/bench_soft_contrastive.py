@@ -3,22 +3,22 @@
     pytest bench/bench_soft_contrastive.py --benchmark-only [--shapes main] [--rule NAME] ...
 
 Each contender is first held to the float64 oracle, on some rows of the same inputs (rows do not
-depend on each other), then timed: forward and backward, through the public function. All of them
-run with malloc told to keep its pages, which favours those that make N x K matrices; "eager as it
-comes" is the eager formula in a process without that (see memory.py).
+depend on each other), then timed in turn with ours: forward and backward, through the public
+function. All run with malloc told to keep its pages, which favours those that make N x K matrices;
+"eager as it comes" is the eager formula in a process without that (see memory.py).
 """
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
+from bench.machine import conditions
 from bench.memory import available_memory, cuda_peak_increase, fresh_process, peak_increase
-from bench.peers import PEERS, absent
-from bench.shapes import GRID, MAIN, QUICK, Shape, cpu_floor, eager_bytes, least_bytes, loss_cost
-from bench.table import Row
+from bench.peers import AS_IT_COMES, PEERS, absent
+from bench.shapes import GRID, MAIN, QUICK, Shape, eager_bytes, loss_cost
+from bench.table import OURS, Row
+from bench.timing import measure
 from softcl import AdaptiveSoftLabels, soft_contrastive_loss
 from softcl.ops.backends import BACKENDS
 from softcl.testing import (
@@ -32,14 +32,18 @@ from softcl.testing import (
 from softcl.training.allocator import keep_freed_pages
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
-AS_IT_COMES = "eager as it comes"
 DTYPES = ("float32", "bfloat16", "float16")
 DENSE = AdaptiveSoftLabels(5)  # the rule that needs everything
 
 # Peers are not bound by this project's promises: they must agree, not excel.
 PEER_SCALE = 10.0
 CHECKED_ROWS = 64
-SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 3.0, 30, 3
+SECONDS = 3.0  # of a contender and ours together
+
+
+def chosen_backends(option) -> list[str]:
+    smallest = make_problem(2, 8, 4, device=option("--device"))
+    return option("--backend") or available_backends(smallest, DENSE)
 
 
 def pytest_generate_tests(metafunc):
@@ -50,10 +54,9 @@ def pytest_generate_tests(metafunc):
     if option("--rule"):
         rules = [r for r in (*RULES, DENSE) if r.name in option("--rule")]
     on_cpu = option("--device") == "cpu"
-    smallest = make_problem(2, 8, 4, device=option("--device"))
-    backends = option("--backend") or available_backends(smallest, DENSE)
+    backends = chosen_backends(option)
     peers = option("--peer") or (*PEERS, *((AS_IT_COMES,) if on_cpu else ()))
-    known = (*BACKENDS, *PEERS, AS_IT_COMES)
+    known = (*BACKENDS, *PEERS, AS_IT_COMES)  # other files have peers of their own
     contenders = [x for x in (*backends, *peers) if x in known]
     dtypes = option("--dtype") or (DTYPES if full else ("float32",) if on_cpu else ("bfloat16",))
     metafunc.parametrize("shape", shapes, ids=str)
@@ -116,10 +119,6 @@ def keeps_weights(shape: Shape) -> bool:
     return _C.cpu_keeps_weights(*shape, torch.get_num_threads())
 
 
-def step_bytes(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
-
-
 def check(step: Step, rows: torch.Tensor) -> None:
     """Hold some rows of a step's results to the oracle."""
     p, is_peer = step.problem, step.contender in PEERS or step.contender == AS_IT_COMES
@@ -176,8 +175,15 @@ def elsewhere(contender, spare):
         yield pool
 
 
+@pytest.fixture
+def ours(request) -> str | None:
+    """The backend that takes turns with the others."""
+    backends = chosen_backends(request.config.getoption)
+    return next((b for b in OURS if b in backends), None)
+
+
 def bench_loss_and_gradient(
-    benchmark, report, ceilings, elsewhere, device, shape, rule, dtype, contender
+    benchmark, report, ceilings, elsewhere, ours, device, shape, rule, dtype, contender
 ):
     group = f"{shape} {rule.name}" + (f"({rule.num_neighbors})" if rule.num_neighbors else "")
     group += "" if dtype == "float32" else f" {dtype}"
@@ -185,7 +191,8 @@ def bench_loss_and_gradient(
     if reason:
         report(Row(group, contender, note=reason))
         pytest.skip(reason)
-    cost = loss_cost(shape, rule, device == "cpu" and keeps_weights(shape))
+    keeps = device == "cpu" and keeps_weights(shape)
+    cost = loss_cost(shape, rule, getattr(torch, dtype).itemsize, keeps)
     needed, free = eager_bytes(shape, rule), available_memory()
     if device == "cpu" and contender in ("eager", "compiled", AS_IT_COMES) and needed > 0.7 * free:
         note = f"not run: needs about {needed / 1e9:.0f} GB"
@@ -205,30 +212,32 @@ def bench_loss_and_gradient(
         check(step, step())
     if device == "cuda":
         peak = cuda_peak_increase(step)
-    start = time.perf_counter()
-    step()
-    rounds = int(SECONDS / (time.perf_counter() - start))
     benchmark.group = group
-    benchmark.pedantic(step, rounds=max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds)))
-    if benchmark.stats is None:  # --benchmark-disable: the check alone
+    timing = measure(
+        benchmark,
+        step,
+        None if ours in (None, contender) else Step(shape, rule, ours, dtype, device),
+        device=device,
+        seconds=SECONDS,
+        other_process=contender == AS_IT_COMES,
+    )
+    if timing is None:  # --benchmark-disable: the check alone
         return
     limits = ceilings(group)
-    seconds = benchmark.stats.stats.median
-    floor = cpu_floor(cost, limits) if limits else None
-    report(Row(group, contender, seconds, cost.flop, floor, peak))
+    seconds = timing.seconds
+    floor = limits and limits.floor(cost)
+    report(Row(group, contender, seconds, cost.flop, floor, peak, over_ours=timing.over_ours))
     benchmark.extra_info.update(
+        conditions(device),
         shape=list(shape),
         rule=rule.name,
         dtype=dtype,
         contender=contender,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
         flop=cost.flop,
-        bytes=least_bytes(shape, step_bytes(dtype)),
-        gflops=cost.flop / seconds / 1e9,
+        bytes=cost.bytes,
         exponentials=cost.exponentials,
-        ceilings=limits,
-        floor_seconds=floor,
-        percent_of_floor=None if floor is None else 100 * floor / seconds,
+        gflops=cost.flop / seconds / 1e9,
+        over_ours=timing.over_ours,
         peak_bytes=peak,
+        **(limits.information(cost, seconds) if limits else {}),
     )

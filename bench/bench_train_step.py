@@ -150,8 +150,9 @@ def bench_train_step(benchmark, report, work, contender):
     if benchmark.stats is None:  # --benchmark-disable: the check alone
         return
     seconds = benchmark.stats.stats.median
-    report(Row(str(work), contender, seconds))
+    report(Row(str(work), contender, seconds, images_per_s=work.batch / seconds))
     benchmark.extra_info.update(
+        contender=contender,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         device=DEVICE.type,

@@ -12,21 +12,22 @@ there, "triton" the kernel that takes their place.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from bench.machine import conditions
 from bench.table import Row
+from bench.timing import measure
 from bench.view_peers import PEERS, absent, by_pillow, make_peer
 from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, views, weak_view
 from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, draw_colors, draw_crop
 from softcl.training.allocator import keep_freed_pages
 
 ON_GPU = "torch on the GPU"
-SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 3.0, 50, 3
+SECONDS, MOST_ROUNDS = 3.0, 50
 CHECKED = 32
 # In levels of 8 bits. Pillow rounds after each operation, and its hue has 256 values.
 MEAN_LEVELS, WORST_LEVELS = 1.5, 8.0
@@ -117,18 +118,17 @@ def bench_weak_and_strong(benchmark, report, monkeypatch, work, contender):
         check(images, work.side, device)
         make = make_ours(images, work.side, device)
     make()
-    start = time.perf_counter()
-    make()
-    rounds = int(SECONDS / (time.perf_counter() - start))
     benchmark.group = group
-    benchmark.pedantic(make, rounds=max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds)))
-    if benchmark.stats is None:  # --benchmark-disable: the check alone
+    # No turns: worker processes would go on while ours ran, and the ratios are no close ones.
+    timing = measure(benchmark, make, seconds=SECONDS, most=MOST_ROUNDS)
+    if timing is None:  # --benchmark-disable: the check alone
         return
-    seconds = benchmark.stats.stats.median / batches
-    report(Row(group, contender, seconds))
+    seconds = timing.seconds / batches
+    images_per_s = work.batch / seconds
+    report(Row(group, contender, seconds, images_per_s=images_per_s))
     benchmark.extra_info.update(
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        images_per_s=work.batch / seconds,
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        conditions(device),
+        contender=contender,
+        batches=batches,
+        images_per_s=images_per_s,
     )

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, the machine's ceilings, and the table printed at the end.
+"""Options of the benchmarks, and the table printed at the end.
 
 pytest bench/ --benchmark-only                     the quick shapes, every contender
 pytest bench/ --benchmark-only --full              every shape, rule and dtype (hours)
@@ -11,16 +11,21 @@ host's share; bench/gpu_table.py replays CUDA graphs and leaves it out.
 
 from __future__ import annotations
 
-import functools
-import platform
-import statistics
-import time
-from pathlib import Path
-
 import pytest
 import torch
 
+from bench import neighbor_peers, peers, view_peers
+from bench.ceilings import measured
+from bench.machine import conditions
 from bench.table import Row, format_tables
+from bench.timing import cuda_time
+from softcl.ops.backends import BACKENDS
+from softcl.testing import RULES
+
+# Of every file: the losses', the search's, the views' and the training step's.
+ALL_PEERS = (
+    *peers.PEERS, peers.AS_IT_COMES, *neighbor_peers.PEERS, *view_peers.PEERS, "bare"
+)  # fmt: skip
 
 _ROWS = pytest.StashKey[list[Row]]()
 
@@ -31,9 +36,13 @@ def pytest_addoption(parser):
     group.addoption(
         "--shapes", choices=("quick", "main", "grid"), help="named set of shapes (default: quick)"
     )
-    for name in ("rule", "backend", "peer"):
+    known = {"rule": {r.name: None for r in RULES}, "backend": BACKENDS, "peer": ALL_PEERS}
+    for name, choices in known.items():
         group.addoption(
-            f"--{name}", action="append", help=f"only this {name}; may be repeated; 'none' for none"
+            f"--{name}",
+            action="append",
+            choices=(*choices, "none"),
+            help=f"only this {name}; may be repeated; 'none' for none",
         )
     group.addoption(
         "--dtype",
@@ -56,12 +65,6 @@ def pytest_configure(config):
         torch.set_num_threads(config.getoption("--threads"))
 
 
-def cuda_time() -> float:
-    """The clock, read when the device has done everything asked of it."""
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--device") != "cuda":
         return
@@ -70,44 +73,12 @@ def pytest_collection_modifyitems(config, items):
         closest = item.get_closest_marker("benchmark")
         if closest is not None:
             options |= closest.kwargs
-        item.add_marker(pytest.mark.benchmark(**options))
+        item.add_marker(pytest.mark.benchmark(**options), append=False)  # the closest counts
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What a figure depends on, into every file of results."""
-    machine_info["softcl"] = {
-        "device": config.getoption("--device"),
-        "device_name": device_name(config.getoption("--device")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "clocks_mhz": clocks(config.getoption("--device")),
-    }
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def clocks(device: str) -> float | None:
-    """Megahertz now: of the GPU, or the mean of the processor's cores; None where unknown."""
-    if device == "cuda":
-        try:
-            return float(torch.cuda.clock_rate())
-        except Exception:  # needs a package of its own
-            return None
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return None
-    lines = cpuinfo.read_text().splitlines()
-    rates = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    return statistics.mean(rates) if rates else None
+    machine_info["softcl"] = conditions(config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")
@@ -121,36 +92,9 @@ def report(request):
     return request.config.stash[_ROWS].append
 
 
-@functools.lru_cache(maxsize=1)
-def measured_ceilings(group: str, device: str) -> tuple[float, float] | None:
-    """Multiply-adds and exponentials per second, measured anew for each group.
-
-    On the CPU of all threads, by loops of nothing else. On a CUDA device those of a large bf16
-    product; exponentials then run beside it in units of their own and are not counted.
-    """
-    if device == "cuda":
-        return product_rate() / 2.0, float("inf")
-    try:
-        from softcl import _C
-    except ImportError:
-        return None
-    return _C.cpu_ceilings(torch.get_num_threads(), 0.6)
-
-
-def product_rate(size: int = 8192) -> float:
-    """FLOP/s of a large product in bf16."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(20):
-        start = cuda_time()
-        a @ b
-        times.append(cuda_time() - start)
-    return 2.0 * size**3 / statistics.median(times[5:])
-
-
 @pytest.fixture
 def ceilings(device):
-    return lambda group: measured_ceilings(group, device)
+    return lambda group: measured(group, device)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -26,8 +26,10 @@ BLOCK_ELEMENTS = 1 << 23  # of a block of similarities: 32 MB in float32
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-def absent(peer: str) -> str | None:
+def absent(peer: str, device: str) -> str | None:
     """Why the peer cannot run here, or None."""
+    if device != "cpu" and peer != "torch":
+        return "not run: for CPUs"
     if importlib.util.find_spec(MODULES[peer]) is None:
         return f"not run: {MODULES[peer]} is not installed"
     return None

@@ -232,6 +232,9 @@ def _row_blocks(rows: Tensor, queue: Tensor):
         yield slice(start, start + size)
 
 
+# "eager" in a process whose malloc gives its pages back, see memory.py.
+AS_IT_COMES = "eager as it comes"
+
 PEERS: dict[str, Callable[..., Tensor]] = {
     "eager": eager,
     "compiled": compiled,

@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from bench.table import OURS, Row, format_tables  # noqa: E402
+from bench.table import OURS, Row, compared, format_tables  # noqa: E402
 
 COLORS = {name: f"C{i}" for i, name in enumerate(("cpu", "triton", "cuda"))}
 OTHERS = [f"C{i}" for i in range(3, 10)]
@@ -32,8 +32,8 @@ class Result:
 
     def __init__(self, benchmark: dict) -> None:
         self.fullname, self.group = benchmark["fullname"], benchmark["group"] or benchmark["name"]
-        self.seconds: float = benchmark["stats"]["median"]
         self.info: dict = benchmark["extra_info"]
+        self.seconds: float = benchmark["stats"]["median"] / self.info.get("batches", 1)
         self.contender: str = self.info.get("contender", benchmark["name"])
         self.shape: tuple[int, int, int] | None = tuple(self.info.get("shape") or ()) or None
         self.rule: str | None = self.info.get("rule")
@@ -44,8 +44,16 @@ class Result:
         return self.rule is not None and self.shape is not None
 
     def row(self) -> Row:
-        flop, floor = self.info.get("flop", 0.0), self.info.get("floor_seconds")
-        return Row(self.group, self.contender, self.seconds, flop, floor, self.peak)
+        return Row(
+            self.group,
+            self.contender,
+            self.seconds,
+            self.info.get("flop", 0.0),
+            self.info.get("floor_seconds"),
+            self.peak,
+            over_ours=self.info.get("over_ours"),
+            images_per_s=self.info.get("images_per_s"),
+        )
 
 
 def read(paths: list[Path]) -> tuple[list[Result], list[dict]]:
@@ -144,15 +152,10 @@ def plot_lines(series: dict, path: Path, value, label: str, floor) -> None:
 
 def plot_ratios(results: list[Result], path: Path) -> bool:
     """Peers' times over ours, one group of bars for each piece of work."""
-    groups: dict[str, dict[str, float]] = {}
-    for r in results:
-        groups.setdefault(r.group, {})[r.contender] = r.seconds
     ratios: dict[str, dict[str, float]] = {}
-    for group, times in groups.items():
-        ours = next((times[o] for o in OURS if o in times), None)
-        peers = {c: t for c, t in times.items() if c not in OURS and c != "reference"}
-        if ours and peers:
-            ratios[group] = {c: t / ours for c, t in peers.items()}
+    for row in compared([r.row() for r in results]):
+        if row.over_ours and row.contender not in (*OURS, "reference"):
+            ratios.setdefault(row.group, {})[row.contender] = row.over_ours
     if not ratios:
         return False
     names = list(dict.fromkeys(c for r in ratios.values() for c in r))
@@ -189,8 +192,8 @@ def plot_roofline(results: list[Result], path: Path) -> bool:
     losses = [r for r in results if r.is_loss and r.info.get("bytes") and r.info.get("ceilings")]
     if not losses:
         return False
-    ceiling = max(2.0 * r.info["ceilings"][0] for r in losses)
-    copies = [r.info["copy_bytes_per_second"] for r in results if "copy_bytes_per_second" in r.info]
+    ceiling = max(2.0 * r.info["ceilings"]["multiply_adds"] for r in losses)
+    rate = max(r.info["ceilings"]["copied_bytes"] for r in losses)
     names = list(dict.fromkeys(r.contender for r in losses))
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in names:
@@ -207,15 +210,13 @@ def plot_roofline(results: list[Result], path: Path) -> bool:
             markersize=7 if name in OURS else 4,
         )
     axis.axhline(ceiling / 1e9, color="k", label=f"multiply-adds, {ceiling / 1e9:.0f} GFLOP/s")
-    if copies:
-        rate = max(copies)
-        intensities = [1.0, ceiling / rate]
-        axis.plot(
-            intensities,
-            [rate * x / 1e9 for x in intensities],
-            "k:",
-            label=f"copy, {rate / 1e9:.0f} GB/s",
-        )
+    intensities = [1.0, ceiling / rate]
+    axis.plot(
+        intensities,
+        [rate * x / 1e9 for x in intensities],
+        "k:",
+        label=f"copy, {rate / 1e9:.0f} GB/s",
+    )
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -256,7 +257,7 @@ def write(results: list[Result], machines: list[dict], out: Path, command: str) 
     timed = [r for r in results if "memory" not in r.group]
     drawn("ratios.png", plot_ratios(timed, out / "ratios.png"))
     drawn("roofline.png", plot_roofline(results, out / "roofline.png"))
-    lines = [f"Made by `{command}` from results on {describe(machines)}.", ""]
+    lines = [f"Made by `{command}` from results on {describe(machines)}."]
     lines += format_tables([r.row() for r in results])
     lines += ["", *(f"![{path.stem}]({path.name})" for path in written)]
     (out / "report.md").write_text("\n".join(lines) + "\n")

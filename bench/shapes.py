@@ -6,9 +6,8 @@
 
 Hard labels need the first two for the student, neighbours one product for the teacher as well, and
 rules that read the teacher's mean all four; where the queue is so short that softmax weights can
-be kept until their shares are known, three: both means are one. The floor of a call is that many
-multiply-adds and exponentials at the rates this machine reaches with nothing else to do: on a CPU
-both take the same units, so the times add.
+be kept until their shares are known, three: both means are one. Every input is read once and every
+result written once. ceilings.py turns a cost into the time that this machine needs at least.
 """
 
 from __future__ import annotations
@@ -46,28 +45,27 @@ KNN = Shape(10_000, 50_000, 512)  # CIFAR's test images against its training ima
 
 class Cost(NamedTuple):
     flop: float
-    exponentials: float
+    exponentials: float = 0.0
+    bytes: float = 0.0
 
 
-def loss_cost(shape: Shape, rule: LabelRule, keeps_weights: bool = False) -> Cost:
+def loss_cost(
+    shape: Shape, rule: LabelRule, element_bytes: int = 4, keeps_weights: bool = False
+) -> Cost:
     """Of the loss with its gradient."""
     teacher = 1 if rule.needs_softmax or rule.num_neighbors > 0 else 0
     if rule.needs_mean and not keeps_weights:
         teacher = 2
     softmaxes = 2 if rule.needs_softmax else 1
     pairs = float(shape.N) * shape.K
-    return Cost(2.0 * pairs * shape.D * (2 + teacher), pairs * softmaxes)
+    flop = 2.0 * pairs * shape.D * (2 + teacher)
+    return Cost(flop, pairs * softmaxes, least_bytes(shape, element_bytes))
 
 
-def search_cost(shape: Shape) -> Cost:
-    """Of the nearest rows alone."""
-    return Cost(2.0 * shape.N * shape.K * shape.D, 0.0)
-
-
-def cpu_floor(cost: Cost, ceilings: tuple[float, float]) -> float:
-    """Seconds, given multiply-adds and exponentials per second."""
-    multiply_adds, exponentials = ceilings
-    return cost.flop / 2.0 / multiply_adds + cost.exponentials / exponentials
+def search_cost(shape: Shape, k: int) -> Cost:
+    """Of the k nearest rows alone, float32: indices have 8 bytes."""
+    moved = 4.0 * (shape.N + shape.K) * shape.D + 12.0 * shape.N * k
+    return Cost(2.0 * shape.N * shape.K * shape.D, 0.0, moved)
 
 
 def least_bytes(shape: Shape, element_bytes: int) -> float:
