@@ -23,10 +23,11 @@ from bench.table import Row
 from softcl.data import STATISTICS, ImageSet, make_shapes
 from softcl.testing import available_backends, make_problem
 from softcl.training.allocator import keep_freed_pages
-from softcl.training.build import build_state, build_views
+from softcl.training.build import build_state
 from softcl.training.config import TrainConfig
 from softcl.training.settings import fill
 from softcl.training.step import TrainState, train_step
+from softcl.training.views import build_views
 
 BARE = "bare"
 SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 12.0, 30, 3

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from softcl.data import ImageSet, make_shapes  # noqa: E402
 from softcl.distributed import ALONE, World  # noqa: E402
 from softcl.training.allocator import keep_freed_pages  # noqa: E402
-from softcl.training.build import build_state, build_views  # noqa: E402
+from softcl.training.build import build_state  # noqa: E402
 from softcl.training.config import TrainConfig  # noqa: E402
 from softcl.training.settings import fill  # noqa: E402
 from softcl.training.step import train_step  # noqa: E402
+from softcl.training.views import build_views  # noqa: E402
 
 LIMIT = 1.03
 TOLERANCE = 1e-4  # of the first step's loss; on GPUs the shuffles differ, and so do the splits

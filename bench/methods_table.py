@@ -145,8 +145,8 @@ def control(name: str, flags: list[str]) -> int:
 
     original = training.build_views
 
-    def views_of_others(method, images, size):
-        views = original(method, images, size)
+    def views_of_others(method, images, size, kernel=None):
+        views = original(method, images, size, kernel)
 
         def noise(batch, generator):
             shape, device = (len(batch), 3, size, size), generator.device

@@ -20,7 +20,7 @@ import torch
 from softcl.data import DataError
 from softcl.distributed import ALONE, PeerError, World
 from softcl.training.allocator import keep_freed_pages
-from softcl.training.build import Parts, RunError, assemble, build_views, fingerprint
+from softcl.training.build import Parts, RunError, assemble, fingerprint
 from softcl.training.checkpoint import CheckpointError
 from softcl.training.config import ConfigError, TrainConfig
 from softcl.training.flags import parse_flags, report
@@ -31,6 +31,7 @@ from softcl.training.resume import StoredRun, read_run, settle_auto, settle_rest
 from softcl.training.run import Run, describe, device_name, versions
 from softcl.training.run_folder import Onlooker, RunFolder, RunFolderError
 from softcl.training.view_sheet import SHEET, draw_views
+from softcl.training.views import build_views
 
 EXTRAS = ("timm", "torchvision", "PIL", "rich", "tensorboard")  # of softcl[train]
 RUNS = Path("runs")
@@ -151,8 +152,9 @@ def show_plan(parts: Parts) -> int:
     print(json.dumps(content, indent=2))
     if parts.config.show_views is not None:
         config, path = parts.config, Path(SHEET)
-        views = build_views(parts.state.method, parts.images, config.image_size)
-        draw_views(path, parts.images, views, config.image_size, config.show_views, config.seed)
+        size, method = config.image_size, parts.state.method
+        views = build_views(method, parts.images, size, config.view_kernel)
+        draw_views(path, parts.images, views, size, config.show_views, config.seed)
     return 0
 
 

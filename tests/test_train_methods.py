@@ -11,10 +11,11 @@ import torch
 from softcl.data import VIEWS, ImageSet
 from softcl.methods import METHODS
 from softcl.train import main
-from softcl.training.build import build_state, build_views
+from softcl.training.build import build_state
 from softcl.training.checkpoint import read_checkpoint
 from softcl.training.config import ConfigError, TrainConfig
 from softcl.training.settings import defaults_for, fill
+from softcl.training.views import build_views
 
 VARIANTS = {
     **{name: [] for name in METHODS},

@@ -8,6 +8,7 @@ import pytest
 from runs import assert_same_run
 
 from softcl.data import load as load_module
+from softcl.data import on_demand
 from softcl.train import main
 from softcl.training.checkpoint import read_checkpoint
 
@@ -18,7 +19,7 @@ STEPS = 8
 def lazy_flags(flags: list[str], monkeypatch) -> list[str]:
     """The usual run with its images decoded on demand; some cannot be read."""
     monkeypatch.setattr(load_module, "_default_memory_limit", lambda: 0)
-    monkeypatch.setattr(load_module, "UNREADABLE_LIMIT", 0.05)
+    monkeypatch.setattr(on_demand, "UNREADABLE_LIMIT", 0.05)
     return [*flags, "--knn-every", "0"]
 
 

@@ -40,7 +40,7 @@ def both(make, images, size, device, monkeypatch, seed=0, **options):
     with monkeypatch.context() as patch:
         patch.setattr(views, "fused_view", lambda *a: calls.append(1) or original(*a))
         got = view()
-        patch.setattr(views, "kernel_for", lambda images: None)
+        patch.setattr(views, "kernel_for", lambda *_: None)
         expected = view()
     assert len(calls) == 1
     return got, expected
@@ -54,6 +54,12 @@ SIZES = [
     (3, 1, 5, 6),
     (0, 9, 9, 8),
 ]
+
+
+@pytest.mark.parametrize("make", [strong_view, weak_view])
+def test_crops_that_were_cut_before(make, triton_device, monkeypatch):
+    got, expected = both(make, noise(5, 24, 24), 24, triton_device, monkeypatch, cropped=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -202,5 +208,5 @@ def test_numbers_drawn_on_the_gpu(make, monkeypatch):
         return make(images, 32, MEAN, STD, torch.Generator("cuda").manual_seed(3))
 
     got = view()
-    monkeypatch.setattr(views, "kernel_for", lambda images: None)
+    monkeypatch.setattr(views, "kernel_for", lambda *_: None)
     torch.testing.assert_close(got, view(), atol=TOLERANCE, rtol=0)

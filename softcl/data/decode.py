@@ -5,8 +5,10 @@ docs/images.md is the table of what becomes of unusual and of damaged files.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -88,11 +90,28 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), pillow().Resampling.BILINEAR, box=box)
 
 
+class Box(NamedTuple):
+    """A part of an upright image in whole pixels, and the side of the square it is resized to."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    side: int
+
+
 def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
     """(height, width) of an upright image, from its header."""
     with pillow().open(path, formats=FORMATS) as image:
-        width, height = image.size
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    try:
         turned = _orientation(image) in (5, 6, 7, 8)
+    except Exception:  # as in _upright
+        turned = False
     return (width, height) if turned else (height, width)
 
 
@@ -104,3 +123,43 @@ def decode(path: str | Path | BinaryIO, height: int, width: int) -> np.ndarray:
         )  # lets JPEG skip detail that a resize would discard
         image = fit(_rgb(_upright(image)), height, width)
         return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode_crops(
+    path: str | Path | BinaryIO, draw: Callable[[int, int], Sequence[Box]]
+) -> list[np.ndarray]:
+    """Parts of the file's upright image, each resized to (3, side, side) uint8.
+
+    What torchvision's resized_crop makes of an image of Pillow: the filter, bilinear, sees the
+    pixels of the part alone. JPEG is decoded at a half, a quarter or an eighth where every part
+    has twice its side even so.
+
+    Args:
+        draw: from the image's height and width to the boxes.
+
+    Raises:
+        Exception: any one means that the file cannot be read.
+    """
+    with pillow().open(path, formats=FORMATS) as image:
+        height, width = _upright_size(image)
+        boxes = draw(height, width)
+        spare = min(min(box.height, box.width) // (2 * box.side) for box in boxes)
+        longest = max(image.size)
+        if spare > 1:
+            image.draft(None, (image.width // spare, image.height // spare))
+        scale = round(longest / max(image.size))
+        image = _rgb(_upright(image))
+        if image.size != (-(-width // scale), -(-height // scale)):  # it could not be turned
+            boxes, scale = draw(image.height, image.width), 1
+        return [_cut(image, box, scale) for box in boxes]
+
+
+def _cut(image: Image.Image, box: Box, scale: int) -> np.ndarray:
+    """A box of the whole image out of one that was decoded at 1 / scale."""
+    left, top = box.left / scale, box.top / scale
+    right, bottom = left + box.width / scale, top + box.height / scale
+    x, y = math.floor(left), math.floor(top)
+    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    inside = (left - x, top - y, right - x, bottom - y)
+    part = part.resize((box.side, box.side), pillow().Resampling.BILINEAR, box=inside)
+    return np.asarray(part).transpose(2, 0, 1)

@@ -21,17 +21,36 @@ from softcl.data.resample import apply_rows_then_columns, blur_matrix
 LARGEST_IMAGE = 2**31 // 3  # pixels: places inside one image are counted in 32 bits
 
 
-def kernel_for(images: torch.Tensor) -> ModuleType | None:
-    """softcl.kernels.views where it runs for these images, else None."""
-    on_gpu = images.device.type == "cuda"
+def kernel_for(images: torch.Tensor, wanted: bool | None = None) -> ModuleType | None:
+    """softcl.kernels.views where it runs for these images and is wanted, else None.
+
+    Args:
+        wanted: False for never, True to demand it, None for where it runs.
+
+    Raises:
+        RuntimeError: it is demanded and does not run.
+    """
+    if wanted is False:
+        return None
+    reason = kernel_missing(images.device)
+    if reason is None and images.shape[-2] * images.shape[-1] >= LARGEST_IMAGE:
+        reason = f"takes images of less than {LARGEST_IMAGE} pixels"
+    if reason is None:
+        return _kernel()
+    if wanted:
+        raise RuntimeError(f"the views' kernel {reason}")
+    return None
+
+
+def kernel_missing(device: torch.device) -> str | None:
+    """Why the kernel does not run on a device, or None where it does."""
+    on_gpu = device.type == "cuda"
     if not on_gpu and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return None
+        return "needs a CUDA device"
     if on_gpu and torch.version.hip is None:
-        if torch.cuda.get_device_capability(images.device) < (8, 0):
-            return None
-    if images.shape[-2] * images.shape[-1] >= LARGEST_IMAGE:
-        return None
-    return _kernel()
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs compute capability 8.0 or later"
+    return "needs triton" if _kernel() is None else None
 
 
 @functools.cache

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+
+from softcl.data.recipe import Recipe
 
 Triple = tuple[float, float, float]
 
@@ -28,14 +31,37 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
 }
 
 
+class Cut(NamedTuple):
+    """Random crops of a batch of image files, for one of its views.
+
+    side:    of the crops, in pixels
+    recipe:  the ranges of their areas and ratios
+    numbers: (N, CROP_COLUMNS) in [0, 1), from which the boxes are drawn
+    """
+
+    side: int
+    recipe: Recipe
+    numbers: torch.Tensor
+
+
+class CropOrder(NamedTuple):
+    """What is to be cut of which images: indices (N,), and a cut for each view by its name."""
+
+    indices: torch.Tensor
+    cuts: Mapping[str, Cut]
+
+
 class DecodedOnDemand(Protocol):
-    """What `ImageSet.images` is when the set is not resident in memory."""
+    """What `ImageSet.images` is when the set is not resident in memory, and `ImageSet.files`."""
 
     skipped: list[str]
     size: tuple[int, int]  # height, width
 
     def __len__(self) -> int: ...
     def batch(self, indices: torch.Tensor) -> torch.Tensor: ...  # uint8 (N, 3, H, W)
+
+    # uint8 (N, 3, side, side) of each cut
+    def crops(self, indices: torch.Tensor, cuts: Mapping[str, Cut]) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass
@@ -51,6 +77,7 @@ class ImageSet:
     skipped:    "path: reason" for each unreadable image left out
     notes:      lines worth printing about how the set was read
     data_format: how it is stored, a word of formats.FORMATS
+    files:      where `images` are centred squares, what cuts crops of the whole image files
     """
 
     images: torch.Tensor | DecodedOnDemand
@@ -64,6 +91,7 @@ class ImageSet:
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data_format: str = "folder"
+    files: DecodedOnDemand | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -85,6 +113,12 @@ class ImageSet:
             return self.images.index_select(0, indices.to(self.images.device))
         return self.images.batch(indices.cpu())
 
+    def read(self, wanted: torch.Tensor | CropOrder) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The images of some indices, or crops of their files."""
+        if isinstance(wanted, torch.Tensor):
+            return self.batch(wanted)
+        return self.files.crops(wanted.indices.cpu(), wanted.cuts)
+
     def to(self, device: torch.device | str) -> ImageSet:
         """Move a resident set's images; a set decoded on demand stays where it is. Returns self."""
         if isinstance(self.images, torch.Tensor):
@@ -99,6 +133,8 @@ class ImageSet:
             parts.append(f"{self.images.numel() / 1e6:.0f} MB in memory")
         else:
             parts.append("decoded on demand")
+        if self.files is not None:
+            parts.append("crops of the whole files")
         parts.append(f"{len(self.classes)} classes" if self.labels is not None else "no labels")
         parts.append(f"normalised as {self.statistics}")
         if self.skipped:

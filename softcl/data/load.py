@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from softcl.data import cifar, decode, formats, stl10
@@ -18,13 +16,13 @@ from softcl.data.folder import TESTS, TRAIN
 from softcl.data.formats import Found
 from softcl.data.image_set import STATISTICS, DataError, ImageSet
 from softcl.data.listing import Listing, printable
+from softcl.data.on_demand import LazyImages, reason_of, refuse_if_many
 from softcl.data.shapes import TEST_SIZE, TRAIN_SIZE, make_shapes
 
 SMALL = 128  # images of one size up to this many pixels a side are kept as they are
 DEFAULT_SIZE = 224
 PROBES = 64  # files looked at to learn the images' size
 CHUNK = 32  # files per task of the decoding pool
-UNREADABLE_LIMIT = 0.01
 SPLITS = tuple(stl10.SPLITS)  # the last two are STL-10's alone
 
 
@@ -52,79 +50,8 @@ def _on_threads(workers: int, function: Callable[[int], None], values: Iterable[
             pass
 
 
-def _reason(error: Exception) -> str:
-    text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)).splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-
-
-def _refuse_if_many(root: Path, skipped: list[str], total: int) -> None:
-    if len(skipped) > UNREADABLE_LIMIT * total:
-        first = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
-        raise DataError(
-            f"{printable(root)}: {len(skipped)} of {total} images cannot be read "
-            f"(1% is allowed): {first}"
-        )
-
-
-class LazyImages:
-    """Images decoded when they are asked for, by a pool of threads, or by the caller's alone.
-
-    A file that turns out unreadable is replaced by the next one of the same class, listed in
-    `skipped`; more than 1 % of them raise DataError.
-    """
-
-    def __init__(
-        self,
-        listing: Listing,
-        size: tuple[int, int],
-        workers: int,
-    ):
-        self.listing, self.size = listing, size
-        self.root, self.files, self.labels = listing.root, listing.files, listing.labels
-        self.skipped: list[str] = list(listing.skipped)
-        self._broken: set[int] = set()
-        self._lock = threading.Lock()
-        self.workers = workers
-        self._pool = None
-        if workers:
-            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def _mark_broken(self, index: int, error: Exception) -> None:
-        with self._lock:
-            if index not in self._broken:
-                self._broken.add(index)
-                self.skipped.append(f"{printable(self.files[index])}: {_reason(error)}")
-        _refuse_if_many(self.root, self.skipped, len(self))
-
-    def _decode(self, out: np.ndarray, index: int) -> None:
-        label = self.labels[index] if self.labels else None
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if step and label is not None and self.labels[candidate] != label:
-                continue
-            if candidate in self._broken:
-                continue
-            try:
-                out[...] = decode.decode(self.listing.open(candidate), *self.size)
-                return
-            except Exception as error:
-                self._mark_broken(candidate, error)
-        raise DataError(f"{printable(self.root)}: no readable image to replace {self.files[index]}")
-
-    def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Images of indices (N,): uint8 (N, 3, H, W), in the order asked for."""
-        result = torch.empty((len(indices), 3, *self.size), dtype=torch.uint8)
-        decode_all = map if self._pool is None else self._pool.map
-        for _ in decode_all(self._decode, result.numpy(), indices.tolist()):
-            pass
-        return result
-
-
-def _probe(listing: Listing, requested: int | None) -> tuple[int, int]:
-    """(height, width) to store images in.
+def _probe(listing: Listing, requested: int | None) -> tuple[tuple[int, int], bool]:
+    """(height, width) to store images in, and whether they are then whole.
 
     Small images of one size are kept; others become squares of `requested` pixels a side.
     """
@@ -140,8 +67,8 @@ def _probe(listing: Listing, requested: int | None) -> tuple[int, int]:
     if len(sizes) == 1:
         height, width = sizes.pop()
         if max(height, width) <= (requested or SMALL):
-            return height, width
-    return (requested or DEFAULT_SIZE,) * 2
+            return (height, width), True
+    return (requested or DEFAULT_SIZE,) * 2, False
 
 
 def _read_all(
@@ -157,11 +84,11 @@ def _read_all(
             try:
                 array[i] = decode.decode(listing.open(i), *size)
             except Exception as error:
-                broken[i] = f"{printable(listing.files[i])}: {_reason(error)}"
+                broken[i] = f"{printable(listing.files[i])}: {reason_of(error)}"
 
     _on_threads(workers, read, range(0, len(listing.files), CHUNK))
     unreadable = [broken[i] for i in sorted(broken)]
-    _refuse_if_many(listing.root, unreadable, len(listing.files))
+    refuse_if_many(listing.root, unreadable, len(listing.files))
     skipped = listing.skipped + unreadable
     kept = [i for i in range(len(listing.files)) if i not in broken]
     return (images[kept] if broken else images), kept, skipped
@@ -186,17 +113,23 @@ def _load_listing(
     memory_limit: int | None,
     workers: int | None,
 ) -> ImageSet:
-    """Decode a listing's images, now where they fit in memory, or else on demand."""
+    """Decode a listing's images, now where they fit in memory, or else on demand.
+
+    Those that are stored as centred squares keep their files at hand for crops of the whole.
+    """
     decode.pillow()
     workers = _default_workers() if workers is None else workers
-    size = _probe(listing, requested)
+    size, whole = _probe(listing, requested)
     limit = _default_memory_limit() if memory_limit is None else memory_limit
     labels = listing.labels
     if len(listing.files) * 3 * size[0] * size[1] <= limit:
         images, kept, skipped = _read_all(listing, size, workers)
-        labels = [labels[i] for i in kept] if labels else None
+        if len(kept) < len(listing.files):
+            listing.keep(kept)
+            labels = listing.labels
+        files = LazyImages(listing, size, workers, skipped)
     else:
-        images = LazyImages(listing, size, workers)
+        images = files = LazyImages(listing, size, workers)
         skipped = images.skipped
     return _image_set(
         images,
@@ -206,6 +139,7 @@ def _load_listing(
         split,
         skipped=skipped,
         notes=listing.notes,
+        files=None if whole else files,
     )
 
 
@@ -276,8 +210,9 @@ def load_dataset(
                   a path ("./shapes" for a folder of that name), see softcl/data/formats.py
     split         "train", "test" or "all"; for STL-10 also "unlabeled" and "train+unlabeled"
     image_size    pixels a side to store image files in, unless they all have one size that is no
-                  larger; default 224, where images of one size up to 128 pixels are kept. Sets of
-                  raw pixels keep their size.
+                  larger; default 224, where images of one size up to 128 pixels are kept. Others
+                  are stored as centred squares, and `ImageSet.files` crops the whole images. Sets
+                  of raw pixels keep their size.
     memory_limit  bytes of pixels above which images are decoded on demand; default a quarter of
                   the machine's memory
     workers       threads that decode; default the cores, at most 16; 0 for the caller's own alone

@@ -1,4 +1,4 @@
-"""Batches in a given order, with those of a set decoded on demand prepared ahead."""
+"""Batches in a given order, with those that are decoded on demand prepared ahead."""
 
 from __future__ import annotations
 
@@ -8,46 +8,63 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from softcl.data.image_set import ImageSet
+from softcl.data.image_set import CropOrder, ImageSet
+
+Wanted = torch.Tensor | CropOrder
+Pixels = torch.Tensor | dict[str, torch.Tensor]
 
 
 def batches(
     image_set: ImageSet,
-    order: Iterable[torch.Tensor],
+    order: Iterable[Wanted],
     *,
     device: torch.device | str = "cpu",
     depth: int = 2,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (indices (N,), uint8 images (N, 3, H, W) on `device`) for each index tensor of `order`.
+) -> Iterator[tuple[Wanted, Pixels]]:
+    """Yield (wanted, its pixels on `device`) for each entry of `order`.
 
-    A resident set is indexed directly. For a set decoded on demand, one thread keeps `depth`
-    batches ready, unless it was told to use no threads; order and content are those of `order`,
-    whatever the number of workers.
+    An index tensor (N,) gives uint8 images (N, 3, H, W), a `CropOrder` a dictionary of crops. A
+    resident set without files is indexed directly. Where images are decoded on demand, one thread
+    keeps `depth` batches ready, unless the set was told to use no threads; order and content are
+    those of `order`, whatever the number of workers.
     An error while decoding is raised at the batch concerned.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     device = torch.device(device)
-    if image_set.resident or getattr(image_set.images, "workers", 1) == 0:
-        for indices in order:
-            yield indices, image_set.batch(indices).to(device, non_blocking=True)
+    source = image_set.images if image_set.files is None else image_set.files
+    if isinstance(source, torch.Tensor) or getattr(source, "workers", 1) == 0:
+        for wanted in order:
+            yield wanted, _moved(image_set.read(wanted), device)
         return
 
-    def read(indices: torch.Tensor) -> torch.Tensor:
-        images = image_set.batch(indices)
-        return images.pin_memory() if device.type == "cuda" else images
+    def read(wanted: Wanted) -> Pixels:
+        pixels = image_set.read(wanted)
+        return _pinned(pixels) if device.type == "cuda" else pixels
 
-    waiting: deque[tuple[torch.Tensor, Future]] = deque()
+    waiting: deque[tuple[Wanted, Future]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="softcl-prefetch") as thread:
         try:
-            for indices in order:
-                waiting.append((indices, thread.submit(read, indices)))
+            for wanted in order:
+                waiting.append((wanted, thread.submit(read, wanted)))
                 if len(waiting) > depth:
-                    indices, future = waiting.popleft()
-                    yield indices, future.result().to(device, non_blocking=True)
+                    wanted, future = waiting.popleft()
+                    yield wanted, _moved(future.result(), device)
             while waiting:
-                indices, future = waiting.popleft()
-                yield indices, future.result().to(device, non_blocking=True)
+                wanted, future = waiting.popleft()
+                yield wanted, _moved(future.result(), device)
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _moved(pixels: Pixels, device: torch.device) -> Pixels:
+    if isinstance(pixels, dict):
+        return {name: part.to(device, non_blocking=True) for name, part in pixels.items()}
+    return pixels.to(device, non_blocking=True)
+
+
+def _pinned(pixels: Pixels) -> Pixels:
+    if isinstance(pixels, dict):
+        return {name: part.pin_memory() for name, part in pixels.items()}
+    return pixels.pin_memory()

@@ -95,13 +95,27 @@ def draw_crop(uniform: torch.Tensor, height: int, width: int, recipe: Recipe = R
         central_w = float(round(height * recipe.ratio[1]))
     w = torch.where(any_fits, w.gather(1, first).squeeze(1), central_w)
     h = torch.where(any_fits, h.gather(1, first).squeeze(1), central_h)
-    vertical, horizontal, mirror = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS].unbind(1)
+    vertical, horizontal = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS - 1].unbind(1)
     # minimum: u (n + 1) rounds up to n + 1 for the largest u below 1.
     top = torch.minimum(torch.floor(vertical * (height - h + 1)), height - h)
     left = torch.minimum(torch.floor(horizontal * (width - w + 1)), width - w)
     top = torch.where(any_fits, top, (height - central_h) // 2)
     left = torch.where(any_fits, left, (width - central_w) // 2)
-    return Crop(top, left, h, w, mirror < recipe.flip)
+    return Crop(top, left, h, w, mirror_of(uniform, recipe))
+
+
+def mirror_of(uniform: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Which samples are mirrored, (N,) bool, from numbers (N, CROP_COLUMNS)."""
+    return uniform[:, CROP_COLUMNS - 1] < recipe.flip
+
+
+def whole_crop(mirror: torch.Tensor, height: int, width: int) -> Crop:
+    """Whole images, mirrored where mirror (N,) says so."""
+
+    def full(value: int) -> torch.Tensor:
+        return torch.full(mirror.shape, float(value), device=mirror.device)
+
+    return Crop(full(0), full(0), full(height), full(width), mirror)
 
 
 def central_crop(number: int, height: int, width: int, device: torch.device) -> Crop:

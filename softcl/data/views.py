@@ -40,6 +40,8 @@ from softcl.data.recipe import (
     central_crop,
     draw_colors,
     draw_crop,
+    mirror_of,
+    whole_crop,
 )
 from softcl.data.resample import apply_rows_then_columns, blur_matrix, crop_matrix
 
@@ -51,6 +53,13 @@ def crop_resize(images: torch.Tensor, crop: Crop, size: int) -> torch.Tensor:
     columns = crop_matrix(crop.left, crop.width, crop.mirror, size, width)
     pixels = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
     return apply_rows_then_columns(pixels, rows, columns)
+
+
+def mirrored(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+    """`crop_resize` of crops that were cut before: uint8 (N, 3, S, S) -> float32 (N, S, 3, S)."""
+    pixels = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels.mul_(1 / 255)
+    return torch.where(mirror.view(-1, 1, 1, 1), pixels.flip(3), pixels)
 
 
 @lru_cache(maxsize=16)
@@ -113,13 +122,15 @@ def color_masked(pixels: torch.Tensor, colors: Colors) -> torch.Tensor:
     return torch.where(colors.blurred.view(shape), changed, pixels)
 
 
-def _check(images: torch.Tensor, size: int) -> None:
+def _check(images: torch.Tensor, size: int, cropped: bool = False) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {images.dtype}")
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
+    if cropped and tuple(images.shape[2:]) != (size, size):
+        raise ValueError(f"crops must have {size} pixels a side, got {tuple(images.shape)}")
 
 
 class Share(NamedTuple):
@@ -146,6 +157,20 @@ def _draw(images: torch.Tensor, columns: int, generator: torch.Generator | Share
     return torch.rand((len(images), columns), generator=generator, device=generator.device)
 
 
+def _crop(uniform: torch.Tensor, images: torch.Tensor, recipe: Recipe, cropped: bool) -> Crop:
+    """The crops that numbers (N, CROP_COLUMNS) stand for; of crops, the whole, mirrored or not."""
+    if cropped:
+        return whole_crop(mirror_of(uniform, recipe), *images.shape[-2:])
+    return draw_crop(uniform, *images.shape[-2:], recipe)
+
+
+def _resized(images: torch.Tensor, crop: Crop, size: int, cropped: bool) -> torch.Tensor:
+    """(N, size, 3, size) float32 in [0, 1], rows outermost."""
+    if cropped:
+        return mirrored(images, crop.mirror.to(images.device, non_blocking=True))
+    return crop_resize(images, crop.to(images.device), size)
+
+
 def _full_precision(images: torch.Tensor) -> torch.autocast:
     # Autocast would run the resampling products in half precision.
     return torch.autocast(images.device.type, enabled=False)
@@ -160,21 +185,28 @@ def strong_view(
     generator: torch.Generator,
     *,
     recipe: Recipe = RECIPE,
+    cropped: bool = False,
+    kernel: bool | None = None,
 ) -> torch.Tensor:
-    """Crop, flip, colour jitter, grayscale, blur, normalise: float32 (N, 3, size, size)."""
-    _check(images, size)
+    """Crop, flip, colour jitter, grayscale, blur, normalise: float32 (N, 3, size, size).
+
+    Args:
+        cropped: the images are random crops of that size already, and keep their pixels' places.
+        kernel: demand the Triton kernel, or leave it; None for the kernel where it runs.
+    """
+    _check(images, size, cropped)
     columns = CROP_COLUMNS + COLOR_COLUMNS
     uniform = _draw(images, columns + (recipe.solarize > 0), generator)
-    crop = draw_crop(uniform[:, :CROP_COLUMNS], *images.shape[-2:], recipe)
+    crop = _crop(uniform[:, :CROP_COLUMNS], images, recipe, cropped)
     colors = draw_colors(uniform[:, CROP_COLUMNS:columns], recipe)
     chosen = uniform[:, columns] < recipe.solarize if recipe.solarize > 0 else None
-    kernel = kernel_for(images)
-    if kernel is not None:
+    module = kernel_for(images, kernel)
+    if module is not None:
         with _full_precision(images):
-            return fused_view(kernel, images, size, mean, std, crop, colors, chosen)
+            return fused_view(module, images, size, mean, std, crop, colors, chosen)
     apply_colors = color_chosen if uniform.device.type == "cpu" else color_masked
     with _full_precision(images):
-        pixels = apply_colors(crop_resize(images, crop.to(images.device), size), colors)
+        pixels = apply_colors(_resized(images, crop, size, cropped), colors)
         if chosen is not None:
             pixels = color.solarize(pixels, chosen.to(images.device, non_blocking=True))
         return normalize(pixels, mean, std)
@@ -189,16 +221,18 @@ def weak_view(
     generator: torch.Generator,
     *,
     recipe: Recipe = RECIPE,
+    cropped: bool = False,
+    kernel: bool | None = None,
 ) -> torch.Tensor:
-    """Crop, flip, normalise: float32 (N, 3, size, size)."""
-    _check(images, size)
+    """Crop, flip, normalise: float32 (N, 3, size, size); arguments as of `strong_view`."""
+    _check(images, size, cropped)
     uniform = _draw(images, CROP_COLUMNS, generator)
-    crop = draw_crop(uniform, *images.shape[-2:], recipe)
-    kernel = kernel_for(images)
-    if kernel is not None:
-        return fused_view(kernel, images, size, mean, std, crop, None)
+    crop = _crop(uniform, images, recipe, cropped)
+    module = kernel_for(images, kernel)
+    if module is not None:
+        return fused_view(module, images, size, mean, std, crop, None)
     with _full_precision(images):
-        return normalize(crop_resize(images, crop.to(images.device), size), mean, std)
+        return normalize(_resized(images, crop, size, cropped), mean, std)
 
 
 @torch.no_grad()

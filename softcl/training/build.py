@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from softcl.data import VIEWS, DataError, ImageSet, find_format, load_dataset, training_split
-from softcl.data.recipe import RECIPE
+from softcl.data import DataError, ImageSet, find_format, load_dataset, training_split
+from softcl.data.fused import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.evaluation import KNN, NUM_NEIGHBORS
-from softcl.methods import method as methods
 from softcl.methods.method import Method
 from softcl.nn import (
     Encoder,
@@ -36,7 +34,8 @@ from softcl.training.parallel import (
 )
 from softcl.training.settings import check_method_flags, fill, recipe_size
 from softcl.training.speed import check_speed, settle_speed, speed_up
-from softcl.training.step import TrainState, View, derived_seed
+from softcl.training.step import TrainState, derived_seed
+from softcl.training.views import build_views, side_of
 
 
 class RunError(RuntimeError):
@@ -82,6 +81,9 @@ def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, device)
     build_views(method, images, config.image_size)
+    missing = kernel_missing(device) if config.view_kernel else None
+    if missing is not None:
+        raise ConfigError("view_kernel", "", missing)
     check_processes(config, method, world)
     state = build_state(config, method, device, world)
     backend = choose_run_backend(config, state, device)
@@ -178,19 +180,24 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
     except DataError as error:
         hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
         raise DataError(f"{error}{hint}") from error
+    if config.whole_images is False:
+        train.files = None
     if config.image_size is None:  # to be stored in one size with the training images
         options["image_size"] = train.size[1]
     bank = train
     if split in ("unlabeled", "train+unlabeled"):
         bank = load_dataset(config.data, "train", **own, **options)
-    if config.eval_data is not None:
-        queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
-        return train, bank, queries, queries.describe()
     try:
-        queries = load_dataset(config.data, "test", **own, **options)
-        return train, bank, queries, queries.describe()
+        if config.eval_data is not None:
+            queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
+        else:
+            queries = load_dataset(config.data, "test", **own, **options)
     except DataError as error:
+        if config.eval_data is not None:
+            raise
         return train, bank, bank, f"every tenth training image ({error})"
+    queries.files = None  # seen whole
+    return train, bank, queries, queries.describe()
 
 
 def _labelled_split(spec: str) -> str:
@@ -298,11 +305,6 @@ def check_crops(config: TrainConfig, method: Method, backbone: nn.Module) -> Non
     backbone.train(training)
 
 
-def side_of(view: methods.View, image_size: int) -> int:
-    """Side of a view in pixels."""
-    return max(round(image_size * view.share), 1)
-
-
 def build_heads(method: Method) -> nn.ModuleDict:
     """The predictor, and what else a method trains besides the student."""
     heads = nn.ModuleDict(method.heads())
@@ -312,32 +314,6 @@ def build_heads(method: Method) -> nn.ModuleDict:
             norm=method.predictor_norm,
         )  # fmt: skip
     return heads
-
-
-def build_views(method: Method, images: ImageSet, size: int) -> dict[str, View]:
-    """How each of the method's views is made of a batch.
-
-    Raises:
-        ConfigError: a recipe that there is not.
-    """
-
-    def make(view: methods.View, field: str) -> View:
-        if view.recipe not in VIEWS:
-            hint = did_you_mean(view.recipe, VIEWS)
-            raise ConfigError(field, view.recipe, f"must be one of {', '.join(VIEWS)}{hint}")
-        recipe, side, options = VIEWS[view.recipe], side_of(view, size), {}
-        if view.scale is not None:
-            whole = getattr(recipe, "keywords", {}).get("recipe", RECIPE)
-            options["recipe"] = dataclasses.replace(whole, scale=view.scale)
-        return lambda batch, generator: recipe(
-            batch, side, images.mean, images.std, generator, **options
-        )
-
-    teacher_only = set(method.teacher_sees()) - set(method.student_sees())
-    return {
-        name: make(view, "teacher_view" if name in teacher_only else "student_view")
-        for name, view in method.views().items()
-    }
 
 
 def build_knn(config: TrainConfig, train: ImageSet, queries: ImageSet, device: torch.device) -> KNN:

@@ -85,6 +85,8 @@ class TrainConfig:
         help="labelled images for k-NN, any kind (default: the test split of --data)")
     image_size: int | None = _flag(_DATA, at_least=8, at_most=4096,
         help="side of the views in pixels (default: the images' own; STL-10: 64)")
+    whole_images: bool | None = _flag(_DATA,
+        help="random crops of the whole image files (default), or of their centred squares")
     workers: int | None = _flag(_DATA, at_least=0, at_most=256, may_change=True,
         help="threads that decode images (default: one per core, at most 16); 0: none")
 
@@ -177,6 +179,8 @@ class TrainConfig:
         help="the same, with CUDA graphs")
     channels_last: bool | None = _flag(_RUN, may_change=True,
         help="memory format of the networks (default: on GPUs, without split batch norm)")
+    view_kernel: bool | None = _flag(_RUN, may_change=True,
+        help="views by one Triton kernel each, or by PyTorch (default: the kernel where it runs)")
     backend: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
         choices=("auto", "cuda", "triton", "cpu", "reference"),
         help="auto, cuda, triton, cpu or reference")

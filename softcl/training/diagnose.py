@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from softcl.training.step import StepRandom, TrainState, View
+from softcl.training.step import Images, StepRandom, TrainState, View, device_of, make_view
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -30,7 +30,7 @@ def first_damaged(state: TrainState) -> str | None:
 
 
 def first_non_finite(
-    state: TrainState, images: Tensor, views: Mapping[str, View], seed: int
+    state: TrainState, images: Images, views: Mapping[str, View], seed: int
 ) -> str:
     """A clause that names the tensor in which the numbers first fail, for an error message.
 
@@ -44,8 +44,9 @@ def first_non_finite(
     if damaged is not None:
         return f"{damaged} is not finite"
     name = state.method.student_sees()[0]
-    random = StepRandom(seed, state.step, images.device)
-    found = _first_bad_output(state.student, views[name](images, random(f"view {name}")))
+    random = StepRandom(seed, state.step, device_of(images))
+    view = make_view(views, name, images, random(f"view {name}"))
+    found = _first_bad_output(state.student, view)
     if found is not None:
         return f"the output of {found} of the student is not finite"
     return "every parameter and the student's outputs are finite"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from softcl.data import ImageSet, batch_indices, batches
+from softcl.data.image_set import CropOrder
 from softcl.distributed import ALONE, World
+from softcl.training.step import Images, View
+from softcl.training.views import crop_order
 
 
 class BatchFeed:
@@ -21,6 +24,7 @@ class BatchFeed:
         seed: of the shuffling.
         device: where the batches go.
         world: the processes; each reads its own images of a batch.
+        views: of a set whose files are cut (`ImageSet.files`): what for.
 
     Attributes:
         steps_per_epoch: whole batches in an epoch; the images left over sit that epoch out.
@@ -34,9 +38,10 @@ class BatchFeed:
         seed: int,
         device: torch.device,
         world: World = ALONE,
+        views: Mapping[str, View] | None = None,
     ) -> None:
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, device
-        self.world = world
+        self.world, self.views = world, views
         self.steps_per_epoch = len(images) // batch_size
         self.waited = 0.0
 
@@ -46,9 +51,18 @@ class BatchFeed:
         batch = batch_indices(len(self.images), self.batch_size, self.seed, epoch, within)
         return batch[self.world.rank :: self.world.size]
 
-    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
-        """The batches of the steps start .. stop - 1, uint8 (N / W, 3, H, W) on the device."""
-        order = (self.indices(step) for step in range(start, stop))
+    def _wanted(self, step: int) -> Tensor | CropOrder:
+        indices = self.indices(step)
+        if self.images.files is None:
+            return indices
+        return crop_order(indices, self.views, self.seed, step, self.world)
+
+    def batches(self, start: int, stop: int) -> Iterator[Images]:
+        """The batches of the steps start .. stop - 1 on the device.
+
+        uint8 (N / W, 3, H, W), or where files are cut a dictionary of (N / W, 3, S, S), by view.
+        """
+        order = (self._wanted(step) for step in range(start, stop))
         source = batches(self.images, order, device=self.device)
         while True:
             before = time.perf_counter()

@@ -12,7 +12,7 @@ import torch
 import softcl
 from softcl.data import ImageSet
 from softcl.evaluation.calibration import calibrated
-from softcl.training.build import Parts, build_views, fingerprint
+from softcl.training.build import Parts, fingerprint
 from softcl.training.config import identity_hash
 from softcl.training.diagnose import first_damaged, first_non_finite
 from softcl.training.feed import BatchFeed
@@ -25,8 +25,9 @@ from softcl.training.resume import FORMAT
 from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
 from softcl.training.schedules import learning_rate, teacher_momentum
 from softcl.training.speed import begin_step, describe_speed
-from softcl.training.step import query_spread, train_step
+from softcl.training.step import Images, query_spread, train_step
 from softcl.training.view_sheet import SHEET, draw_views
+from softcl.training.views import build_views
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
@@ -50,9 +51,9 @@ class Run:
         )
         self.fingerprint = fingerprint(images)
         self.images = _resident_on(images, self.device)
-        feed = (self.images, config.batch_size, config.seed, self.device, self.world)
+        self.views = build_views(self.state.method, images, config.image_size, config.view_kernel)
+        feed = (self.images, config.batch_size, config.seed, self.device, self.world, self.views)
         self.feed = BatchFeed(*feed)
-        self.views = build_views(self.state.method, images, config.image_size)
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
         self.baselines: dict[str, Any] = {}
@@ -84,12 +85,12 @@ class Run:
             if self._checkpoint_is_due():
                 self.save()
 
-    def _diverged(self, images: torch.Tensor, what: str) -> Diverged:
+    def _diverged(self, images: Images, what: str) -> Diverged:
         seed = self.config.seed
         tensor = first_non_finite(self.state, images, self.views, seed)
         return Diverged(f"{what}: {tensor}")
 
-    def _one_step(self, images: torch.Tensor) -> None:
+    def _one_step(self, images: Images) -> None:
         config, state = self.config, self.state
         begin_step(config)
         lr = learning_rate(

@@ -23,6 +23,7 @@ MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
 
 # uint8 (N, 3, H, W) -> float (N, 3, S, S)
 View = Callable[[Tensor, torch.Generator | Share], Tensor]
+Images = Tensor | Mapping[str, Tensor]  # of a batch; crops by the name of their view
 
 
 @dataclass
@@ -79,7 +80,7 @@ class TrainState:
 
 def train_step(
     state: TrainState,
-    images: Tensor,  # (N, 3, H, W) uint8, this process's
+    images: Images,  # this process's
     views: Mapping[str, View],
     *,
     seed: int,
@@ -91,6 +92,7 @@ def train_step(
     """One step of any method, in the order that `softcl.methods.method` describes.
 
     Args:
+        images: (N, 3, H, W) uint8, or for each view crops of them in its size, by its name.
         views: how each of the method's views is made.
         momentum: of the teacher in this step; None for the method's own.
         accumulate: parts of the batch that go through the networks one after the other, to save
@@ -104,16 +106,17 @@ def train_step(
         ValueError: on the CPU, when the query, the key or the queue is no longer finite.
     """
     method, world = state.method, state.world
-    random = StepRandom(seed, state.step, images.device, world)
+    device = device_of(images)
+    random = StepRandom(seed, state.step, device, world)
     on_host = torch.device("cpu")
     momentum = method.momentum if momentum is None else momentum
     has_teacher = bool(method.teacher_sees())
     if has_teacher and method.teacher_follows == "before":
         update_teacher(state.teacher, state.student, momentum)
 
-    made = {name: make(images, random.share(f"view {name}")) for name, make in views.items()}
+    made = {name: make_view(views, name, images, random.share(f"view {name}")) for name in views}
     # Where images travel between processes, the host has to know which.
-    shuffling = images.device if world.alone else on_host
+    shuffling = device if world.alone else on_host
     generators = {name: random(f"shuffle {name}", shuffling) for name in method.teacher_sees()}
     generators["mix"] = random("mix", on_host)
     state.optimizer.zero_grad(set_to_none=True)
@@ -140,6 +143,19 @@ def train_step(
             state.enqueue(part)
     state.step += 1
     return torch.stack(measures).mean(0)
+
+
+def make_view(
+    views: Mapping[str, View], name: str, images: Images, generator: torch.Generator | Share
+) -> Tensor:
+    """One view (N, 3, S, S) of a batch of whole images, or of its crops."""
+    if isinstance(images, Mapping):
+        return views[name](images[name], generator, cropped=True)
+    return views[name](images, generator)
+
+
+def device_of(images: Images) -> torch.device:
+    return (next(iter(images.values())) if isinstance(images, Mapping) else images).device
 
 
 def _no_exchange(state: TrainState) -> contextlib.AbstractContextManager:

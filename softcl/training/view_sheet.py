@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from softcl.data import ImageSet, center_view, contact_sheet
 from softcl.evaluation.features import sampled
-from softcl.training.step import StepRandom, View
+from softcl.training.step import StepRandom, View, make_view
+from softcl.training.views import crop_order
 
 SHEET = "views.png"
 _SHOWN = 96  # pixels that an image is enlarged to at least
@@ -23,11 +24,13 @@ def draw_views(
     Columns: the whole image, then one draw of each view in the method's order, as in step 0; crops
     smaller than `size` are enlarged to it.
     """
-    batch = images.batch(sampled(len(images), count)).cpu()
+    indices = sampled(len(images), count)
+    batch = images.batch(indices).cpu()
+    seen = batch if images.files is None else images.read(crop_order(indices, views, seed, 0))
     random = StepRandom(seed, 0, batch.device)
     columns = [center_view(batch, size, images.mean, images.std)]
-    for name, view in views.items():
-        made = view(batch, random(f"view {name}"))
+    for name in views:
+        made = make_view(views, name, seen, random(f"view {name}"))
         if made.shape[-1] != size:
             made = F.interpolate(made, size=(size, size), mode="nearest")
         columns.append(made)
