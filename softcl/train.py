@@ -23,12 +23,13 @@ from softcl.training.allocator import keep_freed_pages
 from softcl.training.build import Parts, RunError, assemble, fingerprint
 from softcl.training.checkpoint import CheckpointError
 from softcl.training.config import ConfigError, TrainConfig
+from softcl.training.describe import describe, device_name, versions
 from softcl.training.flags import parse_flags, report
 from softcl.training.interrupt import StopRequest, StopVote
 from softcl.training.meter import Diverged
 from softcl.training.progress import SilentProgress, make_progress
 from softcl.training.resume import StoredRun, read_run, settle_auto, settle_restart
-from softcl.training.run import Run, describe, device_name, versions
+from softcl.training.run import Run
 from softcl.training.run_folder import Onlooker, RunFolder, RunFolderError
 from softcl.training.view_sheet import SHEET, draw_views
 from softcl.training.views import build_views
