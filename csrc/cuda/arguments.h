@@ -71,6 +71,8 @@ inline StreamParams stream_params(const Work& work, const Plan& plan, void* work
   p.means = reinterpret_cast<float*>(bytes + plan.means);
   p.maxima = work.num_neighbors > 0 ? reinterpret_cast<float*>(bytes + plan.maxima) : nullptr;
   p.ranks = work.ranks ? reinterpret_cast<std::int32_t*>(bytes + plan.ranks) : nullptr;
+  p.has_maxima = p.maxima != nullptr;
+  p.has_ranks = p.ranks != nullptr;
   p.num_rows = work.num_rows;
   p.queue_size = work.queue_size;
   p.num_chunks = plan.num_chunks;
@@ -83,9 +85,11 @@ inline StreamParams stream_params(const Work& work, const Plan& plan, void* work
   return p;
 }
 
-/// The Hopper kernel's fp16 weights always are relative to a running maximum.
+/// fp16 weights always are relative to a running maximum: those of rows in two parts, and the
+/// Hopper kernel's of fp16 rows.
 inline bool always_has_maximum(const Work& work) {
-  return work.hopper && work.kernel_type == ElementType::kFloat16;
+  return work.kernel_type == ElementType::kFloat32 ||
+         (work.hopper && work.kernel_type == ElementType::kFloat16);
 }
 
 /// The streaming kernel that the plan is for.

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       }
       const double scale = params.normalize ? 1.0 / norm : 1.0;
       for (std::int64_t d = lane; d < D; d += kWarp) {
-        row[d] = from_float<Row>(float(double(to_float(key[d])) * scale));
+        ptx::store_global(row + d, from_float<Row>(float(double(to_float(key[d])) * scale)));
       }
     }
   }

@@ -39,6 +39,23 @@ SOFTCL_HOST_DEVICE constexpr std::uint32_t box_offset(int rows, int row, int col
          swizzled(static_cast<std::uint32_t>(row * kBoxRowBytes + column % kBoxColumns * 2));
 }
 
+/// Byte offset, in a box or in several one behind the other, of byte `byte` of a line of 128.
+SOFTCL_HOST_DEVICE constexpr std::uint32_t line_offset(int line, int byte) {
+  return swizzled(static_cast<std::uint32_t>(line * kBoxRowBytes + byte));
+}
+
+// Numbers in two parts. Lanes take a tile of the queue apart, eight columns each: which, of 64, and
+// in which of eight lines, of which a warp takes four at a time. Of eight neighbouring lanes, whose
+// accesses go together, two times four lie in two lines, i and i ^ 5: what they read of fp32, every
+// second 16 bytes of half a line, lies in different banks, and so do the four neighbouring pieces
+// of a line that they write.
+SOFTCL_HOST_DEVICE constexpr int split_line(int lane, int half) {
+  return (2 * half + lane / 16) ^ (lane / 4 % 2 * 5);
+}
+SOFTCL_HOST_DEVICE constexpr int split_piece(int lane) {
+  return lane % 4 + lane / 8 % 2 * 4;
+}
+
 /// A matrix descriptor with 128-byte swizzle and base offset 0 ("Matrix Descriptor Format"): bits
 /// 0-13 the address, 16-29 the leading, 32-45 the stride byte offset, each over 16; 62-63 the
 /// swizzle.

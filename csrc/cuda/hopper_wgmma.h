@@ -59,18 +59,20 @@
   }
 
 // A from registers, B with its columns as N.
-#define SOFTCL_DEFINE_WGMMA_COLUMNS(type, ptx_type, n, eights, count, a0, a1, a2, a3, b)     \
-  template <>                                                                                \
-  struct WgmmaColumns<type, n> {                                                             \
-    static SOFTCL_DEVICE void run(float (&c)[eights][4], const Vector& a, std::uint64_t y) { \
-      asm volatile(                                                                          \
-          "{\n.reg .pred adds;\nsetp.eq.b32 adds, 0, 0;\n"                                   \
-          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type            \
-          " {" SOFTCL_REGISTERS_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b  \
-                                        ", adds, 1, 1, 1;\n}"                                \
-          : SOFTCL_EIGHTS_##eights(c, 0)                                                     \
-          : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(y));                     \
-    }                                                                                        \
+#define SOFTCL_DEFINE_WGMMA_COLUMNS(type, ptx_type, n, eights, count, a0, a1, a2, a3, b, add) \
+  template <>                                                                                 \
+  struct WgmmaColumns<type, n> {                                                              \
+    static SOFTCL_DEVICE void run(float (&c)[eights][4], const Vector& a, std::uint64_t y,    \
+                                  bool adds) {                                                \
+      asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" #add                            \
+                   ", 0;\n"                                                                   \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type    \
+                   " {" SOFTCL_REGISTERS_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3    \
+                                                 "}, %" #b ", adds, 1, 1, 1;\n}"              \
+                   : SOFTCL_EIGHTS_##eights(c, 0)                                             \
+                   : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(y),              \
+                     "r"(static_cast<int>(adds)));                                            \
+    }                                                                                         \
   }
 
 namespace softcl::cuda::ptx {
@@ -82,14 +84,14 @@ struct WgmmaColumns;
 
 SOFTCL_DEFINE_WGMMA_ROWS(BFloat16, "bf16", 64, 8, 32, 32, 33, 34);
 SOFTCL_DEFINE_WGMMA_ROWS(BFloat16, "bf16", 128, 16, 64, 64, 65, 66);
-SOFTCL_DEFINE_WGMMA_COLUMNS(BFloat16, "bf16", 64, 8, 32, 32, 33, 34, 35, 36);
-SOFTCL_DEFINE_WGMMA_COLUMNS(BFloat16, "bf16", 128, 16, 64, 64, 65, 66, 67, 68);
-SOFTCL_DEFINE_WGMMA_COLUMNS(BFloat16, "bf16", 256, 32, 128, 128, 129, 130, 131, 132);
+SOFTCL_DEFINE_WGMMA_COLUMNS(BFloat16, "bf16", 64, 8, 32, 32, 33, 34, 35, 36, 37);
+SOFTCL_DEFINE_WGMMA_COLUMNS(BFloat16, "bf16", 128, 16, 64, 64, 65, 66, 67, 68, 69);
+SOFTCL_DEFINE_WGMMA_COLUMNS(BFloat16, "bf16", 256, 32, 128, 128, 129, 130, 131, 132, 133);
 SOFTCL_DEFINE_WGMMA_ROWS(Float16, "f16", 64, 8, 32, 32, 33, 34);
 SOFTCL_DEFINE_WGMMA_ROWS(Float16, "f16", 128, 16, 64, 64, 65, 66);
-SOFTCL_DEFINE_WGMMA_COLUMNS(Float16, "f16", 64, 8, 32, 32, 33, 34, 35, 36);
-SOFTCL_DEFINE_WGMMA_COLUMNS(Float16, "f16", 128, 16, 64, 64, 65, 66, 67, 68);
-SOFTCL_DEFINE_WGMMA_COLUMNS(Float16, "f16", 256, 32, 128, 128, 129, 130, 131, 132);
+SOFTCL_DEFINE_WGMMA_COLUMNS(Float16, "f16", 64, 8, 32, 32, 33, 34, 35, 36, 37);
+SOFTCL_DEFINE_WGMMA_COLUMNS(Float16, "f16", 128, 16, 64, 64, 65, 66, 67, 68, 69);
+SOFTCL_DEFINE_WGMMA_COLUMNS(Float16, "f16", 256, 32, 128, 128, 129, 130, 131, 132, 133);
 
 /// Starts C(64, N) = A B + (add ? C : 0): 16 columns of 64 rows, 16 columns of N rows, both of T in
 /// shared memory, named by row_descriptor.
@@ -98,11 +100,12 @@ SOFTCL_DEVICE void wgmma_rows(float (&c)[kEights][4], std::uint64_t a, std::uint
   WgmmaRows<T, 8 * kEights>::run(c, a, b, add);
 }
 
-/// Starts C(64, N) += A B: A (64, 16) of T in registers, B 16 rows of N columns in shared memory,
-/// named by column_descriptor.
+/// Starts C(64, N) = A B + (add ? C : 0): A (64, 16) of T in registers, B 16 rows of N columns in
+/// shared memory, named by column_descriptor.
 template <typename T, int kEights>
-SOFTCL_DEVICE void wgmma_columns(float (&c)[kEights][4], const Vector& a, std::uint64_t b) {
-  WgmmaColumns<T, 8 * kEights>::run(c, a, b);
+SOFTCL_DEVICE void wgmma_columns(float (&c)[kEights][4], const Vector& a, std::uint64_t b,
+                                 bool add) {
+  WgmmaColumns<T, 8 * kEights>::run(c, a, b, add);
 }
 
 }  // namespace softcl::cuda::ptx

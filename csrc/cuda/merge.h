@@ -71,7 +71,7 @@ struct Partial {
   bool running_maximum;
 
   SOFTCL_DEVICE double slot(int split, SumSlot s, std::int64_t row) const {
-    return sums[(std::int64_t(split) * kNumSlots + s) * num_sum_rows + row];
+    return ptx::load_global(sums + (std::int64_t(split) * kNumSlots + s) * num_sum_rows + row);
   }
 };
 
@@ -123,7 +123,8 @@ SOFTCL_DEVICE void merge_mean(float (&mean)[kElements], const Partial& p, std::i
     SOFTCL_UNROLL
     for (int i = 0; i < kElements; ++i) {
       const int d = threadIdx.x + i * kFinishThreads;
-      if (d < p.dim) sums[i] += p.means[(s * p.num_mean_rows + row) * p.dim + d] * carry;
+      if (d >= p.dim) continue;
+      sums[i] += ptx::load_global(p.means + (s * p.num_mean_rows + row) * p.dim + d) * carry;
     }
   }
   SOFTCL_UNROLL

@@ -41,8 +41,8 @@ int choose_steps_per_chunk(std::int64_t queue_size, std::int64_t num_neighbors) 
 
 Plan make_plan(const Work& work) {
   Plan plan = {};
-  plan.shape = work.hopper ? hopper_shape(work.dim, work.pairing, work.mean_rows)
-                           : stream_shape(work.kernel_type, work.dim, work.pairing, work.mean_rows);
+  plan.shape = (work.hopper ? hopper_shape : stream_shape)(work.kernel_type, work.dim, work.pairing,
+                                                           work.mean_rows);
   const bool paired = work.pairing == Pairing::kPaired;
   plan.row_blocks = static_cast<int>(ceil_div(work.num_rows, plan.shape.rows_per_block));
   plan.num_tiles = static_cast<int>(ceil_div(work.queue_size, plan.shape.tile_rows));

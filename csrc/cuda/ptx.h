@@ -20,6 +20,8 @@
   #define SOFTCL_DEVICE __device__ __forceinline__
   #define SOFTCL_UNROLL _Pragma("unroll")
   #define SOFTCL_UNROLL_BY_4 _Pragma("unroll 4")
+  #define SOFTCL_PRAGMA(text) _Pragma(#text)
+  #define SOFTCL_UNROLL_BY(constant) SOFTCL_PRAGMA(unroll constant)
   #define SOFTCL_NO_UNROLL _Pragma("unroll 1")
 
 namespace softcl::cuda::ptx {
@@ -32,6 +34,11 @@ struct alignas(16) Vector {
 
 SOFTCL_DEVICE void sync_threads() {
   __syncthreads();
+}
+
+/// The lanes of the warp wait for each other, and see what each has written or is yet to overwrite.
+SOFTCL_DEVICE void sync_warp() {
+  __syncwarp();
 }
 
 /// Loads from shared memory do not move across. For ptxas, which otherwise starts so many early
@@ -87,8 +94,9 @@ SOFTCL_DEVICE void atomic_add(std::int64_t* counter, std::int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
 }
 
-// ---- Global memory that threads share -----------------------------------------------------------
-// Plain accesses; on the host they are watched as those of shared memory are.
+// ---- Global memory that kernels write -----------------------------------------------------------
+// Plain accesses; on the host they are watched as those of shared memory are. All results and all
+// of the workspace pass through here; what no kernel writes, its inputs, is read without.
 
 template <typename T>
 SOFTCL_DEVICE T load_global(const T* address) {

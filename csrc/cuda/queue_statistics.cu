@@ -44,14 +44,17 @@ SOFTCL_DEVICE void store_sums(const StatisticsParams& p, std::int64_t n, std::ui
     SOFTCL_UNROLL
     for (int i = 0; i < kElements; ++i) {
       const int d = threadIdx.x + i * kFinishThreads;
-      if (d < f.partial.dim) p.mean[n * f.partial.dim + d] = finite ? mean[i] : not_a_number();
+      if (d >= f.partial.dim) continue;
+      ptx::store_global(p.mean + n * f.partial.dim + d, finite ? mean[i] : not_a_number());
     }
   }
   if (threadIdx.x != 0) return;
-  if (p.lse != nullptr) p.lse[n] = finite ? static_cast<float>(lse) : not_a_number();
-  if (p.entropy != nullptr) {
-    p.entropy[n] = finite ? static_cast<float>(merged.entropy) : not_a_number();
-  }
+  const auto store = [&](float* target, double x) {
+    if (target == nullptr) return;
+    ptx::store_global(target + n, finite ? static_cast<float>(x) : not_a_number());
+  };
+  store(p.lse, lse);
+  store(p.entropy, merged.entropy);
 }
 
 __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const StatisticsParams p) {
@@ -69,9 +72,11 @@ __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const Statis
     for (int j = threadIdx.x; j < f.num_neighbors; j += kFinishThreads) {
       const auto key = ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8);
       const float cosine = value_of(key);
-      p.neighbor_logits[n * f.num_neighbors + j] =
-          cosine > kWorst ? static_cast<float>(cosine / f.temperature[0]) : not_a_number();
-      p.neighbor_indices[n * f.num_neighbors + j] = index_of(key);
+      const std::int64_t place = n * f.num_neighbors + j;
+      ptx::store_global(
+          p.neighbor_logits + place,
+          cosine > kWorst ? static_cast<float>(cosine / f.temperature[0]) : not_a_number());
+      ptx::store_global(p.neighbor_indices + place, std::int64_t(index_of(key)));
     }
   }
 }

@@ -127,20 +127,18 @@ SOFTCL_DEVICE void normalize_floats(float (&x)[8], ElementType type) {
   for (int i = 0; i < 8; ++i) x[i] = unit_element(type, x[i], inverse);
 }
 
-/// A number of the streaming kernel's shared memory is high + low / kLowScale, both fp16: 22 bits
-/// of it while it is above 2^-14, with an error below 2^-36 else. From 65520 on there is none: NaN.
-inline constexpr float kLowScale = 2048.0f;
+/// A number in two parts is (high + low) / kPartScale, both fp16, one scale for both so that all
+/// their products add up in one sum: 22 bits of it while it is above 2^-10, with an error below
+/// 2^-32 else. Of unit rows it is never above 1; from 256 on there is none: NaN.
+inline constexpr float kPartScale = 256.0f;
+inline constexpr float kProductScale = 1.0f / (kPartScale * kPartScale);  // of two of them
 
-/// Two such numbers as sums of two bf16 each, 16 bits: the larger parts replace the high ones, the
-/// rest is returned.
-SOFTCL_DEVICE std::uint32_t to_bf16_parts(std::uint32_t& high, std::uint32_t low) {
-  const auto number = [&](int i) {
-    return fmaf(ptx::float_of_fp16(static_cast<std::uint16_t>(low >> i * 16)), 1.0f / kLowScale,
-                ptx::float_of_fp16(static_cast<std::uint16_t>(high >> i * 16)));
-  };
-  std::uint32_t rest;
-  high = split_floats(number(0), number(1), rest);
-  return rest;
+/// Two numbers as sums of two fp16 each: returns the larger parts, `low` gets the rest.
+SOFTCL_DEVICE std::uint32_t split_to_fp16(float first, float second, std::uint32_t& low) {
+  const std::uint32_t high = ptx::pack_fp16(first, second);
+  low = ptx::pack_fp16(first - ptx::float_of_fp16(static_cast<std::uint16_t>(high & 0xffff)),
+                       second - ptx::float_of_fp16(static_cast<std::uint16_t>(high >> 16)));
+  return high;
 }
 
 /// The parts of eight numbers, to `target` and `low` bytes behind it.
@@ -148,13 +146,7 @@ SOFTCL_DEVICE void store_parts(std::uint32_t target, std::uint32_t low, const fl
   ptx::Vector parts[2];
   SOFTCL_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const std::uint32_t high = ptx::pack_fp16(x[2 * i], x[2 * i + 1]);
-    const auto rest = [&](int j) {
-      const auto part = static_cast<std::uint16_t>(high >> j * 16);
-      return (x[2 * i + j] - ptx::float_of_fp16(part)) * kLowScale;
-    };
-    parts[0].x[i] = high;
-    parts[1].x[i] = ptx::pack_fp16(rest(0), rest(1));
+    parts[0].x[i] = split_to_fp16(x[2 * i] * kPartScale, x[2 * i + 1] * kPartScale, parts[1].x[i]);
   }
   ptx::store_shared(target, parts[0]);
   ptx::store_shared(target + low, parts[1]);

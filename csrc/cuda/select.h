@@ -164,7 +164,7 @@ struct Chunks {
 SOFTCL_DEVICE void select_neighbors(const SelectMemory& memory, const float* maxima,
                                     const Chunks& chunks, const Rows& queue, float* candidates) {
   const int kept = min(memory.k, chunks.count);
-  const auto chunk_key = [&](int i) { return key_of(maxima[i], i); };
+  const auto chunk_key = [&](int i) { return key_of(ptx::load_global(maxima + i), i); };
   take_largest(memory, chunks.count, kth_largest(memory, chunks.count, kept, chunk_key), chunk_key,
                [&](std::uint32_t position, int i, std::uint64_t) {
                  ptx::store_shared<std::uint32_t>(memory.chunks() + position * 4, i);

@@ -95,7 +95,8 @@ SOFTCL_DEVICE bool store_gradient(const LossParams& p, std::int64_t n, std::uint
     const int d = threadIdx.x + i * kFinishThreads;
     if (d >= f.partial.dim) continue;
     const double du = p.normalize ? (g[i] - z[i] * along[0]) * inverse_norm : g[i];
-    p.dquery[n * f.partial.dim + d] = finite ? static_cast<float>(du) : not_a_number();
+    ptx::store_global(p.dquery + n * f.partial.dim + d,
+                      finite ? static_cast<float>(du) : not_a_number());
   }
   return finite;
 }
@@ -104,18 +105,22 @@ SOFTCL_DEVICE void store_diagnostics(const LossParams& p, const SelectMemory& me
                                      std::int64_t n, double confidence, double entropy) {
   const FinishParams& f = p.finish;
   if (threadIdx.x == 0) {
-    if (p.confidence != nullptr) p.confidence[n] = static_cast<float>(confidence);
-    if (p.entropy != nullptr) p.entropy[n] = static_cast<float>(entropy);
+    if (p.confidence != nullptr) {
+      ptx::store_global(p.confidence + n, static_cast<float>(confidence));
+    }
+    if (p.entropy != nullptr) ptx::store_global(p.entropy + n, static_cast<float>(entropy));
     if (p.positive_rank != nullptr) {
       std::int64_t rank = 0;
-      for (int s = 0; s < f.partial.splits; ++s) rank += p.ranks[s * f.num_rows + n];
-      p.positive_rank[n] = rank;
+      for (int s = 0; s < f.partial.splits; ++s) {
+        rank += ptx::load_global(p.ranks + s * f.num_rows + n);
+      }
+      ptx::store_global(p.positive_rank + n, rank);
     }
   }
   if (p.neighbor_indices == nullptr) return;
   for (int j = threadIdx.x; j < f.num_neighbors; j += kFinishThreads) {
-    p.neighbor_indices[n * f.num_neighbors + j] =
-        index_of(ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8));
+    const auto key = ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8);
+    ptx::store_global(p.neighbor_indices + n * f.num_neighbors + j, std::int64_t(index_of(key)));
   }
 }
 
@@ -164,7 +169,9 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
     finite = store_gradient(p, n, scratch, z, t, labels, queue_share, student.maximum,
                             teacher.maximum, inverse_norm, finite);
   }
-  if (threadIdx.x == 0) p.loss[n] = finite ? static_cast<float>(loss) : not_a_number();
+  if (threadIdx.x == 0) {
+    ptx::store_global(p.loss + n, finite ? static_cast<float>(loss) : not_a_number());
+  }
   store_diagnostics(p, memory, n, confidence, teacher.entropy);
 }
 

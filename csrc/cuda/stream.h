@@ -55,6 +55,7 @@ struct StreamParams {
   bool softmax;    // of single rows, or of the teacher's: sums are wanted
   bool entropy;    // of single rows; a teacher's softmax always has it
   bool running_maximum;
+  bool has_maxima, has_ranks;  // they are wanted: fewer registers than the pointers would take
 };
 
 /// How one variant of the kernel cuts its work.

@@ -42,19 +42,21 @@ decltype(&cuTensorMapEncodeTiled) find_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-TensorMap make_tensor_map(const StreamParams& p, ElementType type, int box_rows) {
+constexpr CUtensorMapDataType kMapTypes[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                                             CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                             CU_TENSOR_MAP_DATA_TYPE_FLOAT16};
+
+TensorMap make_tensor_map(const StreamParams& p, int box_rows) {
   static const auto encode = find_encoder();
   TensorMap map;
   const cuuint64_t sizes[2] = {cuuint64_t(p.dim), cuuint64_t(p.queue_size)};
-  const cuuint64_t row_bytes[1] = {cuuint64_t(p.dim) * 2};
-  const cuuint32_t box[2] = {kBoxColumns, cuuint32_t(box_rows)};
+  const auto element_bytes = static_cast<cuuint32_t>(size_of(p.queue_type));
+  const cuuint64_t row_bytes[1] = {cuuint64_t(p.dim) * element_bytes};
+  const cuuint32_t box[2] = {kBoxRowBytes / element_bytes, cuuint32_t(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
-      encode(&map,
-             type == ElementType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             2, const_cast<void*>(p.queue), sizes, row_bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, kMapTypes[static_cast<int>(p.queue_type)], 2, const_cast<void*>(p.queue), sizes,
+             row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: CUDA driver error " +
@@ -65,8 +67,9 @@ TensorMap make_tensor_map(const StreamParams& p, ElementType type, int box_rows)
 
 #else
 
-TensorMap make_tensor_map(const StreamParams& p, ElementType, int box_rows) {
-  return {p.queue, p.queue_size, p.dim, std::int64_t(p.dim) * 2, box_rows, kBoxColumns};
+TensorMap make_tensor_map(const StreamParams& p, int box_rows) {
+  const auto bytes = static_cast<int>(size_of(p.queue_type));
+  return {p.queue, p.queue_size, p.dim, bytes, p.dim * bytes, box_rows, kBoxRowBytes / bytes};
 }
 
 #endif
@@ -79,19 +82,29 @@ void allow_hopper(bool allowed) {
 
 bool can_stream_hopper(int device, const void* queue, std::int64_t queue_size, int dim,
                        ElementType kernel_type, bool running_maximum) {
-  return hopper_allowed && kernel_type != ElementType::kFloat32 &&
+  return hopper_allowed && (kernel_type != ElementType::kFloat32 || dim <= kMostPartsDimensions) &&
          attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
          attribute(cudaDevAttrComputeCapabilityMinor, device) == 0 && is_aligned(queue, dim) &&
          queue_size <= std::int64_t(kMostSplits) * kLongestSplit &&
-         (kernel_type == ElementType::kFloat16 || !running_maximum);
+         (kernel_type != ElementType::kBFloat16 || !running_maximum);
 }
 
-StreamShape hopper_shape(int dim, Pairing pairing, int mean_rows) {
+StreamShape hopper_shape(ElementType kernel_type, int dim, Pairing pairing, int mean_rows) {
   const auto shape_of = [&](auto dim_constant) {
-    return with_variant(pairing, mean_rows, [](auto pairing_constant, auto mean_constant) {
-      using S = HopperShape<decltype(dim_constant)::value, decltype(pairing_constant)::value,
-                            decltype(mean_constant)::value>;
-      return StreamShape{S::kSamples, S::kTileRows, kHopperThreads, 1, S::kSharedBytes};
+    return with_variant(pairing, mean_rows, [&](auto pairing_constant, auto mean_constant) {
+      constexpr int kDim = decltype(dim_constant)::value;
+      constexpr Pairing kPairing = decltype(pairing_constant)::value;
+      constexpr int kMeanRows = decltype(mean_constant)::value;
+      const auto shape = [](auto s) -> StreamShape {
+        using S = decltype(s);
+        return {S::kSamples, S::kTileRows, kHopperThreads, 1, S::kSharedBytes};
+      };
+      if constexpr (kDim <= kMostPartsDimensions) {
+        if (kernel_type == ElementType::kFloat32) {
+          return shape(HopperShape<kDim, kPairing, kMeanRows, 2>());
+        }
+      }
+      return shape(HopperShape<kDim, kPairing, kMeanRows>());
     });
   };
   return dim <= 64    ? shape_of(std::integral_constant<int, 64>())
@@ -101,10 +114,10 @@ StreamShape hopper_shape(int dim, Pairing pairing, int mean_rows) {
 
 void launch_stream_hopper(const StreamParams& params, Pairing pairing, int mean_rows,
                           int row_blocks, int splits, void* stream) {
-  const ElementType type = params.queue_type;  // and that of the rows
+  const ElementType type = kernel_type(params.row_type, params.queue_type);
   HopperParams p;
   p.stream = params;
-  p.queue = make_tensor_map(params, type, hopper_shape(params.dim, pairing, mean_rows).tile_rows);
+  p.queue = make_tensor_map(params, hopper_shape(type, params.dim, pairing, mean_rows).tile_rows);
   const auto launch_it = params.dim <= 64    ? &launch_stream_hopper_of<64>
                          : params.dim <= 128 ? &launch_stream_hopper_of<128>
                                              : &launch_stream_hopper_of<256>;

@@ -11,13 +11,18 @@ namespace softcl::cuda {
 // added to it. Means over more rows than this, in one split, would be off by more than 2e-4.
 inline constexpr int kLongestSplit = 1 << 17;
 
-/// Whether this kernel can run the call: rows and queue of one 16-bit type (`kernel_type`, see
-/// stream.h); on compute capability 9.0; a queue of which TMA can copy
-/// boxes; temperatures that need no running maximum for bf16 (for fp16 there always is one).
+// Numbers in two parts have rows and stages of twice the bytes, and sums of a tile beside those of
+// the split: of 256 dimensions neither shared memory nor registers would hold them.
+inline constexpr int kMostPartsDimensions = 128;
+
+/// Whether this kernel can run the call, or else the one of stream.h: on compute capability 9.0;
+/// rows and queue of one 16-bit type (`kernel_type`, see stream.h), or of any with D <=
+/// kMostPartsDimensions; a queue of which TMA can copy boxes; temperatures that need no running
+/// maximum for bf16 (for the others there always is one).
 bool can_stream_hopper(int device, const void* queue, std::int64_t queue_size, int dim,
                        ElementType kernel_type, bool running_maximum);
 
-StreamShape hopper_shape(int dim, Pairing pairing, int mean_rows);
+StreamShape hopper_shape(ElementType kernel_type, int dim, Pairing pairing, int mean_rows);
 
 /// As launch_stream, with a queue whose rows begin at multiples of 16 bytes.
 void launch_stream_hopper(const StreamParams& params, Pairing pairing, int mean_rows,

@@ -22,147 +22,75 @@
 // fp16 weights would leave fp16's range, so they are relative to a running maximum, at which they
 // are 2^15; bf16 weights are 2^x as they are.
 //
-// Traffic: K D 2 bytes of queue per row block, from L2; rows and sums once; with chunk maxima four
-// bytes per row and chunk. Nothing of size N x K is written.
+// fp32, and rows and queue of different types, are in two fp16 parts (rows.h), 22 bits: three
+// products for one. A stage holds the bytes of the tile's fp32 numbers; the three idle warps of the
+// third warpgroup take them apart where they lie, the high parts first, then the low ones. So the
+// queue is read as it is, and needs no copy of its size. Two bf16 parts would need no running
+// maximum, but have 16 bits: an error of 1e-5 in the gradient, where these have 2e-6; three bf16
+// parts, 24 bits, would be six products. Tensor cores cut their sums off, so sums are short: v.Q is
+// added from two of 64 columns, a mean from those of 64 queue rows. That takes the registers in
+// which the 16-bit schedule keeps a second tile: here one tile's products, weights and means follow
+// each other, and the other warpgroup multiplies meanwhile. Nothing of that fits at D = 256.
+//
+//     D     tile rows   stages   shared memory     accumulators per thread
+//     64    128         4        160 to 192 KB     64 + 32, and 32 of a sum of means
+//     128   128, 64     2, 3     192 to 224 KB     64 + 64, and 64 of products or of means
+//
+// Shared memory, by which products would be bound: 128 bytes a clock, in which a multiprocessor
+// multiplies (64, 16) by (16, N) in N / 2 clocks. Reading the rows from there with every tile, as
+// it is done, takes 2 KB of each such product of v.Q; as fragments they would take D / 4 registers
+// more, which only D = 64 has. Clocks per tile and block at D = 128, of both warpgroups, derived:
+//
+//                            products   shared memory   rows' part of it
+//     hard labels            2048       1536            256
+//     top-k labels           1536       1280            256
+//     dense labels           3072       2560            256     512 of them the student's products
+//     dense labels, fp32     6144       5888            768     1024 of them taking tiles apart
+//
+// The products bind, so the rows stay where they are.
+//
+// Traffic: K D 2 (fp32: 4) bytes of queue per row block, from L2; rows and sums once; with chunk
+// maxima four bytes per row and chunk. Nothing of size N x K is written.
 //
 // Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
 
 #pragma once
 
-#include <type_traits>
-
 #include "launch.h"
 #include "rows.h"
+#include "stream_hopper_products.h"
+#include "stream_hopper_ring.h"
 #include "stream_hopper_state.h"
 #include "stream_hopper_weights.h"
 
 namespace softcl::cuda {
 
-struct HopperParams {
-  TensorMap queue;
-  StreamParams stream;
-};
-
 #if defined(SOFTCL_HAS_WARPGROUPS)
-
-/// The ring of stages, as one side sees it: tile i of the split lies in stage i modulo their
-/// number.
-template <typename S>
-struct Ring {
-  std::uint32_t memory;  // of the block
-
-  SOFTCL_DEVICE std::uint32_t tile(int i) const {
-    return memory + S::kStagesAt + i % S::kStages * S::kStageBytes;
-  }
-  /// Ends a phase when a tile has arrived.
-  SOFTCL_DEVICE std::uint32_t full(int i) const {
-    return memory + S::kBarriersAt + i % S::kStages * 8;
-  }
-  /// Ends a phase when all eight warps have done with a tile.
-  SOFTCL_DEVICE std::uint32_t empty(int i) const { return full(i) + S::kStages * 8; }
-
-  SOFTCL_DEVICE void initialize() const {
-    for (int i = 0; i < S::kStages; ++i) {
-      ptx::mbarrier_init(full(i), 1);
-      ptx::mbarrier_init(empty(i), kConsumers / kWarp);
-    }
-    ptx::fence_async_proxy();
-  }
-  SOFTCL_DEVICE void wait_for(int i) const { ptx::mbarrier_wait(full(i), i / S::kStages % 2); }
-  SOFTCL_DEVICE void release(int i) const {
-    if (lane_index() == 0) ptx::mbarrier_arrive(empty(i));
-  }
-};
-
-/// Copies all tiles of the split. By one thread.
-template <typename S>
-SOFTCL_DEVICE void produce(const HopperParams& p, const Ring<S>& ring, int first_tile, int tiles) {
-  for (int i = 0; i < tiles; ++i) {
-    // The stage's last tile was the one before in it: i - kStages.
-    if (i >= S::kStages) ptx::mbarrier_wait(ring.empty(i), (i / S::kStages - 1) % 2);
-    ptx::mbarrier_expect(ring.full(i), S::kStageBytes);
-    for (int box = 0; box < S::kDim / kBoxColumns; ++box) {
-      ptx::tma_load(ring.tile(i) + box * S::kTileRows * kBoxRowBytes, &p.queue, box * kBoxColumns,
-                    (first_tile + i) * S::kTileRows, ring.full(i));
-    }
-  }
-}
 
 /// 64 rows of source (num_rows, D) from `first` on into a tile, zeros where there is none. By all
 /// consumers; fence and synchronise.
-template <typename T, int kDim>
+template <typename T, typename S>
 SOFTCL_DEVICE void load_row_tile(std::uint32_t tile, const void* source, int first,
                                  const StreamParams& p) {
-  constexpr int kPieces = kDim / 8;  // of a row
-  const auto* elements = static_cast<const T*>(source);
+  constexpr int kPieces = S::kDim / 8;  // of a row
   const int piece = threadIdx.x % kPieces;
   for (int i = threadIdx.x / kPieces; i < kWarpgroupRows; i += kConsumers / kPieces) {
-    ptx::Vector v = {};
-    if (first + i < p.num_rows) {
-      v = load_piece(elements + std::int64_t(first + i) * p.dim, piece, p.dim, p.aligned);
-    }
-    if (p.normalize) v = unit_piece<T, kDim>(v);  // all lanes
-    ptx::store_shared(tile + box_offset(kWarpgroupRows, i, piece * 8), v);
-  }
-}
-
-/// Starts s (64, N) = rows (64, D) times N rows of a tile, transposed.
-template <typename T, int kDim, int kEights>
-SOFTCL_DEVICE void multiply_rows(float (&s)[kEights][4], std::uint32_t rows, std::uint32_t tile) {
-  rows = ptx::opaque(rows);
-  SOFTCL_UNROLL
-  for (int k = 0; k < kDim / 16; ++k) {
-    ptx::wgmma_rows<T>(s, row_descriptor(rows, kWarpgroupRows, k),
-                       row_descriptor(tile, 8 * kEights, k), k > 0);
-  }
-}
-
-/// Starts mean (64, D) += weights (64, rows of the tile) times the tile.
-template <typename T, typename S, int kParts>
-SOFTCL_DEVICE void multiply_weights(float (&mean)[S::kDim / 8][4],
-                                    const Weights<S, kParts>& weights, std::uint32_t tile) {
-  SOFTCL_UNROLL
-  for (int part = 0; part < kParts; ++part) {
-    SOFTCL_UNROLL
-    for (int k = 0; k < S::kTileRows / 16; ++k) {
-      ptx::wgmma_columns<T>(mean, weights.parts[part][k], column_descriptor(tile, S::kTileRows, k));
-    }
-  }
-}
-
-/// z.t of the warpgroup's rows, by the very products that z.Q takes: a queue row equal to t must
-/// not count as better than t.
-template <typename T, int kDim>
-SOFTCL_DEVICE void find_positives(RowSums& sums, std::uint32_t rows, std::uint32_t keys) {
-  float products[kWarpgroupRows / 8][4] = {};
-  ptx::wgmma_fence();
-  multiply_rows<T, kDim>(products, rows, keys);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  ptx::settle(products);
-  // Of the diagonal one of a row's four lanes holds the element; the others add zeros.
-  SOFTCL_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    float positive = 0.0f;
-    SOFTCL_UNROLL
-    for (int n = 0; n < kWarpgroupRows / 8; ++n) {
-      SOFTCL_UNROLL
-      for (int e = 2 * i; e < 2 * i + 2; ++e) {
-        if (8 * n + accumulator_column(lane_index(), e) == warpgroup_row(i)) {
-          positive = products[n][e];
-        }
+    const std::int64_t n = first + i;
+    const std::uint32_t target = tile + box_offset(kWarpgroupRows, i, piece * 8);
+    if constexpr (kParts<T> == 2) {
+      float x[8] = {};
+      if (n < p.num_rows) load_floats(x, source, p.row_type, n, piece, p.dim, p.aligned);
+      if (p.normalize) normalize_floats<S::kDim>(x, p.row_type);  // all lanes
+      store_parts(target, S::kRowPartBytes, x);
+    } else {
+      ptx::Vector v = {};
+      if (n < p.num_rows) {
+        v = load_piece(static_cast<const T*>(source) + n * p.dim, piece, p.dim, p.aligned);
       }
+      if (p.normalize) v = unit_piece<T, S::kDim>(v);  // all lanes
+      ptx::store_shared(target, v);
     }
-    sums.positive[i] = quad_sum(positive);
   }
-}
-
-/// This warpgroup may start products; ends with pass_turn, but for the last turn of warpgroup 1.
-SOFTCL_DEVICE void take_turn(int warpgroup) {
-  ptx::named_barrier_sync(kTurn + warpgroup, kConsumers);
-}
-SOFTCL_DEVICE void pass_turn(int warpgroup, bool is_last) {
-  if (warpgroup == 0 || !is_last) ptx::named_barrier_arrive(kTurn + 1 - warpgroup, kConsumers);
 }
 
 /// The whole split for kTiles tiles of rows, without means: both rows of the samples, or one.
@@ -172,6 +100,7 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
   const int row_tile = warpgroup * kTiles;
   const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
   float s[kTiles][S::kTileRows / 8][4] = {};
+  float rest[kTiles][rest_eights<T, S::kDim>(S::kTileRows / 8)][4] = {};
   float carry[2];
   for (int i = 0; i < tiles; ++i) {
     ring.wait_for(i);
@@ -179,13 +108,14 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
     ptx::wgmma_fence();
     SOFTCL_UNROLL
     for (int r = 0; r < kTiles; ++r) {
-      multiply_rows<T, S::kDim>(s[r], rows + r * S::kRowTileBytes, ring.tile(i));
+      start_products<T, S::kDim>(s[r], rest[r], rows + r * S::kRowTileBytes, ring.tile(i),
+                                 S::kTilePartBytes);
     }
     ptx::wgmma_commit();
     pass_turn(warpgroup, i + 1 == tiles);
     ptx::wgmma_wait<0>();
     SOFTCL_UNROLL
-    for (int r = 0; r < kTiles; ++r) ptx::settle(s[r]);
+    for (int r = 0; r < kTiles; ++r) finish_products<T, S::kDim>(s[r], rest[r]);
     ring.release(i);
     const int tile = first_tile + i;
     count_products<S, kTeacher>(sums[0], s[0], p, row_tile, tile);
@@ -204,13 +134,13 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
   if constexpr (kTiles == 2) store_row_sums<S, true>(sums[1], p, row_tile + 1, false);
 }
 
-/// The whole split for one tile of rows, with its mean.
+/// The whole split for one tile of rows, with its mean, of 16-bit numbers.
 template <typename T, typename S, bool kTeacher, int kParts>
 SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, RowSums& sums,
                                    int warpgroup, int first_tile, int tiles) {
   const int row_tile = warpgroup;
   const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
-  float s[S::kTileRows / 8][4] = {};
+  float s[S::kTileRows / 8][4] = {}, rest[1][4];
   float mean[S::kDim / 8][4] = {};
   Weights<S, kParts> weights;
   float carry[2];
@@ -218,7 +148,7 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
   ring.wait_for(0);
   take_turn(warpgroup);
   ptx::wgmma_fence();
-  multiply_rows<T, S::kDim>(s, rows, ring.tile(0));
+  start_products<T, S::kDim>(s, rest, rows, ring.tile(0), 0);
   ptx::wgmma_commit();
   pass_turn(warpgroup, tiles == 1);
   ptx::wgmma_wait<0>();
@@ -231,7 +161,7 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
     take_turn(warpgroup);
     weights.settle();
     ptx::wgmma_fence();
-    multiply_rows<T, S::kDim>(s, rows, ring.tile(i));
+    start_products<T, S::kDim>(s, rest, rows, ring.tile(i), 0);
     ptx::wgmma_commit();
     multiply_weights<T, S>(mean, weights, ring.tile(i - 1));
     ptx::wgmma_commit();
@@ -256,6 +186,53 @@ SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, R
   store_means<S, kTeacher>(mean, p, row_tile);
 }
 
+/// The same of numbers in two parts. The mean of some rows is a sum by itself, added to the others
+/// by instructions that round: tensor cores would cut off more than the low parts hold. Nothing of
+/// one tile runs beside another's; meanwhile the other warpgroup multiplies.
+template <typename T, typename S, bool kTeacher>
+SOFTCL_DEVICE void sweep_parts_with_mean(const StreamParams& p, const Ring<S>& ring, RowSums& sums,
+                                         int warpgroup, int first_tile, int tiles) {
+  const std::uint32_t rows = ring.memory + warpgroup * S::kRowTileBytes;
+  constexpr int kEights = S::kTileRows / 8;
+  float mean[S::kDim / 8][4] = {};
+  for (int i = 0; i < tiles; ++i) {
+    float s[kEights][4], rest[rest_eights<T, S::kDim>(kEights)][4], sum[S::kDim / 8][4];
+    Weights<S, 2> weights;
+    float carry[2];
+    ring.wait_for(i);
+    take_turn(warpgroup);
+    ptx::wgmma_fence();
+    start_products<T, S::kDim>(s, rest, rows, ring.tile(i), S::kTilePartBytes);
+    ptx::wgmma_commit();
+    pass_turn(warpgroup, i + 1 == tiles);
+    ptx::wgmma_wait<0>();
+    finish_products<T, S::kDim>(s, rest);
+    visit_products<T, S, kTeacher>(sums, s, carry, p, ring.memory, warpgroup, first_tile, i, tiles);
+    for (int j = 0; j < 2; ++j) sums.mean_weight[j] *= carry[j];
+    pack_weights<T, S>(weights, sums, s);
+    weights.settle();
+    constexpr int kSteps = kQueueRowsAtOnce / 16;
+    SOFTCL_UNROLL
+    for (int k = 0; k < S::kTileRows / 16; k += kSteps) {
+      ptx::wgmma_fence();
+      multiply_parts<S>(sum, weights, ring.tile(i), k, k + kSteps);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::settle(sum);
+      SOFTCL_UNROLL
+      for (int n = 0; n < S::kDim / 8; ++n) {
+        SOFTCL_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          mean[n][e] = fmaf(mean[n][e], k == 0 ? carry[e / 2] : 1.0f, sum[n][e]);
+        }
+      }
+    }
+    ring.release(i);
+  }
+  store_row_sums<S, kTeacher>(sums, p, warpgroup, true);
+  store_means<S, kTeacher>(mean, p, warpgroup);
+}
+
 /// Loads the rows, finds the positives, sweeps and stores. By both consuming warpgroups.
 template <typename T, typename S, int kMeanRows>
 SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first_tile, int tiles) {
@@ -263,10 +240,9 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
   const bool passes_keys = p.ranks != nullptr && !S::kPair;
   for (int r = 0; r < S::kRowTiles; ++r) {
     const int first = first_sample_of_tile<S>(r);
-    load_row_tile<T, S::kDim>(ring.memory + r * S::kRowTileBytes, p.rows[S::kPair ? r % 2 : 0],
-                              first, p);
+    load_row_tile<T, S>(ring.memory + r * S::kRowTileBytes, p.rows[S::kPair ? r % 2 : 0], first, p);
     if (passes_keys) {
-      load_row_tile<T, S::kDim>(ring.tile(0) + r * S::kRowTileBytes, p.rows[1], first, p);
+      load_row_tile<T, S>(ring.tile(0) + r * S::kRowTileBytes, p.rows[1], first, p);
     }
   }
   ptx::fence_async_proxy();
@@ -279,25 +255,28 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
     const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
     const std::uint32_t keys =
         S::kPair ? rows + S::kRowTileBytes : ring.tile(0) + row_tile * S::kRowTileBytes;
-    find_positives<T, S::kDim>(sums[0], rows, keys);
+    find_positives<T, S>(sums[0], rows, keys);
   }
   if (passes_keys) ptx::named_barrier_arrive(kKeysRead, kHopperThreads);
   if (warpgroup == 1) ptx::named_barrier_arrive(kTurn, kConsumers);
 
+  const int student = S::kPair ? 0 : warpgroup;
   if constexpr (kMeanRows == 0) {
     sweep<T, S, false>(p, ring, sums, warpgroup, first_tile, tiles);
-  } else if constexpr (S::kSends) {
-    if (warpgroup == 0) {
-      sweep_with_mean<T, S, false, 2>(p, ring, sums[0], 0, first_tile, tiles);
+  } else if (S::kPair && warpgroup == 1) {
+    if constexpr (!S::kSends) {
+      sweep<T, S, true>(p, ring, sums, 1, first_tile, tiles);
+    } else if constexpr (kParts<T> == 2) {
+      sweep_parts_with_mean<T, S, true>(p, ring, sums[0], 1, first_tile, tiles);
     } else {
       sweep_with_mean<T, S, true, 2>(p, ring, sums[0], 1, first_tile, tiles);
     }
-  } else if (S::kPair && warpgroup == 1) {
-    sweep<T, S, true>(p, ring, sums, 1, first_tile, tiles);
-  } else if (p.weight_parts == 2) {
-    sweep_with_mean<T, S, false, 2>(p, ring, sums[0], S::kPair ? 0 : warpgroup, first_tile, tiles);
-  } else {
-    sweep_with_mean<T, S, false, 1>(p, ring, sums[0], S::kPair ? 0 : warpgroup, first_tile, tiles);
+  } else if constexpr (kParts<T> == 2) {
+    sweep_parts_with_mean<T, S, false>(p, ring, sums[0], student, first_tile, tiles);
+  } else if (S::kSends || p.weight_parts == 2) {
+    sweep_with_mean<T, S, false, 2>(p, ring, sums[0], student, first_tile, tiles);
+  } else if constexpr (!S::kSends) {
+    sweep_with_mean<T, S, false, 1>(p, ring, sums[0], student, first_tile, tiles);
   }
 }
 
@@ -307,7 +286,7 @@ template <typename T, int kDim, Pairing kPairing, int kMeanRows>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     stream_hopper_kernel(const SOFTCL_GRID_CONSTANT HopperParams p) {
 #if defined(SOFTCL_HAS_WARPGROUPS)
-  using S = HopperShape<kDim, kPairing, kMeanRows>;
+  using S = HopperShape<kDim, kPairing, kMeanRows, kParts<T>>;
   const Ring<S> ring{ptx::tile_memory()};
   const int first_tile = blockIdx.y * p.stream.tiles_per_split;
   // Not the smaller of two numbers: that would not be a uniform register.
@@ -316,14 +295,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (threadIdx.x == 0) ring.initialize();
   ptx::sync_threads();
   if (warpgroup_index() == kConsumers / kWarpgroup) {
-    ptx::decrease_registers<kProducerRegisters>();
+    ptx::decrease_registers<S::kProducerRegisters>();
     // The keys are read before the first tile takes their place.
     if (p.stream.ranks != nullptr && !S::kPair) {
       ptx::named_barrier_sync(kKeysRead, kHopperThreads);
     }
+    const int warp = threadIdx.x % kWarpgroup / kWarp;
     if (threadIdx.x == kConsumers) produce<S>(p, ring, first_tile, tiles);
+    if (S::kNumParts == 2 && warp > 0) split_tiles<S>(p.stream, ring, tiles, warp - 1);
   } else {
-    ptx::increase_registers<kConsumerRegisters>();
+    ptx::increase_registers<S::kConsumerRegisters>();
     consume<T, S, kMeanRows>(p.stream, ring, first_tile, tiles);
   }
 #endif

@@ -11,11 +11,8 @@ namespace softcl::cuda {
 
 inline constexpr int kConsumers = 2 * kWarpgroup;
 inline constexpr int kHopperThreads = kConsumers + kWarpgroup;  // of the last, one thread works
-
-// Of 65536 registers: 168 a thread at the start, then these.
-inline constexpr int kProducerRegisters = 24;
-inline constexpr int kConsumerRegisters = 240;
-static_assert(kWarpgroup * kProducerRegisters + kConsumers * kConsumerRegisters <= 65536, "");
+// Of numbers in two parts, the last warpgroup's other warps take tiles apart.
+inline constexpr int kSplittingWarps = 3;
 
 // Named barriers; 0 is sync_threads'. A turn is warpgroup 0's or 1's, in this order.
 enum NamedBarrier : int {
@@ -26,9 +23,14 @@ enum NamedBarrier : int {
   kProductsTaken = 6,
 };
 
-template <int kDimensions, Pairing kPairing, int kMeanRows>
+/// kParts: 16-bit parts of a number, 2 of fp32.
+template <int kDimensions, Pairing kPairing, int kMeanRows, int kParts = 1>
 struct HopperShape {
-  static constexpr int kDim = kDimensions;
+  static constexpr int kDim = kDimensions, kNumParts = kParts;
+  // Of 65536 registers: 168 a thread at the start, then these.
+  static constexpr int kProducerRegisters = kNumParts == 2 ? 40 : 24;
+  static constexpr int kConsumerRegisters = kNumParts == 2 ? 232 : 240;
+  static_assert(kWarpgroup * kProducerRegisters + kConsumers * kConsumerRegisters <= 65536, "");
   static constexpr bool kPair = kPairing == Pairing::kPaired;
   // Without means a warpgroup has registers for both rows of its samples.
   static constexpr bool kBoth = kPair && kMeanRows == 0;
@@ -36,18 +38,23 @@ struct HopperShape {
   static constexpr bool kSends = kPair && kMeanRows == 2;
   static constexpr int kRowTiles = kBoth ? 4 : 2;  // of 64 rows each
   static constexpr int kSamples = (kPair ? 1 : 2) * kRowTiles / 2 * kWarpgroupRows;
-  static constexpr int kTileRows = kDim == 256 ? 64 : 128;
-  static constexpr int kStages = kDim == 256 && kBoth ? 3 : 4;
-  static constexpr int kRowTileBytes = kWarpgroupRows * kDim * 2;
-  static constexpr int kStageBytes = kTileRows * kDim * 2;
+  // What shared memory has room for, and registers for two accumulators of products.
+  static constexpr bool kNarrow = kDim * kNumParts == 256 && (kNumParts == 1 || kBoth);
+  static constexpr int kTileRows = kNarrow ? 64 : 128;
+  static constexpr int kStages = kDim * kNumParts < 256 ? 4 : kBoth ? 3 : kNarrow ? 4 : 2;
+  static constexpr int kRowPartBytes = kWarpgroupRows * kDim * 2;
+  static constexpr int kTilePartBytes = kTileRows * kDim * 2;
+  static constexpr int kRowTileBytes = kNumParts * kRowPartBytes;
+  static constexpr int kStageBytes = kNumParts * kTilePartBytes;
   static constexpr int kSentBytes = kSends ? kTileRows * kWarpgroupRows * 4 : 0;
   // Offsets in shared memory; the rows are at 0.
   static constexpr int kStagesAt = kRowTiles * kRowTileBytes;
   static constexpr int kSentAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kBarriersAt = kSentAt + kSentBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
+  static constexpr int kSharedBytes = kBarriersAt + (1 + kNumParts) * kStages * 8;
   static_assert(kSharedBytes <= 227 << 10, "a block has no more");
   static_assert(kStages * kStageBytes >= 2 * kRowTileBytes, "keys pass through, for the ranks");
+  static constexpr float kMeanScale = kNumParts == 2 ? 1.0f / kPartScale : 1.0f;
 };
 
 /// What a thread holds of rows g = lane / 4 and g + 8 of its warp's 16.
@@ -101,8 +108,9 @@ SOFTCL_DEVICE void store_chunk_maxima(RowSums& sums, const float (&s)[S::kTileRo
       if (!ends) continue;
       const int sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
       if (sample < p.num_rows) {
-        p.maxima[std::int64_t(sample) * p.num_chunks +
-                 chunk_of(step, lane_index(), p.steps_per_chunk)] = largest;
+        ptx::store_global(p.maxima + std::int64_t(sample) * p.num_chunks +
+                              chunk_of(step, lane_index(), p.steps_per_chunk),
+                          largest);
       }
       largest = kAbsent;
     }
@@ -124,7 +132,9 @@ SOFTCL_DEVICE void store_row_sums(const RowSums& sums, const StreamParams& p, in
     if (sample >= p.num_rows || lane_index() % 4 != 0) continue;
     const std::int64_t sum_row = (kTeacher ? p.num_rows : 0) + sample;
     float* slots = p.sums + std::int64_t(blockIdx.y) * kNumSlots * p.num_sum_rows + sum_row;
-    const auto store = [&](SumSlot slot, float x) { slots[slot * p.num_sum_rows] = x; };
+    const auto store = [&](SumSlot slot, float x) {
+      ptx::store_global(slots + slot * p.num_sum_rows, x);
+    };
     if (p.softmax || (S::kPair && !kTeacher)) {
       store(kWeights, weight);
       store(kCosines, cosine);
@@ -133,7 +143,7 @@ SOFTCL_DEVICE void store_row_sums(const RowSums& sums, const StreamParams& p, in
     if (kTeacher && p.softmax) store(kStudentCosines, student);
     if (has_mean) store(kMeanWeights, mean_weight);
     if (!kTeacher && p.ranks != nullptr) {
-      p.ranks[std::int64_t(blockIdx.y) * p.num_rows + sample] = rank;
+      ptx::store_global(p.ranks + std::int64_t(blockIdx.y) * p.num_rows + sample, rank);
     }
   }
 }
@@ -153,7 +163,7 @@ SOFTCL_DEVICE void store_means(const float (&mean)[S::kDim / 8][4], const Stream
       SOFTCL_UNROLL
       for (int e = 2 * i; e < 2 * i + 2; ++e) {
         const int d = 8 * n + accumulator_column(lane_index(), e);
-        if (d < p.dim) target[d] = mean[n][e];
+        if (d < p.dim) ptx::store_global(target + d, mean[n][e] * S::kMeanScale);
       }
     }
   }

@@ -18,16 +18,21 @@ inline void launch_hopper_variant(const HopperParams& p, ElementType type, Pairi
   with_variant(pairing, mean_rows, [&](auto pairing_constant, auto mean_constant) {
     constexpr Pairing kPairing = decltype(pairing_constant)::value;
     constexpr int kMeanRows = decltype(mean_constant)::value;
-    using S = HopperShape<kDim, kPairing, kMeanRows>;
-    const auto kernel = type == ElementType::kFloat16
-                            ? &stream_hopper_kernel<Float16, kDim, kPairing, kMeanRows>
-                            : &stream_hopper_kernel<BFloat16, kDim, kPairing, kMeanRows>;
+    const auto launch_type = [&](auto element) {
+      using T = decltype(element);
+      using S = HopperShape<kDim, kPairing, kMeanRows, kParts<T>>;
+      const auto kernel = &stream_hopper_kernel<T, kDim, kPairing, kMeanRows>;
 #if defined(__CUDACC__)
-    launch(kernel, grid, kHopperThreads, S::kSharedBytes, stream, p);
+      launch(kernel, grid, kHopperThreads, S::kSharedBytes, stream, p);
 #else
-    static_cast<void>(stream);
-    host::run_warpgroups(grid, kHopperThreads, S::kSharedBytes, [&] { kernel(p); });
+      static_cast<void>(stream);
+      host::run_warpgroups(grid, kHopperThreads, S::kSharedBytes, [&] { kernel(p); });
 #endif
+    };
+    if (type == ElementType::kBFloat16) return launch_type(BFloat16());
+    if (type == ElementType::kFloat16) return launch_type(Float16());
+    if constexpr (kDim <= kMostPartsDimensions) return launch_type(TwoParts());
+    throw std::logic_error("see can_stream_hopper");
   });
 }
 

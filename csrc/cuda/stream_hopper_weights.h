@@ -10,13 +10,9 @@
 
 namespace softcl::cuda {
 
-// What fp16 weights are multiplied by for their product: the largest, 1 at the running maximum,
-// becomes as large as fp16 has it, and weights down to 2^-39 of it still have a value. Their sum in
-// the same product's scale divides it out again.
-inline constexpr float kHeadroom = 32768.0f;
-
+/// Its weights are fp16, and relative to a running maximum.
 template <typename T>
-inline constexpr bool kHasMaximum = std::is_same_v<T, Float16>;
+inline constexpr bool kHasMaximum = !std::is_same_v<T, BFloat16>;
 
 /// Where the student's products with the same queue rows are, for z.mu.
 struct NoProducts {
@@ -47,26 +43,26 @@ struct SentProducts {
 template <typename S, bool kTeacher>
 SOFTCL_DEVICE void count_products(RowSums& sums, float (&s)[S::kTileRows / 8][4],
                                   const StreamParams& p, int row_tile, int tile) {
-  const std::int64_t left = p.queue_size - std::int64_t(tile) * S::kTileRows;
+  const int left = static_cast<int>(p.queue_size) - tile * S::kTileRows;  // of at most 2^30
   if (left < S::kTileRows) {
     SOFTCL_UNROLL
     for (int n = 0; n < S::kTileRows / 8; ++n) {
       SOFTCL_UNROLL
       for (int e = 0; e < 4; ++e) {
-        if (8 * n + accumulator_column(lane_index(), e) >= static_cast<int>(left)) {
+        if (8 * n + accumulator_column(lane_index(), e) >= left) {
           s[n][e] = kAbsent;
         }
       }
     }
   }
-  if (!kTeacher && p.ranks != nullptr) {
+  if (!kTeacher && p.has_ranks) {
     SOFTCL_UNROLL
     for (int n = 0; n < S::kTileRows / 8; ++n) {
       SOFTCL_UNROLL
       for (int e = 0; e < 4; ++e) sums.rank[e / 2] += s[n][e] > sums.positive[e / 2];
     }
   }
-  if ((kTeacher || !S::kPair) && p.maxima != nullptr) {
+  if ((kTeacher || !S::kPair) && p.has_maxima) {
     store_chunk_maxima<S>(sums, s, p, row_tile, tile);
   }
 }
@@ -179,7 +175,7 @@ template <typename T>
 SOFTCL_DEVICE std::uint32_t pack_pair(float& first, float& second, float& sum) {
   std::uint32_t packed;
   float rounded[2];
-  if constexpr (std::is_same_v<T, Float16>) {
+  if constexpr (kHasMaximum<T>) {
     packed = ptx::pack_fp16(first, second);
     rounded[0] = ptx::float_of_fp16(static_cast<std::uint16_t>(packed & 0xffff));
     rounded[1] = ptx::float_of_fp16(static_cast<std::uint16_t>(packed >> 16));

@@ -5,11 +5,17 @@
 
 #include "layout.h"
 #include "ptx.h"
+#include "rows.h"
 #include "stream.h"
 
 namespace softcl::cuda {
 
-inline constexpr std::uint32_t kOnes = 0x3F803F80;  // two ones in bf16
+inline constexpr std::uint32_t kOnesBf16 = 0x3F803F80, kOnesFp16 = 0x3C003C00;  // two ones
+
+// What fp16 weights are multiplied by for their product: the largest, 1 at the running maximum,
+// becomes as large as fp16 has it, and weights down to 2^-39 of it still have a value. Their sum in
+// the same product's scale divides it out again.
+inline constexpr float kHeadroom = 32768.0f;
 
 // The product of a column past the end of the queue: no weight, no rank, the least of its chunk.
 // It is finite, so that a weight of zero times it is zero.
@@ -31,6 +37,7 @@ struct Shape {
   // Per multiprocessor, by registers (255 a thread) and, of two parts, by shared memory.
   static constexpr int kBlocks = kThreads > 128 || kDim* kNumParts > 256 ? 1 : 2;
   static constexpr int kMeanDim = kDim / kMeanWarps;  // columns of a mean that one warp holds
+  static constexpr float kMeanScale = kNumParts == 2 ? 1.0f / kPartScale : 1.0f;
   static constexpr int kSamples = kPair ? kTileSamples : 2 * kTileSamples;
   static constexpr int kTileRows = kDim * kNumParts >= 256 ? 32 : 64;
   static constexpr int kStages = kDim * kNumParts >= 256 ? 2 : 3;
@@ -168,7 +175,7 @@ SOFTCL_DEVICE void store_sums(State<S>& state, const StreamParams& p) {
         SOFTCL_UNROLL
         for (int e = 2 * i; e < 2 * i + 2; ++e) {
           const int d = part_index<S>() * S::kMeanDim + 8 * n + accumulator_column(lane_index(), e);
-          if (d < p.dim) ptx::store_global(mean + d, state.mean[r][n][e]);
+          if (d < p.dim) ptx::store_global(mean + d, state.mean[r][n][e] * S::kMeanScale);
         }
       }
     }

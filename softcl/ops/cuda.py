@@ -1,8 +1,9 @@
 """The CUDA C++ backend: the one-pass operator on NVIDIA GPUs, in two launches (see ``csrc/cuda``).
 
     csrc/cuda/stream_kernel.h        one visit of the queue: softmax sums, chunk maxima
-    csrc/cuda/stream_hopper_kernel.h the same on compute capability 9.0, where D is a multiple of 8
-                                     and the temperatures, for bfloat16, are 0.023 or more
+    csrc/cuda/stream_hopper_kernel.h the same on compute capability 9.0, where D is a multiple of 8,
+                                     and for bfloat16 temperatures are 0.023 or more, for float32
+                                     and mixed types D <= 128
     csrc/cuda/soft_contrastive.cu    merge, exact neighbours, label rule, loss and gradient
     csrc/cuda/queue_statistics.cu    merge, exact neighbours
 

@@ -286,6 +286,13 @@ void collect(Site site, void* mine, void (*act)(void* const* lanes)) {
   warp.runnable = 0xffffffffu;
 }
 
+void sync_warp(Site site) {
+  if (!is_kept(site)) return;
+  collect(site, nullptr, [](void* const*) {
+    if (m.hardware != nullptr) m.hardware->meet_in_warp(m.current / kWarp * kWarp);
+  });
+}
+
 namespace {
 
 // Reports an access that races with an earlier one; notes it otherwise.

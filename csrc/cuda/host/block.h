@@ -57,9 +57,10 @@ class Hardware {
   virtual void end_block() = 0;
   virtual void end_thread() = 0;
   virtual void access(std::uint32_t address, int size, Access access) = 0;
-  virtual void meet_at_barrier() = 0;  // all threads have
-  virtual bool advance() = 0;          // does something that was under way; false: nothing is
-  virtual std::string waiting() = 0;   // who waits for what
+  virtual void meet_at_barrier() = 0;               // all threads have
+  virtual void meet_in_warp(int first_thread) = 0;  // those of one warp
+  virtual bool advance() = 0;         // does something that was under way; false: nothing is
+  virtual std::string waiting() = 0;  // who waits for what
 };
 
 /// Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws
@@ -76,6 +77,9 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::functi
 
 /// All threads of the block.
 void barrier(Site site);
+
+/// All lanes of the warp. Known to the hardware that watches shared memory, where a kernel has it.
+void sync_warp(Site site);
 
 /// Nothing to wait for: grids run one after the other. But it is noted who has waited.
 void wait_for_previous_grid(Site site);

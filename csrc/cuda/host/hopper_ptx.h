@@ -124,8 +124,8 @@ void wgmma_rows(float (&c)[kEights][4], std::uint64_t a, std::uint64_t b, bool a
 }
 
 template <typename T, int kEights>
-void wgmma_columns(float (&c)[kEights][4], const Vector& a, std::uint64_t b) {
-  host::start_product({&c[0][0], 8 * kEights, a.x, 0, b, true, true, to_float_of<T>});
+void wgmma_columns(float (&c)[kEights][4], const Vector& a, std::uint64_t b, bool add) {
+  host::start_product({&c[0][0], 8 * kEights, a.x, 0, b, true, add, to_float_of<T>});
 }
 
 }  // namespace softcl::cuda::ptx

@@ -86,6 +86,7 @@ class Hopper final : public Hardware {
   void end_thread() override;
   void access(std::uint32_t address, int size, Access access) override;
   void meet_at_barrier() override;
+  void meet_in_warp(int first_thread) override;
   bool advance() override;
   std::string waiting() override;
 

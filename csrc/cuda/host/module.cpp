@@ -76,13 +76,17 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
   module.def("accumulator_column", &softcl::cuda::accumulator_column, "lane"_a, "i"_a);
   module.def(
       "hopper_shape",
-      [](int dim, bool paired, int mean_rows) {
+      [](int dim, bool paired, int mean_rows, int kernel_type) {
         using softcl::cuda::Pairing;
-        const auto shape = softcl::cuda::hopper_shape(
-            dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows);
+        const auto shape =
+            softcl::cuda::hopper_shape(softcl::ElementType(kernel_type), dim,
+                                       paired ? Pairing::kPaired : Pairing::kSingle, mean_rows);
         return std::make_tuple(shape.rows_per_block, shape.tile_rows, shape.shared_bytes);
       },
-      "dim"_a, "paired"_a, "mean_rows"_a);
+      "dim"_a, "paired"_a, "mean_rows"_a, "kernel_type"_a = 1);
+  module.def("split_line", &softcl::cuda::split_line, "lane"_a, "half"_a);
+  module.def("split_piece", &softcl::cuda::split_piece, "lane"_a);
+  module.def("line_offset", &softcl::cuda::line_offset, "line"_a, "byte"_a);
   module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "steps_per_chunk"_a);
   module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "steps_per_chunk"_a);
 }

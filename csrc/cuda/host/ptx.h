@@ -17,6 +17,7 @@
 #define SOFTCL_DEVICE inline
 #define SOFTCL_UNROLL
 #define SOFTCL_UNROLL_BY_4
+#define SOFTCL_UNROLL_BY(constant)
 #define SOFTCL_NO_UNROLL
 
 namespace softcl::cuda::ptx {
@@ -32,6 +33,10 @@ struct alignas(16) Vector {
 
 inline void sync_threads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::barrier({file, line});
+}
+
+inline void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::sync_warp({file, line});
 }
 
 inline void keep_order() {}

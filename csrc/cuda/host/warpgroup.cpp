@@ -85,6 +85,16 @@ void Hopper::meet_at_barrier() {
   }
 }
 
+void Hopper::meet_in_warp(int first_thread) {
+  static Knowledge all;
+  all = threads_[first_thread].knowledge;
+  for (int i = 1; i < 32; ++i) all.acquire(threads_[first_thread + i].knowledge);
+  for (int i = 0; i < 32; ++i) {
+    threads_[first_thread + i].knowledge.acquire(all);
+    ++threads_[first_thread + i].knowledge.known[first_thread + i];
+  }
+}
+
 Mbarrier& Hopper::mbarrier(std::uint32_t address) {
   const auto found = mbarriers_.find(address);
   if (found == mbarriers_.end()) report("no barrier initialised: " + place(address));
@@ -112,15 +122,17 @@ bool Hopper::advance() {
   for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < map.box_columns; ++c) {
       const std::int64_t row = std::int64_t(copy.row) + r, column = std::int64_t(copy.column) + c;
-      std::uint16_t x = 0;
+      const int size = map.element_bytes;
+      std::uint32_t x = 0;
       if (row >= 0 && row < map.rows && column >= 0 && column < map.columns) {
-        std::memcpy(&x, static_cast<const char*>(map.base) + row * map.row_bytes + column * 2, 2);
+        const auto* from = static_cast<const char*>(map.base) + row * map.row_bytes;
+        std::memcpy(&x, from + column * size, size);
       }
-      std::memcpy(shared_ + swizzled(copy.target + (r * map.box_columns + c) * 2), &x, 2);
+      std::memcpy(shared_ + swizzled(copy.target + (r * map.box_columns + c) * size), &x, size);
     }
   }
   Mbarrier& b = mbarriers_.at(copy.barrier);
-  b.bytes -= map.box_rows * map.box_columns * 2;
+  b.bytes -= map.box_bytes();
   std::uint32_t& arrived = b.arriving.known[b.agent];
   arrived = std::max(arrived, copy.time);
   end_phase_if_due(b);
@@ -235,10 +247,10 @@ void fence_async_proxy(Site site) {
 
 void copy_box(std::uint32_t target, const TensorMap* map, int column, int row,
               std::uint32_t barrier) {
-  const int bytes = map->box_rows * map->box_columns * 2;
+  const int bytes = map->box_bytes();
   if (target % 1024 != 0) report("a copy with 128-byte swizzle to " + place(target));
-  if (map->box_columns * 2 != 128 || map->box_rows > 256 || map->row_bytes % 16 != 0 ||
-      reinterpret_cast<std::uintptr_t>(map->base) % 16 != 0) {
+  if (map->box_columns * map->element_bytes != 128 || map->box_rows > 256 ||
+      map->row_bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(map->base) % 16 != 0) {
     report("a tensor map that no device takes");
   }
   Mbarrier& b = h.mbarrier(barrier);

@@ -23,14 +23,17 @@
 
 namespace softcl::cuda::host {
 
-/// A matrix (rows, columns) of 16-bit numbers in memory, and the box that one copy moves.
+/// A matrix (rows, columns) in memory, and the box that one copy moves.
 struct TensorMap {
   const void* base;
   std::int64_t rows;
   std::int64_t columns;
+  int element_bytes;  // 2 or 4
   std::int64_t row_bytes;
   int box_rows;
-  int box_columns;  // 64: the 128 bytes of the swizzle
+  int box_columns;  // the 128 bytes of the swizzle
+
+  int box_bytes() const { return box_rows * box_columns * element_bytes; }
 };
 
 /// run_grid with this hardware.
