@@ -88,8 +88,8 @@ def test_accumulators_are_fragments(host):
 
 
 def test_lanes_take_a_tile_apart_without_bank_conflicts(host):
-    """Two passes of a warp cover eight lines of 64 columns; every access of eight neighbouring lanes,
-    16 bytes each, to fp32 or to parts, fills all 32 banks."""
+    """Two passes of a warp cover eight lines of 64 columns; every access of eight neighbouring
+    lanes, 16 bytes each, to fp32 or to parts, fills all 32 banks."""
     where = {
         (lane, half): (host.split_line(lane, half), host.split_piece(lane))
         for lane in range(32)
