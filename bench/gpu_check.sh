@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a GPU can say about the Triton backend, in one command and under 9 minutes:
+# Everything that a GPU can say about the backends triton and cuda, in one command and under 9 minutes:
 #
 #     bench/gpu_check.sh               results to $OUT, or bench/results
 #     bench/gpu_check.sh --dry-run     this script and its Python on the CPU, tiny shapes
 #
-# Builds, runs the tests with the interpreter off, lets compute-sanitizer watch small calls where it
-# is installed, then checks and times (bench/gpu_table.py: CUDA graphs, equal bits over 20 runs, the
-# table). A step that fails is named at the end, and the others still run. Needs no network.
+# Builds, checks and times (bench/gpu_table.py: float64, CUDA graphs, equal bits over 20 runs, the
+# table), runs the tests with the interpreter off, lets compute-sanitizer watch small calls where it is
+# installed, and times a run's step with NCCL in it (bench/engine_cost.py). What tells most comes
+# first. A step that fails is named at the end, and the others still run. Needs no network.
 # PYTHON names another interpreter than .venv's.
 
 set -uo pipefail
@@ -35,22 +36,23 @@ if [[ ${1:-} == --dry-run ]]; then
 else
   unset TRITON_INTERPRET
   step "build" 90 "$python" setup.py build_ext --inplace
-  # The Triton files first: a time limit would cut off others. Compiling ahead of time and the
+  step "table" 240 "$python" bench/gpu_table.py --budget 200
+  # The GPU's files first: a time limit would cut off others. Compiling ahead of time and the
   # interpreter need no GPU and run elsewhere.
-  step "tests" 190 "$python" -m pytest -q -p no:cacheprovider tests/test_triton_*.py tests \
-    -k "not in_interpreter and not test_tile and not gpu_check"
+  step "tests" 150 "$python" -m pytest -q -p no:cacheprovider tests/test_triton_*.py \
+    tests/test_cuda_[!hb]*.py tests -k "not in_interpreter and not test_tile and not gpu_check"
   if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null)
   then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-      step "$tool" 45 "${sanitizer%%$'\n'*}" --tool "$tool" --error-exitcode 1 \
+      step "$tool" 40 "${sanitizer%%$'\n'*}" --tool "$tool" --error-exitcode 1 \
         "$python" bench/gpu_table.py --small
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   else
     echo "== compute-sanitizer is not installed here: neither memcheck nor racecheck was run"
   fi
-  step "table" 300 "$python" bench/gpu_table.py --budget $((limit - SECONDS - 45))
+  step "engine" 40 "$python" bench/engine_cost.py --rounds 40
 fi
 
 echo "== ${SECONDS} s"

@@ -1,17 +1,19 @@
-"""Checks the Triton backend on the GPU at hand, then times it beside its peers.
+"""Checks the backends triton and cuda on the GPU at hand, then times them beside their peers.
 
     python bench/gpu_table.py [--out FOLDER] [--budget SECONDS]     writes <gpu>.json and <gpu>.md
     python bench/gpu_table.py --small                               one small call of every kind
     TRITON_INTERPRET=1 python bench/gpu_table.py --dry-run          tiny shapes on the CPU
 
 Every row is held to the float64 oracle, to the same bits over 20 runs and to a CUDA graph's replay
-before it is timed. Times are forward and gradient, medians of rounds in which the contenders take
-turns, each a CUDA graph of 20 calls that go round copies of the inputs larger than L2 together.
+before it is timed; what is wrong is said in its place, is not timed, and makes the exit status 1.
+Times are forward and gradient, medians of rounds in which the contenders take turns, each a CUDA
+graph of 20 calls that go round copies of the inputs larger than L2 together.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from softcl.testing import (  # noqa: E402
     Problem,
     assert_loss_close,
     assert_neighbors_close,
+    available_backends,
     loss_oracle,
     make_problem,
 )
@@ -48,6 +51,7 @@ TEMPERATURES = 0.1, 0.05
 DETERMINISM_RUNS = 20
 CALLS = 20  # in one graph
 ROUNDS = 7
+OURS = ("triton", "cuda")
 HOT = "triton, L2 hot"  # on the same inputs again and again
 
 
@@ -64,6 +68,7 @@ class Row:
     python: float = math.nan  # host time of one call
     floor: float = math.nan  # at the measured rate of a large bf16 product
     graph: bool = True  # triton's calls were timed in a CUDA graph
+    wrong: bool = False  # a backend of ours is
 
     @property
     def flop(self) -> int:
@@ -119,8 +124,14 @@ def copies_for(row: Row, device: str) -> int:
 def contenders_of(row: Row, device: str) -> dict:
     """Name -> step(problem) that computes losses and gradient, or neighbours."""
     if row.kind == "search":
-        return {"triton": search_ours, "matmul + topk": search_in_blocks}
-    steps = {"triton": lambda p: loss_step(ours, p, RULES[row.kind])}
+        steps = {name: lambda p, name=name: search(p, name) for name in ours_on(device)}
+        return steps | {"matmul + topk": search_in_blocks}
+    steps = {
+        name: lambda p, name=name: loss_step(
+            functools.partial(ours, backend=name), p, RULES[row.kind]
+        )
+        for name in ours_on(device)
+    }
     for name, peer in PEERS.items():
         if absent(name, device, RULES[row.kind]):
             continue
@@ -130,11 +141,18 @@ def contenders_of(row: Row, device: str) -> dict:
     return steps
 
 
-def ours(query, key, queue, rule, temperature, teacher_temperature):
+@functools.cache
+def ours_on(device: str) -> tuple[str, ...]:
+    """The backends that run here; triton is the one that this is about, and never left out."""
+    here = available_backends(make_problem(2, 8, 16, dtype=torch.bfloat16, device=device))
+    return tuple(name for name in OURS if name == "triton" or name in here)
+
+
+def ours(query, key, queue, rule, temperature, teacher_temperature, *, backend):
     return softcl.soft_contrastive_loss(
         query, key, queue, rule,
         temperature=temperature, teacher_temperature=teacher_temperature,
-        reduction="none", backend="triton",
+        reduction="none", backend=backend,
     )  # fmt: skip
 
 
@@ -146,9 +164,9 @@ def loss_step(loss_rows, p: Problem, rule):
     return rows.detach(), gradient
 
 
-def search_ours(p: Problem):
+def search(p: Problem, backend: str):
     found = softcl.queue_statistics(
-        p.query, p.queue, 1.0, num_neighbors=10, sums=False, backend="triton"
+        p.query, p.queue, 1.0, num_neighbors=10, sums=False, backend=backend
     )
     return found.neighbor_logits, found.neighbor_indices
 
@@ -161,9 +179,8 @@ def search_in_blocks(p: Problem, block: int = 2048):
 # ------------------------------------------------------------------------------------------ checks
 
 
-def check(row: Row, p: Problem, device: str) -> None:
+def check(row: Row, step, p: Problem, device: str) -> None:
     """The oracle on the first rows, equal bits run after run, and the same from a graph."""
-    step = contenders_of(row, device)["triton"]
     first = step(p)
     some = Problem(p.query[:64], p.key[:64], p.queue)
     if row.kind == "search":
@@ -261,9 +278,15 @@ def python_time(step, p: Problem, device: str, calls: int = 50) -> float:
 def measure(row: Row, device: str, rate: float, rounds: int) -> None:
     """Fill ``row.times``: contenders take turns, medians count; one that has no room says so."""
     problems = inputs_of(row, device, copies_for(row, device))
-    check(row, problems[0], device)
     timers, steps = {}, contenders_of(row, device)
-    if len(problems) > 1:  # else there is nothing to go round
+    for name in ours_on(device):
+        try:
+            check(row, steps[name], problems[0], device)
+        except AssertionError as error:
+            row.times[name] = f"wrong: {(str(error) or repr(error)).splitlines()[0]}"
+            row.wrong = True
+            del steps[name]
+    if len(problems) > 1 and "triton" in steps:  # else there is nothing to go round
         steps[HOT] = steps["triton"]
     for name, step in steps.items():
         try:
@@ -282,8 +305,8 @@ def measure(row: Row, device: str, rate: float, rounds: int) -> None:
                 row.times[name] = "out of memory"
                 del timers[name]
     row.times |= {name: statistics.median(samples[name]) for name in timers}
-    if row.N * row.K <= 1 << 20:
-        row.python = python_time(contenders_of(row, device)["triton"], problems[0], device)
+    if row.N * row.K <= 1 << 20 and "triton" in steps:
+        row.python = python_time(steps["triton"], problems[0], device)
     row.floor = row.flop / rate * 1e6
 
 
@@ -325,7 +348,8 @@ def markdown(rows: list[Row], about: dict[str, str], rate: float) -> str:
         for name in names:
             other = row.times.get(name, "")
             ratio = numeric and isinstance(other, float)
-            cells.append(f"{other / own:.2f}x" if ratio else str(other))
+            alone = f"{other:.1f} us" if isinstance(other, float) else str(other)
+            cells.append(f"{other / own:.2f}x" if ratio else alone)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -353,9 +377,10 @@ def small(device: str) -> None:
     N, K = (3, 90) if tiny else (37, 1000)
     for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float32, torch.float16):
         p = make_problem(N, K, 64, dtype=dtype, device=device)
-        for rule in RULES.values():
-            loss_step(ours, p, rule)
-        softcl.queue_statistics(p.query, p.queue, 0.01, num_neighbors=70, backend="triton")
+        for backend in ours_on(device):
+            for rule in RULES.values():
+                loss_step(functools.partial(ours, backend=backend), p, rule)
+            softcl.queue_statistics(p.query, p.queue, 0.01, num_neighbors=70, backend=backend)
         queue = MemoryQueue(50, 64, dtype=dtype, device=device)
         queue.enqueue(p.key)
         assert queue.refused == 0
@@ -389,6 +414,11 @@ def main() -> None:
         written = write(arguments.out, done, versions(device), rate, len(rows) - len(done))
     print(written.read_text())
     print(f"gpu_table: wrote {written}")
+    for row in done:
+        if row.wrong:
+            said = {name: row.times[name] for name in OURS if isinstance(row.times.get(name), str)}
+            print(f"gpu_table: {row.N}, {row.K}, {row.D} {row.kind}: {said}", file=sys.stderr)
+    sys.exit(any(row.wrong for row in done))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_dry_run(tmp_path):
     for row in result["rows"]:
         peers = {"matmul + topk"} if row["kind"] == "search" else {"eager", "chunked", "attention"}
         times = set(row["times"]) - {"lightly", "linear-ce"}  # for hard labels, where they are
-        assert times == {"triton"} | peers
+        assert times == {"triton", "triton, L2 hot"} | peers
         assert row["kind"] == "hard" or times == set(row["times"])
         assert all(value > 0 for value in row["times"].values())
     text = table.with_suffix(".md").read_text()
@@ -46,7 +46,7 @@ def test_dry_run(tmp_path):
 
 
 def test_a_step_that_fails_is_named(tmp_path):
-    """A backend that gives wrong losses: the table is not made, and the command fails."""
+    """A backend that gives wrong losses: the table says so in its place, and the command fails."""
     broken = tmp_path / "sitecustomize.py"
     broken.write_text(
         "import softcl.testing\n"
@@ -60,7 +60,13 @@ def test_a_step_that_fails_is_named(tmp_path):
     answer = run(tmp_path, "--dry-run", PYTHONPATH=paths)
     assert answer.returncode == 1
     assert "failed: table" in answer.stdout and "loss is off" in answer.stderr
-    assert not list(tmp_path.glob("*.json"))
+    (table,) = tmp_path.glob("*.json")
+    for row in json.loads(table.read_text())["rows"]:
+        times = row["times"]
+        assert row["wrong"] == (row["kind"] != "search")
+        assert isinstance(times["triton"], str) == row["wrong"]
+        assert all(value > 0 for name, value in times.items() if name in ("eager", "chunked"))
+    assert "wrong: loss is off" in table.with_suffix(".md").read_text()
 
 
 def test_tuning(tmp_path):
