@@ -27,7 +27,7 @@ import tensorboard.summary.writer.record_writer  # noqa: E402, F401  (once, not 
 import timm  # noqa: E402, F401
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from runs import assert_same_run  # noqa: E402
+from run_comparison import assert_same_run  # noqa: E402
 
 from softcl.data import load as load_module  # noqa: E402
 from softcl.data import make_shapes  # noqa: E402

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_run
+from run_comparison import assert_same_run
 
 from softcl.data import DataError, ImageSet, load_dataset, weak_view
 from softcl.data import load as load_module

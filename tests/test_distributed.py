@@ -16,7 +16,7 @@ import distributed_steps
 import pytest
 import torch
 from processes import free_port, run_cases
-from runs import assert_same
+from run_comparison import assert_same
 
 import softcl
 from softcl.data.views import VIEWS, Share

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run
+from run_comparison import assert_same_run
 
 from softcl import train
 from softcl.ops import BackendChoice

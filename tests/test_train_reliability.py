@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run
+from run_comparison import assert_same_run
 
 from softcl.evaluation import KNN
 from softcl.train import main

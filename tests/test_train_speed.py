@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run
+from run_comparison import assert_same_run
 from torch import nn
 
 from softcl.methods import ASCL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run
+from run_comparison import assert_same_run
 
 from softcl.data import load as load_module
 from softcl.data import on_demand
