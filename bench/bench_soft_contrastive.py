@@ -231,6 +231,7 @@ def bench_loss_and_gradient(
         conditions(device),
         shape=list(shape),
         rule=rule.name,
+        num_neighbors=rule.num_neighbors,
         dtype=dtype,
         contender=contender,
         flop=cost.flop,

@@ -14,18 +14,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import neighbor_peers, peers, view_peers
+from bench import contenders
 from bench.ceilings import measured
 from bench.machine import conditions
 from bench.table import Row, format_tables
 from bench.timing import cuda_time
 from softcl.ops.backends import BACKENDS
 from softcl.testing import RULES
-
-# Of every file: the losses', the search's, the views' and the training step's.
-ALL_PEERS = (
-    *peers.PEERS, peers.AS_IT_COMES, *neighbor_peers.PEERS, *view_peers.PEERS, "bare"
-)  # fmt: skip
 
 _ROWS = pytest.StashKey[list[Row]]()
 
@@ -36,7 +31,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--shapes", choices=("quick", "main", "grid"), help="named set of shapes (default: quick)"
     )
-    known = {"rule": {r.name: None for r in RULES}, "backend": BACKENDS, "peer": ALL_PEERS}
+    known = {"rule": {r.name: None for r in RULES}, "backend": BACKENDS, "peer": contenders.PEERS}
     for name, choices in known.items():
         group.addoption(
             f"--{name}",

@@ -20,11 +20,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
+from bench.contenders import ALL  # noqa: E402
 from bench.table import OURS, Row, compared, format_tables  # noqa: E402
 
-COLORS = {name: f"C{i}" for i, name in enumerate(("cpu", "triton", "cuda"))}
-OTHERS = [f"C{i}" for i in range(3, 10)]
+# Strong colours first: those of tab20 come in pairs of a strong and a pale one.
+PALETTE = plt.colormaps["tab20"].colors
+COLORS = dict(zip(ALL, PALETTE[::2] + PALETTE[1::2], strict=False))
+OURS_WIDTH, WIDTH = 2.5, 1.2
 
 
 class Result:
@@ -37,6 +41,8 @@ class Result:
         self.contender: str = self.info.get("contender", benchmark["name"])
         self.shape: tuple[int, int, int] | None = tuple(self.info.get("shape") or ()) or None
         self.rule: str | None = self.info.get("rule")
+        if self.rule and self.info.get("num_neighbors"):
+            self.rule += f"({self.info['num_neighbors']})"
         self.peak: int | None = self.info.get("peak_bytes")
 
     @property
@@ -94,13 +100,17 @@ def describe(machines: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------- plots
 
 
-def color_of(contender: str, contenders: list[str]) -> str:
-    others = [c for c in contenders if c not in COLORS]
-    return COLORS.get(contender) or OTHERS[others.index(contender) % len(OTHERS)]
+def color_of(contender: str) -> tuple:
+    return COLORS.get(contender, (0.5, 0.5, 0.5))
+
+
+def in_order(names: set[str]) -> list[str]:
+    """As the legend lists them: ours, then the peers."""
+    return [name for name in ALL if name in names] + sorted(names.difference(ALL))
 
 
 def series_of(results: list[Result]) -> dict[tuple, list[Result]]:
-    """(N, D, rule, dtype) -> results, those with two queue sizes or more."""
+    """(N, D, label rule, dtype) -> results, those with two queue sizes or more."""
     series: dict[tuple, list[Result]] = {}
     for r in results:
         if r.shape:
@@ -109,14 +119,35 @@ def series_of(results: list[Result]) -> dict[tuple, list[Result]]:
     return {key: rs for key, rs in series.items() if len({r.shape[1] for r in rs}) > 1}
 
 
+def add_legend(figure) -> None:
+    """Beside the plots, each name once."""
+    handles: dict[str, object] = {}
+    for axis in figure.axes:
+        handles |= dict(
+            reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True)
+        )
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+
+
+def plain_numbers(axis) -> None:
+    """1, 2, 5, 10 and so on along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def plot_lines(series: dict, path: Path, value, label: str, floor) -> None:
     """One panel for each series: value against K on logarithmic axes."""
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(4.6 * columns + 1.6, 3.6 * rows),
+        squeeze=False,
+        layout="constrained",
     )
-    names = list(dict.fromkeys(r.contender for rs in series.values() for r in rs))
+    names = in_order({r.contender for rs in series.values() for r in rs})
     for axis, (key, results) in zip(axes.flat, sorted(series.items(), key=str), strict=False):
         for name in names:
             points = sorted((r.shape[1], value(r)) for r in results if r.contender == name)
@@ -126,9 +157,9 @@ def plot_lines(series: dict, path: Path, value, label: str, floor) -> None:
                 axis.plot(
                     *zip(*points, strict=True),
                     "o-",
-                    color=color_of(name, names),
+                    color=color_of(name),
                     label=name,
-                    linewidth=2.5 if own else 1.2,
+                    linewidth=OURS_WIDTH if own else WIDTH,
                     markersize=5 if own else 3,
                     zorder=3 if own else 2,
                 )
@@ -142,10 +173,11 @@ def plot_lines(series: dict, path: Path, value, label: str, floor) -> None:
         axis.set_xticks(sorted({r.shape[1] for r in results}))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:.0f}k" if x >= 1024 else f"{x:.0f}")
         axis.minorticks_off()
+        plain_numbers(axis.yaxis)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(series) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=8)
+    add_legend(figure)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -154,34 +186,34 @@ def plot_ratios(results: list[Result], path: Path) -> bool:
     """Peers' times over ours, one group of bars for each piece of work."""
     ratios: dict[str, dict[str, float]] = {}
     for row in compared([r.row() for r in results]):
-        if row.over_ours and row.contender not in (*OURS, "reference"):
+        if row.over_ours and row.contender not in (*OURS, "reference", "bare"):
             ratios.setdefault(row.group, {})[row.contender] = row.over_ours
     if not ratios:
         return False
-    names = list(dict.fromkeys(c for r in ratios.values() for c in r))
-    figure, axis = plt.subplots(
-        figsize=(9, 1.2 + 0.16 * sum(len(r) + 1 for r in ratios.values())), layout="constrained"
-    )
+    height = 1.0 + 0.16 * sum(len(r) + 1 for r in ratios.values())
+    figure, axis = plt.subplots(figsize=(10, height), layout="constrained")
     y, ticks = 0.0, []
     for group, values in ratios.items():
         ticks.append((y + (len(values) - 1) / 2, group))
         for contender, ratio in values.items():
             axis.barh(
                 y,
-                ratio,
+                ratio - 1.0,
                 0.9,
-                color=color_of(contender, names),
+                left=1.0,
+                color=color_of(contender),
                 label=None if contender in axis.get_legend_handles_labels()[1] else contender,
             )
-            axis.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=7)
+            axis.text(max(ratio, 1.0), y, f" {ratio:.2f}", va="center", fontsize=7)
             y += 1
         y += 1
     axis.axvline(1.0, color="k", linewidth=1)
     axis.set_yticks([t for t, _ in ticks], [g for _, g in ticks], fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="time over ours (1 = equal, right of it slower)")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.legend(fontsize=8)
+    shown = [r for values in ratios.values() for r in values.values()]
+    axis.set(xscale="log", xlabel="time over ours (right of 1: slower)", ylim=(y - 1.0, -1.0))
+    axis.set_xlim(min(1.0, *shown) / 1.05, max(shown) * 1.2)
+    plain_numbers(axis.xaxis)
+    add_legend(figure)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
@@ -194,9 +226,8 @@ def plot_roofline(results: list[Result], path: Path) -> bool:
         return False
     ceiling = max(2.0 * r.info["ceilings"]["multiply_adds"] for r in losses)
     rate = max(r.info["ceilings"]["copied_bytes"] for r in losses)
-    names = list(dict.fromkeys(r.contender for r in losses))
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in names:
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in in_order({r.contender for r in losses}):
         points = [
             (r.info["flop"] / r.info["bytes"], r.info["flop"] / r.seconds / 1e9)
             for r in losses
@@ -205,7 +236,7 @@ def plot_roofline(results: list[Result], path: Path) -> bool:
         axis.plot(
             *zip(*points, strict=True),
             "o",
-            color=color_of(name, names),
+            color=color_of(name),
             label=name,
             markersize=7 if name in OURS else 4,
         )
@@ -218,8 +249,9 @@ def plot_roofline(results: list[Result], path: Path) -> bool:
         label=f"copy, {rate / 1e9:.0f} GB/s",
     )
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+    plain_numbers(axis.yaxis)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    add_legend(figure)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
