@@ -282,7 +282,7 @@ def measure(row: Row, device: str, rate: float, rounds: int) -> None:
     for name in ours_on(device):
         try:
             check(row, steps[name], problems[0], device)
-        except AssertionError as error:
+        except Exception as error:  # the others are still worth timing
             row.times[name] = f"wrong: {(str(error) or repr(error)).splitlines()[0]}"
             row.wrong = True
             del steps[name]
@@ -294,6 +294,8 @@ def measure(row: Row, device: str, rate: float, rounds: int) -> None:
             row.graph = row.graph and (how == "graph" or name != "triton")
         except torch.OutOfMemoryError:
             row.times[name] = "out of memory"
+        except Exception as error:  # a peer's
+            row.times[name] = f"failed: {(str(error) or repr(error)).splitlines()[0]}"
         if device != "cpu":
             torch.cuda.empty_cache()
     samples = {name: [] for name in timers}
