@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.machine import conditions
 from bench.table import Row
 from softcl.data import STATISTICS, ImageSet, make_shapes
 from softcl.testing import available_backends, make_problem
@@ -153,10 +154,8 @@ def bench_train_step(benchmark, report, work, contender):
     seconds = benchmark.stats.stats.median
     report(Row(str(work), contender, seconds, images_per_s=work.batch / seconds))
     benchmark.extra_info.update(
+        conditions(DEVICE.type),
         contender=contender,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        device=DEVICE.type,
         images_per_s=work.batch / seconds,
         over_bare=seconds / statistics.median(bare) if bare else 1.0,
         queue_size=step.config.queue_size,

@@ -76,6 +76,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["softcl"] = conditions(config.getoption("--device"))
 
 
+def pytest_benchmark_update_json(config, output_json):
+    """What did not run, and why: pytest-benchmark writes down only what did."""
+    rows = [row for row in config.stash[_ROWS] if row.note]
+    output_json["not_run"] = [[row.group, row.contender, row.note] for row in rows]
+
+
 @pytest.fixture(scope="session")
 def device(request) -> str:
     return request.config.getoption("--device")

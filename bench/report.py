@@ -3,10 +3,11 @@
     pytest bench/ --benchmark-only --benchmark-json results.json
     python -m bench.report results.json [MORE.json ...] [--out FOLDER]
 
-Writes to the folder (default: beside the first file) `report.md` and, where the results have what
-they show: `time.png`, time against the queue's size with the floor drawn in; `memory.png`, growth
-of memory against the queue's size; `ratios.png`, each peer's time over ours; `roofline.png`, rates
-against arithmetic intensity. Of a benchmark that is in several files the last one counts.
+Writes to the folder (default: beside the first file) `report.md`, with what did not run and why,
+and, where the results have what they show: `time.png`, time against the queue's size with the floor
+drawn in; `memory.png`, growth of memory against the queue's size; `ratios.png`, each peer's time
+over ours; `roofline.png`, rates against arithmetic intensity. Of a benchmark that is in several
+files the last one counts.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ class Result:
         )
 
 
-def read(paths: list[Path]) -> tuple[list[Result], list[dict]]:
-    """The results, and what each file says of its machine."""
+def read(paths: list[Path]) -> tuple[list[Result], list[Row], list[dict]]:
+    """The results, what did not run and why, and what each file says of its machine."""
     results: dict[str, Result] = {}
+    not_run: dict[tuple[str, str], Row] = {}
     machines = []
     for path in paths:
         try:
@@ -75,8 +77,12 @@ def read(paths: list[Path]) -> tuple[list[Result], list[dict]]:
                 f"report: {path} holds no results of pytest-benchmark ({error})"
             ) from None
         results |= {r.fullname: r for r in found}
+        missing = [Row(g, c, note=note) for g, c, note in content.get("not_run", [])]
+        not_run |= {(row.group, row.contender): row for row in missing}
         machines.append({"date": content.get("datetime", "")[:10], **about(content)})
-    return list(results.values()), machines
+    for r in results.values():
+        not_run.pop((r.group, r.contender), None)
+    return list(results.values()), list(not_run.values()), machines
 
 
 def about(content: dict) -> dict:
@@ -260,7 +266,9 @@ def plot_roofline(results: list[Result], path: Path) -> bool:
 # ------------------------------------------------------------------------------------------ report
 
 
-def write(results: list[Result], machines: list[dict], out: Path, command: str) -> list[Path]:
+def write(
+    results: list[Result], not_run: list[Row], machines: list[dict], out: Path, command: str
+) -> list[Path]:
     """Everything that the results allow; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -290,7 +298,7 @@ def write(results: list[Result], machines: list[dict], out: Path, command: str) 
     drawn("ratios.png", plot_ratios(timed, out / "ratios.png"))
     drawn("roofline.png", plot_roofline(results, out / "roofline.png"))
     lines = [f"Made by `{command}` from results on {describe(machines)}."]
-    lines += format_tables([r.row() for r in results])
+    lines += format_tables([*(r.row() for r in results), *not_run])
     lines += ["", *(f"![{path.stem}]({path.name})" for path in written)]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     return [out / "report.md", *written]
@@ -305,12 +313,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder (default: beside the first file)")
     options = parser.parse_args(arguments)
-    results, machines = read(options.results)
+    results, not_run, machines = read(options.results)
     if not results:
         raise SystemExit("report: the files hold no benchmarks")
     names = " ".join(path.name for path in options.results)
     out = options.out or options.results[0].parent
-    for path in write(results, machines, out, f"python -m bench.report {names}"):
+    for path in write(results, not_run, machines, out, f"python -m bench.report {names}"):
         print(path)
 
 

@@ -179,6 +179,7 @@ def results(path: Path, medians: dict[str, float], iqr: float = 0.0) -> Path:
     machine = {"device_name": "A processor", "threads": 2, "torch": "2", "clocks_mhz": 3000.4}
     content = {
         "benchmarks": benchmarks,
+        "not_run": [["4x64x8 hard", *x] for x in (("eager", "once"), ("flex", "not run: why"))],
         "datetime": "2026-01-02T03",
         "machine_info": {"softcl": machine},
     }
@@ -194,8 +195,10 @@ def test_report(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     cells = [line.split() for line in text.splitlines()]
     assert "A processor, 2 threads, 3000 MHz, torch 2, 2026-01-02" in text
-    assert "| 4x64x8 hard | cpu | 2.00 | 500 | 50 | 1.00x | 0.0 |".split() in cells
-    newer = "| 4x128x8 hard | eager | 10.00 | 100 | 10 | 2.50x | 0.0 |"  # of the last file
+    assert "| 4x64x8 hard | cpu | 2.00 | 500 | 50 | 1.00x | 0.0 | |".split() in cells
+    assert "| 4x64x8 hard | flex | | | | | | not run: why |".split() in cells
+    assert "once" not in text  # another file has it
+    newer = "| 4x128x8 hard | eager | 10.00 | 100 | 10 | 2.50x | 0.0 | |"  # of the last file
     assert newer.split() in cells
     for name in ("time", "memory", "ratios", "roofline"):
         image = tmp_path / "out" / f"{name}.png"
