@@ -35,8 +35,11 @@ TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
 DTYPES = ("float32", "bfloat16", "float16")
 DENSE = AdaptiveSoftLabels(5)  # the rule that needs everything
 
-# Peers are not bound by this project's promises: they must agree, not excel.
+# Peers are not bound by this project's promises: they must agree, not excel. In half precision most
+# of them round logits, losses and gradients to the dtype: bounds in units of its last bit, of which
+# up to 1.6 and 1.8 were seen.
 PEER_SCALE = 10.0
+PEER_UNITS = 4.0
 CHECKED_ROWS = 64
 SECONDS = 3.0  # of a contender and ours together
 
@@ -122,6 +125,7 @@ def keeps_weights(shape: Shape) -> bool:
 def check(step: Step, rows: torch.Tensor) -> None:
     """Hold some rows of a step's results to the oracle."""
     p, is_peer = step.problem, step.contender in PEERS or step.contender == AS_IT_COMES
+    is_half = p.query.dtype != torch.float32
     some = torch.arange(0, len(rows), max(1, len(rows) // CHECKED_ROWS))
     part = Problem(p.query[some], p.key[some], p.queue)
     oracle = loss_oracle(
@@ -130,6 +134,9 @@ def check(step: Step, rows: torch.Tensor) -> None:
         positive=step.rule.name != "relational",
         normalize=step.contender == "lightly",  # its gradient goes through a normalisation
     )
+    if is_peer and is_half:
+        assert_peer_close(rows[some], step.query.grad[some], oracle, step.rule)
+        return
     assert_loss_close(
         rows[some],
         step.query.grad[some],
@@ -137,8 +144,26 @@ def check(step: Step, rows: torch.Tensor) -> None:
         p.query.dtype,
         temperature=TEMPERATURE,
         # A gradient in half precision is rounded once more, to the dtype of the query.
-        scale=PEER_SCALE if is_peer else 1.0 if p.query.dtype == torch.float32 else 3.0,
+        scale=PEER_SCALE if is_peer else 3.0 if is_half else 1.0,
     )
+
+
+def assert_peer_close(loss: torch.Tensor, dquery: torch.Tensor, oracle, rule) -> None:
+    """Hold a peer's losses and gradient in half precision to what its rounding allows.
+
+    Where similarities differ by less than that it takes other neighbours, and with them another
+    loss: of rules that weigh neighbours alike half of the rows must agree, of others every row.
+    """
+    share = 0.5 if rule.name in ("neighbors", "adaptive_neighbors") else 1.0
+    bound = PEER_UNITS * torch.finfo(dquery.dtype).eps
+    for name, got, expected in (
+        ("loss", loss[:, None], oracle[0][:, None]),
+        ("gradient", dquery, oracle[1]),
+    ):
+        size = expected.abs().amax().clamp(min=1.0)
+        errors = (got.detach().double() - expected).abs().amax(1) / size
+        error = float(errors.quantile(share))
+        assert error <= bound, f"{name} is off by {error:.2e}"
 
 
 _step: Step | None = None  # of the other process

@@ -133,7 +133,7 @@ def chunked(query, key, queue, rule, temperature, teacher_temperature, positive=
 def attention(
     query, key, queue, rule, temperature, teacher_temperature, positive=True, statistics=None
 ):
-    z, t = query.detach(), key
+    z, t = query.detach().float(), key.float()  # few; the sums over the queue stay in its dtype
     statistics = statistics or _attention_statistics
     rows = [z / temperature]
     if rule.needs_softmax:
@@ -144,7 +144,7 @@ def attention(
     if rule.needs_softmax:
         entropy = teacher_lse - (t * teacher_mean).sum(1) / teacher_temperature
         confidence = reference.confidence_of(entropy, len(queue))
-    neighbor_logits, neighbors = _search(t, queue, rule.num_neighbors)
+    neighbor_logits, neighbors = _search(key, queue, rule.num_neighbors)
     neighbor_logits /= teacher_temperature
     label_mean = reference.label_mean_of(
         rule, t, teacher_lse, teacher_mean, confidence, neighbor_logits, queue[neighbors]
