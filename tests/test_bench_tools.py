@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import ceilings, compare, report
+from bench.bench_soft_contrastive import assert_peer_close
 from bench.ceilings import Ceilings
 from bench.neighbor_peers import make_search
 from bench.peers import PEERS, absent
@@ -21,7 +22,13 @@ from bench.shapes import SMALL, Cost, Shape, loss_cost, search_cost
 from bench.table import Row, format_tables
 from bench.timing import measure
 from softcl.labels import AdaptiveSoftLabels, HardLabels, NeighborLabels
-from softcl.testing import assert_loss_close, assert_neighbors_close, loss_oracle, make_problem
+from softcl.testing import (
+    RULES,
+    assert_loss_close,
+    assert_neighbors_close,
+    loss_oracle,
+    make_problem,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,6 +160,24 @@ def test_peers_agree(peer, rule):
     loss.sum().backward()
     oracle = loss_oracle(p, rule, normalize=peer == "lightly")
     assert_loss_close(loss, query.grad, oracle, torch.float32, scale=10.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.name}-{r.num_neighbors}")
+@pytest.mark.parametrize("peer", ["eager", "chunked", "attention"])
+def test_peers_agree_in_half_precision(peer, rule, dtype):
+    """Within their rounding; a loss or a gradient that is off by more is noticed."""
+    p = make_problem(32, 60, 16, dtype=getattr(torch, dtype))
+    positive = rule.name != "relational"
+    query = p.query.clone().requires_grad_()
+    loss = PEERS[peer](query, p.key, p.queue, rule, 0.1, 0.05, positive)
+    loss.sum().backward()
+    oracle = loss_oracle(p, rule, positive=positive)
+    assert_peer_close(loss, query.grad, oracle, rule)
+    with pytest.raises(AssertionError, match="loss is off"):
+        assert_peer_close(1.25 * loss, query.grad, oracle, rule)
+    with pytest.raises(AssertionError, match="gradient is off"):
+        assert_peer_close(loss, 1.25 * query.grad, oracle, rule)
 
 
 @pytest.mark.parametrize("peer", ["torch", "scikit-learn"])  # faiss: its OpenMP is another one
