@@ -25,12 +25,14 @@ def check():
     return run
 
 
-def test_all_results_are_right(check):
-    answer = check()
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_all_results_are_right(check, capability):
+    answer = check(SOFTCL_HOST_CAPABILITY=capability)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     lines = [line for line in answer.stdout.splitlines() if line.startswith("ok ")]
     assert len(lines) == 4 * 4 * 7  # shapes, types, rules and the statistics
     assert "all results are within their tolerances" in answer.stdout
+    assert f"compute capability {capability[0]}.{capability[1]}" in answer.stdout
 
 
 def test_wrong_results_are_told(check):
@@ -47,6 +49,14 @@ def test_times(check):
     lines = [line for line in answer.stdout.splitlines() if line.startswith("time ")]
     assert len(lines) == 4 * 6  # types, rules
     assert all(float(re.search(r"([0-9.]+) us", line)[1]) > 0 for line in lines)
+
+
+def test_help(check):
+    """Every option, and on a machine without a device too."""
+    answer = check("--help", SOFTCL_HOST_DEVICES="0")
+    assert answer.returncode == 0
+    for option in ("rows", "queue", "dim", "neighbors", "seed", "device", "tolerance", "time"):
+        assert f"--{option} " in answer.stdout
 
 
 def test_no_device_has_its_own_status(check):

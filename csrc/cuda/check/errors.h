@@ -13,9 +13,10 @@
 
 namespace softcl::check {
 
-// As in softcl/testing.py; the gradient of inputs in two parts as measured with sharp labels.
+// As in softcl/testing.py; the gradient of inputs in two parts as tests/cuda_parts.py has it for
+// clipped labels, the hardest: 9.6e-6, measured with sums cut off as tensor cores do.
 inline constexpr double kLossTolerance = 2e-6, kEntropyTolerance = 1e-5, kCosineTolerance = 2e-6;
-inline constexpr double kHalfGradientTolerance = 1e-3, kPartsGradientTolerance = 1e-4;
+inline constexpr double kHalfGradientTolerance = 1e-3, kPartsGradientTolerance = 1.2e-5;
 
 /// Of a loss or a log-sum-exp. A tensor core may cut a bit off its sum with every eight products,
 /// and a softmax that one queue row dominates does not average that away: half a bit each. Inputs

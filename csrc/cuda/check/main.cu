@@ -22,6 +22,7 @@
 
 #include "check.h"
 #include "check/errors.h"
+#include "check/options.h"
 #include "check/reference.h"
 #include "softcl/cuda.h"
 #include "softcl/device.h"
@@ -32,15 +33,6 @@ namespace {
 
 constexpr int kFailed = 1, kBadArgument = 2, kNoDevice = 77;
 constexpr double kTemperature = 0.1, kTeacherTemperature = 0.05;
-
-struct Options {
-  std::int64_t rows = 0, queue = 0, dim = 0, neighbors = 5;  // without shapes: small ones
-  std::uint64_t seed = 0;
-  int device = 0;
-  int repeat = 20;
-  double tolerance = 1.0;  // factor of all tolerances
-  bool time = false;
-};
 
 /// Device memory, filled with NaN.
 template <typename T>
@@ -355,48 +347,12 @@ bool run(const Options& options) {
   return good;
 }
 
-Options parse(int count, char** words) {
-  Options options;
-  for (int i = 1; i < count; ++i) {
-    const std::string word = words[i];
-    if (word == "--time") {
-      options.time = true;
-      continue;
-    }
-    const std::map<std::string, std::int64_t*> numbers = {{"--rows", &options.rows},
-                                                          {"--queue", &options.queue},
-                                                          {"--dim", &options.dim},
-                                                          {"--neighbors", &options.neighbors}};
-    char* end = nullptr;
-    const double value = i + 1 < count ? std::strtod(words[i + 1], &end) : -1.0;
-    if (end == nullptr || end == words[i + 1] || *end != 0 || value < 0) {
-      throw std::invalid_argument(word + " needs a number after it");
-    }
-    ++i;
-    if (numbers.count(word) > 0) {
-      *numbers.at(word) = static_cast<std::int64_t>(value);
-    } else if (word == "--seed") {
-      options.seed = static_cast<std::uint64_t>(value);
-    } else if (word == "--device") {
-      options.device = static_cast<int>(value);
-    } else if (word == "--repeat") {
-      options.repeat = std::max(1, static_cast<int>(value));
-    } else if (word == "--tolerance") {
-      options.tolerance = value;
-    } else {
-      throw std::invalid_argument(word +
-                                  " is not an option: --rows --queue --dim --neighbors "
-                                  "--seed --device --repeat --tolerance (numbers) --time");
-    }
-  }
-  if ((options.rows > 0) != (options.queue > 0) || (options.rows > 0) != (options.dim > 0)) {
-    throw std::invalid_argument("--rows, --queue and --dim come together");
-  }
-  return options;
-}
-
 int main_program(int count, char** words) {
   const Options options = parse(count, words);
+  if (options.help) {
+    std::printf("%s", kHelp);
+    return 0;
+  }
   const int devices = cuda::device_count();
   if (devices == 0) {
     std::printf("no CUDA device: %s\n", cuda::no_device_reason().c_str());

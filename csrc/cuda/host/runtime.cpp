@@ -35,7 +35,13 @@ cudaError_t cudaSetDevice(int device) {
 
 namespace {
 
-int capability = 80;
+// Ten times the compute capability; a program without set_capability says it in its environment.
+int capability_at_first() {
+  const char* value = std::getenv("SOFTCL_HOST_CAPABILITY");
+  return value != nullptr ? std::atoi(value) : 80;
+}
+
+int capability = capability_at_first();
 
 }  // namespace
 
@@ -128,7 +134,7 @@ Device device(int index) {
   if (index < 0 || index >= device_count()) {
     throw std::invalid_argument("cuda device index=" + std::to_string(index));
   }
-  return {"this CPU, thread by thread", 8, 0, 2};
+  return {"this CPU, thread by thread", capability / 10, capability % 10, 2};
 }
 
 }  // namespace softcl::cuda
