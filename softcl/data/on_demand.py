@@ -18,7 +18,7 @@ import torch
 from softcl.data import decode
 from softcl.data.image_set import Cut, DataError
 from softcl.data.listing import Listing, printable
-from softcl.data.recipe import draw_crop
+from softcl.data.recipe import draw_box
 
 UNREADABLE_LIMIT = 0.01
 _T = TypeVar("_T")
@@ -115,7 +115,7 @@ class LazyImages:
         """Random crops of the whole images of indices (N,): uint8 (N, 3, side, side) of each cut.
 
         A file is decoded once, whatever the number of cuts. The box of row i is that of
-        `recipe.draw_crop` for row i of the cut's numbers and the image's own height and width.
+        `recipe.draw_box` for row i of the cut's numbers and the image's own height and width.
         """
         shape = (len(indices), 3)
         result = {
@@ -123,10 +123,14 @@ class LazyImages:
             for name, cut in cuts.items()
         }
         arrays = [crops.numpy() for crops in result.values()]
+        drawn = [(cut, cut.numbers.tolist()) for cut in cuts.values()]
 
         def read(place: int, index: int) -> None:
             def draw(height: int, width: int) -> list[decode.Box]:
-                return [_box(cut, place, height, width) for cut in cuts.values()]
+                return [
+                    decode.Box(*draw_box(rows[place], height, width, cut.recipe), cut.side)
+                    for cut, rows in drawn
+                ]
 
             made = self._read(index, lambda file: decode.decode_crops(file, draw))
             for array, crop in zip(arrays, made, strict=True):
@@ -134,9 +138,3 @@ class LazyImages:
 
         self._on_threads(read, indices.tolist())
         return result
-
-
-def _box(cut: Cut, place: int, height: int, width: int) -> decode.Box:
-    crop = draw_crop(cut.numbers[place : place + 1], height, width, cut.recipe)
-    corner = (crop.top, crop.left, crop.height, crop.width)
-    return decode.Box(*(int(value) for value in corner), cut.side)

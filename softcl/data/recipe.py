@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,11 +89,7 @@ def draw_crop(uniform: torch.Tensor, height: int, width: int, recipe: Recipe = R
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     any_fits = fits.any(dim=1)
 
-    central_w, central_h = float(width), float(height)
-    if width / height < recipe.ratio[0]:
-        central_h = float(round(width / recipe.ratio[0]))
-    elif width / height > recipe.ratio[1]:
-        central_w = float(round(height * recipe.ratio[1]))
+    central_h, central_w = map(float, _central_sides(height, width, recipe))
     w = torch.where(any_fits, w.gather(1, first).squeeze(1), central_w)
     h = torch.where(any_fits, h.gather(1, first).squeeze(1), central_h)
     vertical, horizontal = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS - 1].unbind(1)
@@ -102,6 +99,37 @@ def draw_crop(uniform: torch.Tensor, height: int, width: int, recipe: Recipe = R
     top = torch.where(any_fits, top, (height - central_h) // 2)
     left = torch.where(any_fits, left, (width - central_w) // 2)
     return Crop(top, left, h, w, mirror_of(uniform, recipe))
+
+
+def draw_box(
+    uniform: Sequence[float], height: int, width: int, recipe: Recipe = RECIPE
+) -> tuple[int, int, int, int]:
+    """`draw_crop` of one image, from CROP_COLUMNS numbers: top, left, height and width of its box.
+
+    In plain numbers, because threads that decode images of different sizes cannot share a tensor
+    operation, and thirty of them for each image would take turns at the interpreter.
+    """
+    low, high = recipe.scale
+    log_low, log_high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
+    vertical, horizontal = uniform[2 * CROP_TRIES : CROP_COLUMNS - 1]
+    tries = zip(uniform[:CROP_TRIES], uniform[CROP_TRIES : 2 * CROP_TRIES], strict=True)
+    for share, shape in tries:
+        area = (low + (high - low) * share) * (height * width)
+        ratio = math.exp(log_low + (log_high - log_low) * shape)
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w
+    h, w = _central_sides(height, width, recipe)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _central_sides(height: int, width: int, recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the largest box whose ratio is allowed."""
+    if width / height < recipe.ratio[0]:
+        return round(width / recipe.ratio[0]), width
+    if width / height > recipe.ratio[1]:
+        return height, round(height * recipe.ratio[1])
+    return height, width
 
 
 def mirror_of(uniform: torch.Tensor, recipe: Recipe) -> torch.Tensor:
