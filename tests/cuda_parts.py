@@ -6,10 +6,15 @@ from __future__ import annotations
 
 import torch
 
+from softcl.labels import HardLabels
+from softcl.ops import cuda, reference
 from softcl.testing import (
     ENTROPY_TOLERANCE,
     GRADIENT_TOLERANCE,
+    LSE_TOLERANCE,
+    Problem,
     assert_loss_close,
+    assert_neighbors_close,
     gradient_error,
     relative_error,
 )
@@ -43,3 +48,23 @@ def assert_parts_close(got, oracle, rule) -> None:
     if len(got[3]) > 0:
         assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
     assert torch.equal(got[5].sort(1).values, oracle[5].sort(1).values)
+
+
+def raw_and_unit(p: Problem) -> tuple[Problem, Problem]:
+    """The problem with rows of other lengths, and with what normalize=True makes of those: unit
+    rows rounded to their own type."""
+    dtype = p.query.dtype
+    raw = (p.query.double() * 7).to(dtype), (p.key.double() / 9).to(dtype)
+    unit = (torch.nn.functional.normalize(x.double(), dim=1).float().to(dtype) for x in raw)
+    return Problem(*raw, p.queue), Problem(*unit, p.queue)
+
+
+def assert_statistics_close(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """queue_statistics' five results against float64; the last two of them."""
+    lse, mean, entropy, logits, indices = cuda.queue_statistics(p.query, p.queue, 0.1, 5)
+    want = reference.queue_statistics(p.query.double(), p.queue.double(), 0.1, 5)
+    assert relative_error(lse, want[0]) <= LSE_TOLERANCE
+    assert gradient_error(mean, want[1]) <= parts_tolerance(HardLabels())
+    assert relative_error(entropy, want[2]) <= ENTROPY_TOLERANCE
+    assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+    return logits, indices

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from cuda_host import CSRC, load_host_module
-from cuda_parts import MIXES, assert_parts_close, parts_tolerance
+from cuda_parts import (
+    MIXES,
+    assert_parts_close,
+    assert_statistics_close,
+    parts_tolerance,
+    raw_and_unit,
+)
 from loss_calls import assert_ranks_close, fitting, name, run_loss
 
 from softcl.labels import (
@@ -68,6 +73,18 @@ def took_hopper(host):
     return any(site.startswith("stream_hopper") for site in host.sites())
 
 
+def assert_same_otherwise(host, p, rule, got, oracle):
+    """In another order of threads, copies and blocks the same bits; without means the same loss but
+    for the order of its sums, for other warpgroups hold other rows."""
+    if rule.num_neighbors != 7:
+        host.set_options(seed=1)
+        for x, y in zip(got, run(p, rule), strict=True):
+            assert torch.equal(x, y)
+    loss, *rest = run(p, rule, gradient=False, diagnostics=False)
+    assert relative_error(loss, oracle[0]) <= LSE_TOLERANCE
+    assert [x.numel() for x in rest] == [0] * 5
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=name)
@@ -85,14 +102,7 @@ def test_against_oracle(host, rule, shape, dtype):
         assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
     assert torch.equal(got[5].sort(1).values, oracle[5].sort(1).values)
     assert_ranks_close(got[4], p)
-    if rule.num_neighbors != 7:
-        host.set_options(seed=1)
-        for x, y in zip(got, run(p, rule), strict=True):
-            assert torch.equal(x, y)
-    # Without means other warpgroups hold other rows: the same loss but for the order of sums.
-    loss, *rest = run(p, rule, gradient=False, diagnostics=False)
-    assert relative_error(loss, oracle[0]) <= LSE_TOLERANCE
-    assert [x.numel() for x in rest] == [0] * 5
+    assert_same_otherwise(host, p, rule, got, oracle)
 
 
 # ---- fp32 and mixed types: every number in two parts ---------------------------------------------
@@ -114,13 +124,7 @@ def test_fp32_against_oracle(host, rule, shape):
     assert took_hopper(host)
     assert_parts_close(got, oracle, rule)
     assert_ranks_close(got[4], p)
-    if rule.num_neighbors != 7:
-        host.set_options(seed=1)
-        for x, y in zip(got, run(p, rule), strict=True):
-            assert torch.equal(x, y)
-    loss, *rest = run(p, rule, gradient=False, diagnostics=False)
-    assert relative_error(loss, oracle[0]) <= LSE_TOLERANCE
-    assert [x.numel() for x in rest] == [0] * 5
+    assert_same_otherwise(host, p, rule, got, oracle)
 
 
 @pytest.mark.parametrize("mix", MIXES[1:], ids=str)
@@ -156,24 +160,13 @@ def test_parts_of_raw_projections_and_statistics(host, mix):
     """normalize=True rounds unit rows to their own type; queue_statistics' five results."""
     for D in (40, 128):
         p = make_problem(20, 150, D, dtype=mix[0], queue_dtype=mix[1])
-        raw = replace(p, query=(p.query.double() * 7).to(mix[0]), key=(p.key * 0.1).to(mix[0]))
-        unit = [
-            torch.nn.functional.normalize(x.double(), dim=1).float().to(mix[0])
-            for x in (raw.query, raw.key)
-        ]
-        unit = Problem(*unit, p.queue)
+        raw, unit = raw_and_unit(p)
         got, want = run(raw, HardLabels(), normalize=True), loss_oracle(unit, HardLabels())
         assert relative_error(got[0], want[0]) <= LSE_TOLERANCE
         assert_ranks_close(got[4], unit)
-
         host.set_options(seed=0)
-        lse, mean, entropy, logits, indices = cuda.queue_statistics(p.query, p.queue, 0.1, 5)
+        logits, indices = assert_statistics_close(p)
         assert took_hopper(host)
-        want = reference.queue_statistics(p.query.double(), p.queue.double(), 0.1, 5)
-        assert relative_error(lse, want[0]) <= LSE_TOLERANCE
-        assert gradient_error(mean, want[1]) <= parts_tolerance(HardLabels())
-        assert relative_error(entropy, want[2]) <= ENTROPY_TOLERANCE
-        assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
         *_, again, same = cuda.queue_statistics(p.query, p.queue, 0.1, 5, sums=False)
         assert torch.equal(again, logits) and torch.equal(same, indices)
 

@@ -12,7 +12,12 @@ import math
 import pytest
 import torch
 from cuda_host import load_host_module
-from cuda_parts import MIXES, assert_parts_close, parts_tolerance
+from cuda_parts import (
+    MIXES,
+    assert_parts_close,
+    assert_statistics_close,
+    raw_and_unit,
+)
 from loss_calls import assert_ranks_close, fitting, name, run_loss
 
 from softcl.labels import AdaptiveSoftLabels, HardLabels, MixedLabels, NeighborLabels
@@ -114,22 +119,11 @@ def test_parts_of_raw_projections_and_statistics(host, mix):
     """normalize=True rounds unit rows to their own type; queue_statistics' five results."""
     for D in (40, 256):
         p = make_problem(20, 150, D, dtype=mix[0], queue_dtype=mix[1])
-        raw = Problem((p.query.double() * 7).to(mix[0]), (p.key.double() / 9).to(mix[0]), p.queue)
-        unit = [
-            torch.nn.functional.normalize(x.double(), dim=1).float().to(mix[0])
-            for x in (raw.query, raw.key)
-        ]
-        unit = Problem(*unit, p.queue)
+        raw, unit = raw_and_unit(p)
         got, want = run(raw, HardLabels(), normalize=True), loss_oracle(unit, HardLabels())
         assert relative_error(got[0], want[0]) <= LSE_TOLERANCE
         assert_ranks_close(got[4], unit)
-
-        lse, mean, entropy, logits, indices = cuda.queue_statistics(p.query, p.queue, 0.1, 5)
-        want = reference.queue_statistics(p.query.double(), p.queue.double(), 0.1, 5)
-        assert relative_error(lse, want[0]) <= LSE_TOLERANCE
-        assert gradient_error(mean, want[1]) <= parts_tolerance(HardLabels())
-        assert relative_error(entropy, want[2]) <= ENTROPY_TOLERANCE
-        assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+        assert_statistics_close(p)
 
 
 @pytest.mark.parametrize("kind", ["clustered", "duplicates"])
