@@ -21,6 +21,7 @@ from softcl.train import main
 from softcl.training.checkpoint import read_checkpoint
 from softcl.training.interrupt import StopVote
 from softcl.training.parallel import divide_splits, synchronise_norms
+from softcl.training.run import Run
 from softcl.training.run_folder import read_metrics
 
 FLAGS = (
@@ -74,6 +75,22 @@ def refusals(world: World, folder: Path) -> None:
         assert main(flags(folder, "refused", "--queue-sharding", "--queue-size", "3")) == 2
     assert main(flags(folder, "two")) == 1  # it holds a run
     assert not (folder / "refused").exists()
+
+
+def skipped(world: World, folder: Path) -> None:
+    """skipped.txt lists what any process could not read, each once."""
+    written = {}
+    run = SimpleNamespace(
+        world=world,
+        images=SimpleNamespace(skipped=["seen by all", f"seen by {world.rank}"]),
+        folder=SimpleNamespace(write_text=lambda name, text: written.update({name: text})),
+        _listed=0,
+    )
+    for _ in range(2):  # nothing new the second time
+        Run._list_skipped(run)
+    lines = ["seen by all", *(f"seen by {rank}" for rank in range(world.size))]
+    assert written == {"skipped.txt": "".join(f"{line}\n" for line in lines)}
+    assert run._listed == 1 + world.size
 
 
 def stops(world: World, folder: Path) -> None:
@@ -131,4 +148,4 @@ def silence(world: World, folder: Path) -> None:
     assert time.monotonic() - started < 4.5
 
 
-CASES = {case.__name__: case for case in (run, resume, refusals, stops, norms, silence)}
+CASES = {case.__name__: case for case in (run, resume, refusals, skipped, stops, norms, silence)}
