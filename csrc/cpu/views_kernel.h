@@ -324,23 +324,24 @@ void blur(const ViewTask& task, const ViewWorkspace& w) {
 
 // ---------------------------------------------------------------------------------------- end
 
+inline Vector finished(Vector x, bool solarized, float scale, float offset) {
+  if (solarized) x = x < 128.0f / 255.0f ? x : 1.0f - x;
+  return x * scale + offset;
+}
+
 /// The view from the pixels: solarized, normalised. Writes not a float more than the view has.
 void finish(const ViewTask& task, const ViewWorkspace& w) {
-  const std::int64_t count = task.size * task.size;
+  const std::int64_t count = task.size * task.size, rest = count % kWidth;
   for (int c = 0; c < 3; ++c) {
     const float* const pixels = w.pixels + c * w.plane_stride;
     float* const view = task.view + c * count;
     const float scale = task.constants[c], offset = task.constants[3 + c];
-    for (std::int64_t i = 0; i < count; i += kWidth) {
-      Vector x = load(pixels + i);
-      if (task.solarized) x = x < 128.0f / 255.0f ? x : 1.0f - x;
-      x = x * scale + offset;
-      if (count - i >= kWidth) {
-        store(view + i, x);
-      } else {
-        for (int lane = 0; lane < count - i; ++lane) view[i + lane] = x[lane];
-      }
+    for (std::int64_t i = 0; i < count - rest; i += kWidth) {
+      store(view + i, finished(load(pixels + i), task.solarized, scale, offset));
     }
+    if (rest == 0) continue;
+    const Vector last = finished(load(pixels + count - rest), task.solarized, scale, offset);
+    for (int lane = 0; lane < rest; ++lane) view[count - rest + lane] = last[lane];
   }
 }
 

@@ -22,13 +22,8 @@ inline Vector rounded(Vector x) {
   return (x + 0x1.8p23f) - 0x1.8p23f;
 }
 
-/// kWidth pixels as floats. Those at `end` and beyond are 0 and not read.
-inline Vector load_bytes(const std::uint8_t* p, const std::uint8_t* end) {
-  std::uint8_t copy[kWidth] = {};
-  if (__builtin_expect(end - p < kWidth, 0)) {
-    for (int i = 0; i < end - p; ++i) copy[i] = p[i];
-    p = copy;
-  }
+/// kWidth pixels as floats.
+inline Vector load_bytes(const std::uint8_t* p) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __mmask16 all = -1;
@@ -41,6 +36,19 @@ inline Vector load_bytes(const std::uint8_t* p, const std::uint8_t* end) {
   for (int i = 0; i < kWidth; ++i) x[i] = float(p[i]);
   return x;
 #endif
+}
+
+/// The same, 0 for the pixels at `end` and beyond, which are not read. Rare, and apart from the
+/// loop that loads, which then has no copy on its stack.
+__attribute__((noinline)) Vector load_last_bytes(const std::uint8_t* p, const std::uint8_t* end) {
+  std::uint8_t copy[kWidth] = {};
+  for (int i = 0; i < end - p; ++i) copy[i] = p[i];
+  return load_bytes(copy);
+}
+
+/// The one or the other.
+inline Vector load_bytes(const std::uint8_t* p, const std::uint8_t* end) {
+  return __builtin_expect(end - p < kWidth, 0) ? load_last_bytes(p, end) : load_bytes(p);
 }
 
 #if defined(__AVX2__)
