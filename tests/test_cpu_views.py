@@ -13,10 +13,25 @@ import torch
 
 _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
 
-from softcl.data import VIEWS, compiled, fused, make_shapes, strong_view, weak_view  # noqa: E402
-from softcl.data import color, views  # noqa: E402  isort: skip
-from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, RECIPE, Colors, Crop  # noqa: E402
-from softcl.data.recipe import draw_colors, draw_crop  # noqa: E402
+from softcl.data import (  # noqa: E402  # noqa: E402
+    VIEWS,
+    color,
+    compiled,
+    fused,
+    make_shapes,
+    strong_view,
+    views,
+    weak_view,
+)
+from softcl.data.recipe import (  # noqa: E402  # noqa: E402
+    COLOR_COLUMNS,
+    CROP_COLUMNS,
+    RECIPE,
+    Colors,
+    Crop,
+    draw_colors,
+    draw_crop,
+)
 from softcl.data.resample import apply_rows_then_columns, crop_matrix  # noqa: E402
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -152,7 +167,8 @@ def test_a_whole_image_of_the_views_size_keeps_its_pixels():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
     plain = torch.tensor([[1.0] * 3, [0.0] * 3])
     table = compiled.parameter_table(crops((0, 0, 16, 16)), None, None)
-    assert torch.equal(compiled.launch(images, table, plain, 16, False), images * torch.tensor(1 / 255))
+    got = compiled.launch(images, table, plain, 16, False)
+    assert torch.equal(got, images * torch.tensor(1 / 255))
 
 
 def jitters(**changes) -> Colors:
@@ -208,8 +224,7 @@ def test_grayed_only():
     images = noise(24, 20, 20)
     assert_is_the_oracles(images, 20, crops(*[(0, 0, 20, 20)] * 24), colors)
     first, second, third = (
-        kernel(images, 20, crops(*[(0, 0, 20, 20)] * 24), colors)
-        * torch.tensor(STD).view(3, 1, 1)
+        kernel(images, 20, crops(*[(0, 0, 20, 20)] * 24), colors) * torch.tensor(STD).view(3, 1, 1)
         + torch.tensor(MEAN).view(3, 1, 1)
     ).unbind(1)
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
@@ -387,9 +402,10 @@ def test_without_the_compiled_module_pytorch_makes_the_views(monkeypatch):
     assert fused.describe_kernel(cpu, False) == "by PyTorch, as asked for"
     by_pytorch = view(kernel=False)
     assert not torch.equal(view(), by_pytorch)
-    monkeypatch.setattr(compiled, "load", lambda: (None, "needs softcl._C, which is not built"))
+    reason = "needs softcl._C, which is not built"
+    monkeypatch.setattr(compiled, "load", lambda: (None, reason))
     assert torch.equal(view(), by_pytorch)
-    assert fused.describe_kernel(cpu) == "by PyTorch (the kernel needs softcl._C, which is not built)"
+    assert fused.describe_kernel(cpu) == f"by PyTorch (the kernel {reason})"
     with pytest.raises(RuntimeError, match="the views' kernel needs softcl._C"):
         view(kernel=True)
 

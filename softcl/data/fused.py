@@ -1,8 +1,8 @@
 """The kernels of the views: which one runs where, and the Triton kernel's table of parameters.
 
-On CPUs it is the compiled one (compiled.py), on GPUs that of Triton (kernels/views.py). They compute
-what softcl/data/views.py does in PyTorch, which is their reference. The Triton kernel leaves out
-the blur and the solarisation: those follow it here, on the normalised view.
+On CPUs it is the compiled one (compiled.py), on GPUs that of Triton (kernels/views.py). Both
+compute what softcl/data/views.py does in PyTorch, which is their reference. The Triton kernel
+leaves out the blur and the solarisation: those follow it here, on the normalised view.
 """
 
 from __future__ import annotations

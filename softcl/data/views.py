@@ -16,8 +16,9 @@ operation.
 The operations here are the reference of two kernels (fused.py): on CPUs a compiled one makes the
 whole view of a sample, on GPUs one of Triton does crop, flip, colours and normalisation. A view by
 a kernel differs from the reference's by rounding (1e-5 in normalised units) and nothing else: the
-numbers drawn are the same. Which one makes the views is a matter of the device and the installation,
-so that a run is repeated to the bit by the same of them. The Triton kernel has not run on a GPU yet.
+numbers drawn are the same. Which of them makes the views follows from the device and from what is
+installed; a run is repeated to the bit by the same one alone, and says which it is. The Triton
+kernel has not run on a GPU yet.
 """
 
 from __future__ import annotations
