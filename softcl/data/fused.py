@@ -147,6 +147,7 @@ def _blur(views: torch.Tensor, colors: Colors) -> torch.Tensor:
 
 
 def _blurred(views: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    matrix = blur_matrix(sigma, views.shape[-1])
     rows_outermost = views.transpose(1, 2)  # (N, S, 3, S)
-    return apply_rows_then_columns(rows_outermost, matrix, matrix).transpose(1, 2)
+    with torch.autocast(views.device.type, enabled=False):  # it would run in half precision
+        matrix = blur_matrix(sigma, views.shape[-1])
+        return apply_rows_then_columns(rows_outermost, matrix, matrix).transpose(1, 2)

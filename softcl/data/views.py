@@ -206,8 +206,7 @@ def strong_view(
     chosen = uniform[:, columns] < recipe.solarize if recipe.solarize > 0 else None
     module = kernel_for(images, kernel)
     if module is not None:
-        with _full_precision(images):
-            return fused_view(module, images, size, mean, std, crop, colors, chosen)
+        return fused_view(module, images, size, mean, std, crop, colors, chosen)
     apply_colors = color_chosen if uniform.device.type == "cpu" else color_masked
     with _full_precision(images):
         pixels = apply_colors(_resized(images, crop, size, cropped), colors)
