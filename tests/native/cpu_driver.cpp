@@ -204,12 +204,13 @@ double resized(const std::uint8_t* channel, std::int64_t W, const float* row, st
                std::int64_t x, std::int64_t size) {
   using Column = softcl::ViewColumn;
   const std::int64_t h = row[Column::kHeight], w = row[Column::kWidth];
+  channel += std::int64_t(row[Column::kTop]) * W + std::int64_t(row[Column::kLeft]);
   if (row[Column::kMirror] != 0.0f) x = size - 1 - x;
   double sum = 0.0, total = 0.0;
   for (std::int64_t a = 0; a < h; ++a) {
     for (std::int64_t b = 0; b < w; ++b) {
       const double weight = triangle(y, a, h, size) * triangle(x, b, w, size);
-      sum += weight * channel[(row[Column::kTop] + a) * W + row[Column::kLeft] + b];
+      sum += weight * channel[a * W + b];
       total += weight;
     }
   }
