@@ -398,6 +398,7 @@ def test_without_the_compiled_module_pytorch_makes_the_views(monkeypatch):
     cpu = torch.device("cpu")
     assert fused.kernel_for(images) is compiled
     assert fused.kernel_missing(cpu) is None
+    assert fused.kernel_missing(torch.device("meta")) == "needs a CPU or a CUDA device"
     assert fused.describe_kernel(cpu) == f"by the compiled kernel ({_C.isa()})"
     assert fused.describe_kernel(cpu, False) == "by PyTorch, as asked for"
     by_pytorch = view(kernel=False)

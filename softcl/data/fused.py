@@ -47,6 +47,8 @@ def kernel_missing(device: torch.device) -> str | None:
     """Why no kernel runs on a device, or None where one does."""
     if not _is_tritons(device):
         return compiled.load()[1] or None
+    if device.type not in ("cpu", "cuda"):
+        return "needs a CPU or a CUDA device"
     if device.type == "cuda" and torch.version.hip is None:
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "needs compute capability 8.0 or later"
