@@ -6,8 +6,10 @@ A round makes both views of a batch of 256 (32 px; with --full also 96 -> 64 px 
 px), as every step of ASCL or MoCo needs them. Ours is first held to Pillow: some samples, made with
 the same parameters. images_per_s in the extra information counts a pair of views as one image.
 
-"cpu" is PyTorch's operations on the CPU, "torch on the GPU" the same on a GPU with numbers drawn
-there, "triton" the kernel that takes their place.
+"cpu" is the compiled kernel and "torch on the CPU" PyTorch's operations, to which it is an
+alternative; "triton" is the kernel for GPUs and "torch on the GPU" the same operations there, both
+with numbers drawn on the GPU. Two of a device take turns, and the row of PyTorch's says how much
+longer it takes than the kernel, call by call.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from bench.machine import conditions
 from bench.table import Row
 from bench.timing import measure
 from bench.view_peers import PEERS, absent, by_pillow, make_peer
-from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, views, weak_view
+from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, weak_view
+from softcl.data.fused import kernel_missing
 from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, draw_colors, draw_crop
 from softcl.training.allocator import keep_freed_pages
 
-ON_GPU = "torch on the GPU"
+ON_CPU, ON_GPU = "torch on the CPU", "torch on the GPU"
 SECONDS, MOST_ROUNDS = 3.0, 50
 CHECKED = 32
 # In levels of 8 bits. Pillow rounds after each operation, and its hue has 256 values.
@@ -51,8 +54,11 @@ FULL = (*QUICK, Work(256, 96, 64), Work(64, 256, 224))
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    ours = ["cpu", *["triton", ON_GPU] * torch.cuda.is_available()]
-    ours = [x for x in ours if x in (option("--backend") or ours)]
+    compiled = kernel_missing(torch.device("cpu")) is None
+    ours = [*["cpu"] * compiled, ON_CPU, *["triton", ON_GPU] * torch.cuda.is_available()]
+    # --backend reference: PyTorch's operations.
+    chosen = option("--backend") or ["cpu", "triton", "reference"]
+    ours = [x for x in ours if ("reference" if x in (ON_CPU, ON_GPU) else x) in chosen]
     peers = [x for x in option("--peer") or PEERS if x in PEERS]
     metafunc.parametrize("work", FULL if option("--full") else QUICK, ids=str)
     metafunc.parametrize("contender", [*ours, *peers], ids=lambda x: x.replace(" ", "-"))
@@ -69,12 +75,12 @@ def make_images(work: Work) -> ImageSet:
     return ImageSet(pixels, None, [], mean, std, "shapes", "shapes")
 
 
-def make_ours(images: ImageSet, side: int, device: str) -> Callable[[], object]:
+def make_ours(images: ImageSet, side: int, device: str, kernel: bool) -> Callable[[], object]:
     pixels, generator = images.images.to(device), torch.Generator(device)
     common = (side, images.mean, images.std, generator)
 
     def make():
-        pair = weak_view(pixels, *common), strong_view(pixels, *common)
+        pair = tuple(view(pixels, *common, kernel=kernel) for view in (weak_view, strong_view))
         if device == "cuda":
             torch.cuda.synchronize()
         return pair
@@ -82,7 +88,7 @@ def make_ours(images: ImageSet, side: int, device: str) -> Callable[[], object]:
     return make
 
 
-def check(images: ImageSet, side: int, device: str) -> None:
+def check(images: ImageSet, side: int, device: str, kernel: bool) -> None:
     """Both views of some samples agree with Pillow's, made with the same parameters."""
     images = ImageSet(images.images[:CHECKED], None, [], images.mean, images.std, images.name)
     height, width = images.size
@@ -90,7 +96,8 @@ def check(images: ImageSet, side: int, device: str) -> None:
     for view, columns in ((weak_view, 0), (strong_view, COLOR_COLUMNS)):
         common = (side, images.mean, images.std)
         # A generator on the CPU gives the same numbers for every device.
-        made = view(images.images.to(device), *common, torch.Generator().manual_seed(1)).cpu()
+        same = torch.Generator().manual_seed(1)
+        made = view(images.images.to(device), *common, same, kernel=kernel).cpu()
         generator = torch.Generator().manual_seed(1)
         numbers = torch.rand((CHECKED, CROP_COLUMNS + columns), generator=generator)
         crop = draw_crop(numbers[:, :CROP_COLUMNS], height, width)
@@ -102,30 +109,33 @@ def check(images: ImageSet, side: int, device: str) -> None:
         assert worst <= WORST_LEVELS, f"a sample is {worst:.1f} levels off Pillow's"
 
 
-def bench_weak_and_strong(benchmark, report, monkeypatch, work, contender):
-    group, device = str(work), "cpu" if contender in ("cpu", *PEERS) else "cuda"
+def bench_weak_and_strong(benchmark, report, work, contender):
+    group, device = str(work), "cuda" if contender in ("triton", ON_GPU) else "cpu"
     reason = absent()
     if reason:
         report(Row(group, contender, note=reason))
         pytest.skip(reason)
     keep_freed_pages()
-    images, batches = make_images(work), 1
+    images, batches, ours = make_images(work), 1, None
     if contender in PEERS:
         make, batches = make_peer(contender, images, work.batch, work.side)
     else:
-        if contender == ON_GPU:
-            monkeypatch.setattr(views, "kernel_for", lambda images: None)
-        check(images, work.side, device)
-        make = make_ours(images, work.side, device)
+        kernel = contender in ("cpu", "triton")
+        check(images, work.side, device, kernel)
+        make = make_ours(images, work.side, device, kernel)
+        if not kernel and kernel_missing(torch.device(device)) is None:
+            ours = make_ours(images, work.side, device, True)
+            ours()
     make()
     benchmark.group = group
-    # No turns: worker processes would go on while ours ran, and the ratios are no close ones.
-    timing = measure(benchmark, make, seconds=SECONDS, most=MOST_ROUNDS)
+    # Peers take no turns: worker processes would go on while ours ran, and the ratios are no close
+    # ones.
+    timing = measure(benchmark, make, ours, device=device, seconds=SECONDS, most=MOST_ROUNDS)
     if timing is None:  # --benchmark-disable: the check alone
         return
     seconds = timing.seconds / batches
     images_per_s = work.batch / seconds
-    report(Row(group, contender, seconds, images_per_s=images_per_s))
+    report(Row(group, contender, seconds, images_per_s=images_per_s, over_ours=timing.over_ours))
     benchmark.extra_info.update(
         conditions(device),
         contender=contender,

@@ -15,6 +15,7 @@
 #include "cpu/queue_pass.h"
 #include "softcl/enqueue.h"
 #include "softcl/params.h"
+#include "softcl/views.h"
 
 #if defined(_OPENMP)
   #include <omp.h>
@@ -74,6 +75,24 @@ std::int64_t cpu_enqueue(Address keys, Address queue, std::int64_t num_keys,
   return refused;
 }
 
+void cpu_views(Address images, Address table, Address constants, Address views,
+               std::int64_t num_images, std::int64_t height, std::int64_t width, std::int64_t size,
+               bool colors, int num_threads) {
+  softcl::ViewsParams params;
+  params.images = pointer_to<const std::uint8_t>(images);
+  params.table = pointer_to<const float>(table);
+  params.constants = pointer_to<const float>(constants);
+  params.views = pointer_to<float>(views);
+  params.num_images = num_images;
+  params.height = height;
+  params.width = width;
+  params.size = size;
+  params.colors = colors;
+  params.num_threads = num_threads;
+  const py::gil_scoped_release release;
+  softcl::cpu::views(params);
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -125,6 +144,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_enqueue", &cpu_enqueue, py::kw_only(), "keys"_a, "queue"_a, "num_keys"_a,
              "queue_size"_a, "dim"_a, "pointer"_a, "key_type"_a, "queue_type"_a, "normalize"_a,
              "Writes keys into the ring queue; returns how many were refused. See enqueue.h.");
+  module.def("cpu_views", &cpu_views, py::kw_only(), "images"_a, "table"_a, "constants"_a,
+             "views"_a, "num_images"_a, "height"_a, "width"_a, "size"_a, "colors"_a,
+             "num_threads"_a, "Writes a view of every image; see ViewsParams in views.h.");
+  module.attr("view_columns") = int(softcl::ViewColumn::kCount);
 
 #ifdef SOFTCL_WITH_CUDA
   module.def("has_cuda", [] { return true; }, "Compiled with CUDA.");

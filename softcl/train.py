@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from softcl.data import DataError
+from softcl.data.fused import describe_kernel
 from softcl.distributed import ALONE, PeerError, World
 from softcl.training.allocator import keep_freed_pages
 from softcl.training.build import Parts, RunError, assemble, fingerprint
@@ -147,6 +148,7 @@ def show_plan(parts: Parts) -> int:
         "images": parts.images.describe(),
         "evaluation": parts.evaluation,
         "backend": str(parts.backend),
+        "views": describe_kernel(parts.knn.device, parts.config.view_kernel),
         "device": device_name(parts.knn.device),
         "versions": versions(),
     }

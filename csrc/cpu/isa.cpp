@@ -54,6 +54,17 @@ const ScreenKernels* screen_kernels() {
   return nullptr;
 }
 
+ViewKernel view_kernel() {
+#if defined(SOFTCL_X86)
+  const SweepKernels* kernels = &sweep_kernels();
+  if (kernels == &kAvx512Kernels) return &avx512_view;
+  if (kernels == &kAvx2Kernels) return &avx2_view;
+#else
+  sweep_kernels();  // throws where the environment names what is not here
+#endif
+  return &portable_view;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const SweepKernels* kernels : available_kernels()) names.emplace_back(kernels->name);

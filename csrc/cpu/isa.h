@@ -1,4 +1,4 @@
-// Which instruction set the sweep runs on: the best one here, or the one SOFTCL_CPU_ISA names.
+// Which instruction set the kernels run on: the best one here, or the one SOFTCL_CPU_ISA names.
 
 #pragma once
 
@@ -7,6 +7,7 @@
 
 #include "screen.h"
 #include "sweep.h"
+#include "views.h"
 
 namespace softcl::cpu {
 
@@ -16,6 +17,9 @@ const SweepKernels& sweep_kernels();
 
 /// The screen that goes with them; null where there is none.
 const ScreenKernels* screen_kernels();
+
+/// The kernel of the views that goes with them.
+ViewKernel view_kernel();
 
 /// Names of the instruction sets that run here, best first.
 std::vector<std::string> available_isas();

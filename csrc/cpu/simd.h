@@ -2,7 +2,8 @@
 // operations they lack. Products followed by sums become FMAs (-ffp-contract=fast) where there are
 // any.
 //
-// Included by the sweep_*.cpp files only, inside their own namespace: see sweep_kernel.h.
+// Included by the files of one instruction set only, inside their own namespace: see
+// sweep_kernel.h.
 
 constexpr int kWidth = SOFTCL_VECTOR_WIDTH;
 constexpr int kVectorBytes = kWidth * 4;
@@ -32,6 +33,17 @@ inline Vector max(Vector x, Vector y) {
   return (Vector)_mm256_max_ps((__m256)x, (__m256)y);
 #else
   return x > y ? x : y;
+#endif
+}
+
+/// Smaller of the two; y where x is NaN.
+inline Vector min(Vector x, Vector y) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_min_ps(__mmask16(-1), (__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+  return x < y ? x : y;
 #endif
 }
 

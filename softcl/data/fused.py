@@ -1,7 +1,8 @@
-"""The Triton kernel of the views (kernels/views.py): where it runs, and its table of parameters.
+"""The kernels of the views: which one runs where, and the Triton kernel's table of parameters.
 
-It computes what softcl/data/views.py does in PyTorch, which is its reference, but for the blur and
-the solarisation: those follow it here, on the normalised view.
+On CPUs it is the compiled one (compiled.py), on GPUs that of Triton (kernels/views.py). Both
+compute what softcl/data/views.py does in PyTorch, which is their reference. The Triton kernel
+leaves out the blur and the solarisation: those follow it here, on the normalised view.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from softcl.data import color
+from softcl.data import color, compiled
 from softcl.data.image_set import Triple
 from softcl.data.recipe import Colors, Crop
 from softcl.data.resample import apply_rows_then_columns, blur_matrix
@@ -22,7 +23,7 @@ LARGEST_IMAGE = 2**31 // 3  # pixels: places inside one image are counted in 32 
 
 
 def kernel_for(images: torch.Tensor, wanted: bool | None = None) -> ModuleType | None:
-    """softcl.kernels.views where it runs for these images and is wanted, else None.
+    """The module that makes views of these images (`fused_view`) if it is wanted, else None.
 
     Args:
         wanted: False for never, True to demand it, None for where it runs.
@@ -36,21 +37,39 @@ def kernel_for(images: torch.Tensor, wanted: bool | None = None) -> ModuleType |
     if reason is None and images.shape[-2] * images.shape[-1] >= LARGEST_IMAGE:
         reason = f"takes images of less than {LARGEST_IMAGE} pixels"
     if reason is None:
-        return _kernel()
+        return _kernel() if _is_tritons(images.device) else compiled
     if wanted:
         raise RuntimeError(f"the views' kernel {reason}")
     return None
 
 
 def kernel_missing(device: torch.device) -> str | None:
-    """Why the kernel does not run on a device, or None where it does."""
-    on_gpu = device.type == "cuda"
-    if not on_gpu and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return "needs a CUDA device"
-    if on_gpu and torch.version.hip is None:
+    """Why no kernel runs on a device, or None where one does."""
+    if not _is_tritons(device):
+        return compiled.load()[1] or None
+    if device.type not in ("cpu", "cuda"):
+        return "needs a CPU or a CUDA device"
+    if device.type == "cuda" and torch.version.hip is None:
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "needs compute capability 8.0 or later"
     return "needs triton" if _kernel() is None else None
+
+
+def describe_kernel(device: torch.device, wanted: bool | None = None) -> str:
+    """What makes the views on a device, in words."""
+    if wanted is False:
+        return "by PyTorch, as asked for"
+    reason = kernel_missing(device)
+    if reason is not None:
+        return f"by PyTorch (the kernel {reason})"
+    if _is_tritons(device):
+        return "by the Triton kernel"
+    return f"by the compiled kernel ({compiled.load()[0].isa()})"
+
+
+def _is_tritons(device: torch.device) -> bool:
+    """Whether the kernel for a device is Triton's: on GPUs, and on CPUs in its interpreter."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
@@ -74,6 +93,10 @@ def fused_view(
 ) -> torch.Tensor:
     """(N, 3, size, size) float32; the parameters may be on the CPU."""
     device = images.device
+    if kernel is compiled:
+        table = compiled.parameter_table(crop, colors, solarized)
+        constants = _constants(tuple(mean), tuple(std), device)
+        return compiled.launch(images, table, constants, size, colors is not None)
     table = parameter_table(crop, colors, kernel.STRIDE.value).to(device, non_blocking=True)
     constants = _constants(tuple(mean), tuple(std), device)
     images = images.contiguous()
@@ -126,6 +149,7 @@ def _blur(views: torch.Tensor, colors: Colors) -> torch.Tensor:
 
 
 def _blurred(views: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    matrix = blur_matrix(sigma, views.shape[-1])
     rows_outermost = views.transpose(1, 2)  # (N, S, 3, S)
-    return apply_rows_then_columns(rows_outermost, matrix, matrix).transpose(1, 2)
+    with torch.autocast(views.device.type, enabled=False):  # it would run in half precision
+        matrix = blur_matrix(sigma, views.shape[-1])
+        return apply_rows_then_columns(rows_outermost, matrix, matrix).transpose(1, 2)

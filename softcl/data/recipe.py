@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -83,22 +84,30 @@ def draw_crop(uniform: torch.Tensor, height: int, width: int, recipe: Recipe = R
     area = (low + (high - low) * uniform[:, :CROP_TRIES]) * (height * width)
     low, high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
     ratio = torch.exp(low + (high - low) * uniform[:, CROP_TRIES : 2 * CROP_TRIES])
-    w = torch.round(torch.sqrt(area * ratio))
-    h = torch.round(torch.sqrt(area / ratio))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    # Heights and widths in one tensor, (2, N, tries): the time goes by the number of calls.
+    sides = torch.stack((area / ratio, area * ratio)).sqrt_().round_()
+    full, central, corner = _limits(height, width, recipe.ratio, uniform.device)
+    fits = ((sides > 0) & (sides <= full[..., None])).all(dim=0)  # (N, tries)
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     any_fits = fits.any(dim=1)
-
-    central_h, central_w = map(float, _central_sides(height, width, recipe))
-    w = torch.where(any_fits, w.gather(1, first).squeeze(1), central_w)
-    h = torch.where(any_fits, h.gather(1, first).squeeze(1), central_h)
-    vertical, horizontal = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS - 1].unbind(1)
+    sides = sides.gather(2, first.expand(2, -1, -1)).squeeze(2)
+    sides = torch.where(any_fits, sides, central)  # (2, N)
+    free = full - sides
+    places = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS - 1].t() * (free + 1)
     # minimum: u (n + 1) rounds up to n + 1 for the largest u below 1.
-    top = torch.minimum(torch.floor(vertical * (height - h + 1)), height - h)
-    left = torch.minimum(torch.floor(horizontal * (width - w + 1)), width - w)
-    top = torch.where(any_fits, top, (height - central_h) // 2)
-    left = torch.where(any_fits, left, (width - central_w) // 2)
-    return Crop(top, left, h, w, mirror_of(uniform, recipe))
+    places = torch.minimum(places.floor_(), free)
+    places = torch.where(any_fits, places, corner)
+    return Crop(*places.unbind(0), *sides.unbind(0), mirror_of(uniform, recipe))
+
+
+@lru_cache(maxsize=64)
+def _limits(
+    height: int, width: int, ratio: tuple[float, float], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(2, 1) each: the image's sides, those of its largest centred crop, and where that begins."""
+    sides = _central_sides(height, width, ratio)
+    rows = ((height, width), sides, ((height - sides[0]) // 2, (width - sides[1]) // 2))
+    return torch.tensor(rows, dtype=torch.float32, device=device)[..., None].unbind(0)
 
 
 def draw_box(
@@ -119,16 +128,16 @@ def draw_box(
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w
-    h, w = _central_sides(height, width, recipe)
+    h, w = _central_sides(height, width, recipe.ratio)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _central_sides(height: int, width: int, recipe: Recipe) -> tuple[int, int]:
+def _central_sides(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Height and width of the largest box whose ratio is allowed."""
-    if width / height < recipe.ratio[0]:
-        return round(width / recipe.ratio[0]), width
-    if width / height > recipe.ratio[1]:
-        return height, round(height * recipe.ratio[1])
+    if width / height < ratio[0]:
+        return round(width / ratio[0]), width
+    if width / height > ratio[1]:
+        return height, round(height * ratio[1])
     return height, width
 
 
@@ -159,24 +168,42 @@ def central_crop(number: int, height: int, width: int, device: torch.device) -> 
 
 def draw_colors(uniform: torch.Tensor, recipe: Recipe = RECIPE) -> Colors:
     """Colour operations from numbers (N, COLOR_COLUMNS) in [0, 1)."""
-    jittered, order, *spreads, hue, grayed, blurred, sigma = uniform.unbind(1)
-    # One of 24 orders of four operations: the first of the three blends, whether the other two
-    # follow it in cyclic order, and the place of the hue among them. Arithmetic instead of a table,
-    # because copying a table to a GPU would synchronise.
+    jittered, order, _, _, _, hue, grayed, blurred, sigma = uniform.unbind(1)
     order = torch.floor(order * 24).clamp_(max=23).to(torch.int64)
-    first = order % 3
-    second = (first + 1 + order // 3 % 2) % 3
-    kinds = torch.stack((first, second, 3 - first - second), dim=1)
+    order = _orders(uniform.device).index_select(0, order)
+    kinds = order[:, :3]
     ranges = (recipe.brightness, recipe.contrast, recipe.saturation)
-    factors = [1 - x + 2 * x * u for x, u in zip(ranges, spreads, strict=True)]
+    least, spread = _factors(ranges, uniform.device)
+    factors = (uniform[:, 2:5] * spread).add_(least)
     low, high = recipe.sigma
     return Colors(
         jittered=jittered < recipe.jitter,
         kinds=kinds,
-        factors=torch.stack(factors, dim=1).gather(1, kinds),
+        factors=factors.gather(1, kinds),
         hue=(2 * hue - 1) * recipe.hue,
-        hue_slot=order // 6,
+        hue_slot=order[:, 3],
         grayed=grayed < recipe.grayscale,
         blurred=blurred < recipe.blur,
         sigma=low + (high - low) * sigma,
     )
+
+
+@lru_cache(maxsize=16)
+def _orders(device: torch.device) -> torch.Tensor:
+    """The 24 orders of four operations, (24, 4) int64: three blends, and the hue's place in them.
+
+    By the first of the blends, then whether the other two follow it in cyclic order. Kept, because
+    copying it to a GPU synchronises.
+    """
+    rows = []
+    for order in range(24):
+        first = order % 3
+        second = (first + 1 + order // 3 % 2) % 3
+        rows.append((first, second, 3 - first - second, order // 6))
+    return torch.tensor(rows, device=device)
+
+
+@lru_cache(maxsize=64)
+def _factors(ranges: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(2, 3): the least factor of each blend, and by how much the largest exceeds it."""
+    return torch.tensor([[1 - x for x in ranges], [2 * x for x in ranges]], device=device)

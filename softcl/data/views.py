@@ -13,8 +13,12 @@ The first two are the recipes of MoCo v2, ReSSL and ASCL, the pair that of BYOL 
 stay floating point from the crop to the end, where the originals round to uint8 after each
 operation.
 
-On GPUs with Triton crop, flip, colours and normalisation are one kernel (fused.py), to which the
-operations here are the reference; it has not run on a GPU yet.
+The operations here are the reference of two kernels (fused.py): on CPUs a compiled one makes the
+whole view of a sample, on GPUs one of Triton does crop, flip, colours and normalisation. A view by
+a kernel differs from the reference's by rounding (1e-5 in normalised units) and nothing else: the
+numbers drawn are the same. Which of them makes the views follows from the device and from what is
+installed; a run is repeated to the bit by the same one alone, and says which it is. The Triton
+kernel has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -192,7 +196,7 @@ def strong_view(
 
     Args:
         cropped: the images are random crops of that size already, and keep their pixels' places.
-        kernel: demand the Triton kernel, or leave it; None for the kernel where it runs.
+        kernel: demand the device's kernel, or leave it; None for the kernel where it runs.
     """
     _check(images, size, cropped)
     columns = CROP_COLUMNS + COLOR_COLUMNS
@@ -202,8 +206,7 @@ def strong_view(
     chosen = uniform[:, columns] < recipe.solarize if recipe.solarize > 0 else None
     module = kernel_for(images, kernel)
     if module is not None:
-        with _full_precision(images):
-            return fused_view(module, images, size, mean, std, crop, colors, chosen)
+        return fused_view(module, images, size, mean, std, crop, colors, chosen)
     apply_colors = color_chosen if uniform.device.type == "cpu" else color_masked
     with _full_precision(images):
         pixels = apply_colors(_resized(images, crop, size, cropped), colors)

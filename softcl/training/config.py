@@ -180,7 +180,7 @@ class TrainConfig:
     channels_last: bool | None = _flag(_RUN, may_change=True,
         help="memory format of the networks (default: on GPUs, without split batch norm)")
     view_kernel: bool | None = _flag(_RUN, may_change=True,
-        help="views by one Triton kernel each, or by PyTorch (default: the kernel where it runs)")
+        help="views by one kernel each, or by PyTorch (default: the kernel where one runs)")
     backend: str = _flag(_RUN, "auto", may_change=True, metavar="NAME",
         choices=("auto", "cuda", "triton", "cpu", "reference"),
         help="auto, cuda, triton, cpu or reference")

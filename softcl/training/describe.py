@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import softcl
+from softcl.data.fused import describe_kernel
 from softcl.training.speed import describe_speed
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def describe(run: Run) -> None:
         f"{module.backbone.num_features} features, {parameters / 1e6:.2f} M parameters"
     )
     say(f"networks   {describe_speed(config)}")
+    say(f"views      {describe_kernel(run.device, config.view_kernel)}")
     say(f"method     {config.method} (defaults of {run.parts.defaults!r})")
     for line in wrapped(dataclasses.asdict(run.state.method)):
         say(f"           {line}")
@@ -64,6 +66,17 @@ def describe(run: Run) -> None:
             f"each; {kept}"
         )
     say(f"run        {run.folder.path}")
+
+
+def record(run: Run) -> dict[str, Any]:
+    """The content of config.json: the settings, and what they came to on this machine."""
+    return {
+        "config": run.config.to_dict(),
+        "backend": {"name": run.backend.name, "passed_over": run.backend.reasons},
+        "views": describe_kernel(run.device, run.config.view_kernel),
+        "device": device_name(run.device),
+        "versions": versions(),
+    }
 
 
 def wrapped(numbers: dict[str, Any], width: int = 85) -> list[str]:

@@ -12,7 +12,7 @@ from softcl.data import ImageSet
 from softcl.evaluation.calibration import calibrated
 from softcl.training.build import Parts, fingerprint
 from softcl.training.config import identity_hash
-from softcl.training.describe import device_name, versions
+from softcl.training.describe import record, versions
 from softcl.training.diagnose import first_damaged, first_non_finite
 from softcl.training.feed import BatchFeed
 from softcl.training.interrupt import StopVote
@@ -369,13 +369,7 @@ class Run:
 
     def write_config(self) -> None:
         """config.json, and skipped.txt if images were unreadable."""
-        content = {
-            "config": self.config.to_dict(),
-            "backend": {"name": self.backend.name, "passed_over": self.backend.reasons},
-            "device": device_name(self.device),
-            "versions": versions(),
-        }
-        self.folder.write_json(CONFIG, content)
+        self.folder.write_json(CONFIG, record(self))
         self._list_skipped()
 
     def show_views(self) -> None:

@@ -237,7 +237,13 @@ class StepRandom:
     def __init__(self, seed: int, step: int, device: torch.device, world: World = ALONE) -> None:
         self.seed, self.step, self.device, self.world = seed, step, device, world
         own = (world.rank,) if world.rank else ()
-        torch.manual_seed(derived_seed(seed, step, "global", *own))
+        number = derived_seed(seed, step, "global", *own)
+        if device.type == "cpu":
+            # Seeding the GPUs' too takes half a millisecond where PyTorch knows of them: each time
+            # it keeps a trace of the stack for the day when one is used.
+            torch.default_generator.manual_seed(number)
+        else:
+            torch.manual_seed(number)
 
     def __call__(self, purpose: str, device: torch.device | None = None) -> torch.Generator:
         generator = torch.Generator(device or self.device)

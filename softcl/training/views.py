@@ -29,7 +29,7 @@ class RecipeView:
         recipe: what it does to each sample.
         side: of the view, in pixels.
         mean, std: of the normalisation.
-        kernel: whether the Triton kernel is demanded or left; None for where it runs.
+        kernel: whether the device's kernel is demanded or left; None for where it runs.
     """
 
     make: Callable[..., Tensor]

@@ -16,6 +16,7 @@
 
 #include "softcl/enqueue.h"
 #include "softcl/params.h"
+#include "softcl/views.h"
 
 namespace {
 
@@ -193,6 +194,82 @@ void check_enqueue(std::int64_t num_keys, std::int64_t size, std::int64_t dim) {
   }
 }
 
+// Weight of input j (of `length`) in output i (of `size`), not divided by its row's sum.
+double triangle(std::int64_t i, std::int64_t j, std::int64_t length, std::int64_t size) {
+  const double scale = double(length) / double(size), reach = std::max(scale, 1.0);
+  return std::max(0.0, 1.0 - std::abs(double(j) + 0.5 - (double(i) + 0.5) * scale) / reach);
+}
+
+double resized(const std::uint8_t* channel, std::int64_t W, const float* row, std::int64_t y,
+               std::int64_t x, std::int64_t size) {
+  using Column = softcl::ViewColumn;
+  const std::int64_t h = row[Column::kHeight], w = row[Column::kWidth];
+  channel += std::int64_t(row[Column::kTop]) * W + std::int64_t(row[Column::kLeft]);
+  if (row[Column::kMirror] != 0.0f) x = size - 1 - x;
+  double sum = 0.0, total = 0.0;
+  for (std::int64_t a = 0; a < h; ++a) {
+    for (std::int64_t b = 0; b < w; ++b) {
+      const double weight = triangle(y, a, h, size) * triangle(x, b, w, size);
+      sum += weight * channel[a * W + b];
+      total += weight;
+    }
+  }
+  return sum / total / 255.0;
+}
+
+void check_views(std::int64_t N, std::int64_t H, std::int64_t W, std::int64_t size, int threads) {
+  using Column = softcl::ViewColumn;
+  std::mt19937 random(11);
+  const auto draw = [&](std::int64_t least, std::int64_t most) {
+    return std::uniform_int_distribution<std::int64_t>(least, most)(random);
+  };
+  const auto images = unwritten<std::uint8_t>(N * 3 * H * W);
+  for (std::int64_t i = 0; i < N * 3 * H * W; ++i) images[i] = std::uint8_t(draw(0, 255));
+  const auto table = unwritten<float>(N * Column::kCount);
+  for (std::int64_t n = 0; n < N; ++n) {
+    float* const row = table.get() + n * Column::kCount;
+    row[Column::kHeight] = draw(1, H);
+    row[Column::kWidth] = draw(1, W);
+    row[Column::kTop] = H - row[Column::kHeight];  // the crop ends with the image
+    row[Column::kLeft] = W - row[Column::kWidth];
+    row[Column::kMirror] = draw(0, 1);
+    row[Column::kJittered] = draw(0, 3) > 0;
+    for (int i = 0; i < 3; ++i) {
+      row[Column::kKind + i] = (n + i) % 3;
+      row[Column::kFactor + i] = draw(0, 20) / 10.0f;
+    }
+    row[Column::kHue] = draw(-5, 5) / 10.0f;
+    row[Column::kHueSlot] = draw(0, 3);
+    row[Column::kGrayed] = draw(0, 4) == 0;
+    row[Column::kSigma] = draw(0, 40) / 10.0f;
+    row[Column::kSolarized] = draw(0, 1);
+  }
+  const float constants[] = {4.0f, 4.0f, 4.0f, -2.0f, -2.0f, -2.0f};
+  for (const bool colors : {false, true}) {
+    const auto views = unwritten<float>(N * 3 * size * size);
+    softcl::ViewsParams p;
+    p.images = images.get();
+    p.table = table.get();
+    p.constants = constants;
+    p.views = views.get();
+    p.num_images = N;
+    p.height = H;
+    p.width = W;
+    p.size = size;
+    p.colors = colors;
+    p.num_threads = threads;
+    softcl::cpu::views(p);
+    for (std::int64_t i = 0; i < N * 3 * size * size; ++i) {
+      require(views[i] >= -2.0001f && views[i] <= 2.0001f, "pixels written, in their range");
+      if (colors) continue;
+      const std::int64_t channel = i / (size * size), y = i / size % size, x = i % size;
+      const double expected = resized(images.get() + channel * H * W, W,
+                                      table.get() + channel / 3 * Column::kCount, y, x, size);
+      require(std::abs(expected * 4.0 - 2.0 - views[i]) < 1e-4, "the crop resized");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -215,6 +292,8 @@ int main() {
       }
     }
   }
+  const std::int64_t sides[][3] = {{1, 1, 1}, {32, 32, 32}, {17, 40, 33}, {48, 64, 7}, {3, 90, 5}};
+  for (const auto& [H, W, size] : sides) check_views(7, H, W, size, 3);
   for (const std::int64_t num_keys : {1, 7, 40}) check_enqueue(num_keys, 16, 33);
   std::puts("clean");
 }
