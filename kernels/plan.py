@@ -134,6 +134,7 @@ def make_plan(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_D=block_d,
+        PIECES=tile.pieces,
         LAYOUT=layout.value,
         NUM_STAGES=tile.num_stages,
         HAS_KEY=work.has_key,

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from .launch import launch as launch_kernel
 from .numerics import fold_max, fold_sum, multiply_parts, parts, transposed, unfold_sum, widen
-from .rows import positive_cosines, prepare_rows, row_operand
+from .rows import columns, positive_cosines, prepare_rows, row_operand
 from .sums import SLOTS, add_tile, no_sums, store_sums
 
 SINGLE = tl.constexpr(0)
@@ -52,6 +52,7 @@ class Config(NamedTuple):
     BLOCK_N: int  # samples per program
     BLOCK_K: int  # queue rows per tile
     BLOCK_D: int  # D rounded up to a power of two
+    PIECES: int  # of D, taken apart and multiplied one after the other
     LAYOUT: int
     NUM_STAGES: int
     HAS_KEY: bool  # there are teacher rows, visited here or not
@@ -91,27 +92,46 @@ def queue_operands(raw, C: tl.constexpr):
 
 
 @triton.jit
-def cosines_of(rows, q_transposed, C: tl.constexpr):
-    """rows (M, D) times a tile: (M, BLOCK_K) in fp32."""
-    zero = tl.zeros([rows[0].shape[0], q_transposed[0].shape[1]], tl.float32)
+def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
+    """``cosines`` (M, BLOCK_K) with the products of one piece of D added."""
     TILE_PARTS: tl.constexpr = 1 if C.NATIVE_FP16 else C.QUEUE_PARTS
-    return multiply_parts(rows, q_transposed, zero, C.ROW_PARTS, TILE_PARTS)
+    return multiply_parts(rows, q_transposed, cosines, C.ROW_PARTS, TILE_PARTS)
 
 
 @triton.jit
-def load_tile(queue_ptr, tile, K, C: tl.constexpr):
-    """Queue rows (BLOCK_K, BLOCK_D) of one tile, zeros outside the queue."""
+def load_tile(queue_ptr, tile, piece: tl.constexpr, K, C: tl.constexpr):
+    """One piece of the queue rows of one tile (BLOCK_K, BLOCK_D / PIECES), zeros outside."""
     k = tl.arange(0, C.BLOCK_K)
-    d = tl.arange(0, C.BLOCK_D)
-    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D)
-    pointers = queue_ptr + (k[:, None] * C.D + d[None, :])
-    if C.RAGGED:
-        mask = (tile * C.BLOCK_K + k < K)[:, None] & (d < C.D)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
+    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D) + piece * (C.BLOCK_D // C.PIECES)
+    pointers = queue_ptr + (k[:, None] * C.D + columns(0, C)[None, :])
+    in_row = (columns(piece, C) < C.D)[None, :]
+    in_queue = (tile * C.BLOCK_K + k < K)[:, None]
+    if C.RAGGED and C.BLOCK_D != C.D:
+        return tl.load(pointers, mask=in_queue & in_row, other=0.0)
+    elif C.RAGGED:
+        return tl.load(pointers, mask=in_queue, other=0.0)
     elif C.BLOCK_D != C.D:
-        return tl.load(pointers, mask=(d < C.D)[None, :], other=0.0)
+        return tl.load(pointers, mask=in_row, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def first_products(first, second, queue_ptr, tile, K, M: tl.constexpr, C: tl.constexpr):
+    """The tile's pieces for the second product, and the cosines (M, BLOCK_K) of both operands."""
+    cosines = tl.zeros([M, C.BLOCK_K], tl.float32)
+    teacher_cosines = cosines
+    q = ()
+    for piece in tl.static_range(C.PIECES):
+        raw = load_tile(queue_ptr, tile, piece, K, C)
+        q_piece, q_transposed = queue_operands(raw, C)
+        cosines = add_cosines(cosines, first[piece], q_transposed, C)
+        if C.LAYOUT == PAIRED:
+            teacher_cosines = add_cosines(teacher_cosines, second[piece], q_transposed, C)
+        q += (q_piece,)
+    if C.LAYOUT != PAIRED:
+        teacher_cosines = cosines
+    return q, cosines, teacher_cosines
 
 
 @triton.jit
@@ -134,13 +154,9 @@ def visit_tile(
 ):
     """Load one queue tile and add it to everything; returns the new state."""
     first_sums, second_sums, chunk_maxima, ranks = state
-    q, q_transposed = queue_operands(load_tile(queue_ptr, tile, K, C), C)
-
+    M: tl.constexpr = is_second.shape[0]
     # Both first products before the first softmax, so that the second overlaps it.
-    cosines = cosines_of(first, q_transposed, C)
-    teacher_cosines = cosines
-    if C.LAYOUT == PAIRED:
-        teacher_cosines = cosines_of(second, q_transposed, C)
+    q, cosines, teacher_cosines = first_products(first, second, queue_ptr, tile, K, M, C)
     if C.RAGGED:
         if (tile + 1) * C.BLOCK_K > K:
             exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
@@ -220,9 +236,6 @@ def stream_kernel(
     is_second = r // 8 % 2 == 1 if C.LAYOUT == STACKED else r < 0
     n = tl.program_id(0) * C.BLOCK_N + samples
     n_mask = n < N
-    d = tl.arange(0, C.BLOCK_D)
-    mask = n_mask[:, None] & (d < C.D)[None, :]
-    offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
 
     positive = tl.zeros([M], tl.float32)
     if C.RANKS:
@@ -235,14 +248,15 @@ def stream_kernel(
         second_ptr = parts_ptr + second_offset
     num_rows = N if C.LAYOUT == SINGLE else 2 * N
     scale = first_scale
+    offsets = n.to(tl.int64)[:, None] * C.D + columns(0, C)[None, :]
     pointers = first_ptr + offsets
     if C.LAYOUT == STACKED:
         scale = tl.where(is_second, second_scale, first_scale)[:, None]
         pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
-    first = row_operand(pointers, mask, part_stride, C)
+    first = row_operand(pointers, n_mask, part_stride, C)
     second = first
     if C.LAYOUT == PAIRED:
-        second = row_operand(second_ptr + offsets, mask, part_stride, C)
+        second = row_operand(second_ptr + offsets, n_mask, part_stride, C)
 
     g = tl.arange(0, C.CHUNK_GROUPS)
     four = tl.arange(0, 4)

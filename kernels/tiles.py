@@ -46,6 +46,7 @@ class Tile:
         block_k: queue rows per tile.
         num_warps, num_stages: warps per program, tiles in flight.
         programs_per_sm: how many fit on one multiprocessor (registers, shared memory).
+        pieces: of D, in which a queue tile is multiplied and added, one after the other.
         stacked: student and teacher rows in one tile.
     """
 
@@ -54,12 +55,14 @@ class Tile:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    pieces: int = 1
     stacked: bool = False
 
 
 def parse(table: str) -> dict[tuple[str, str], tuple[Tile, ...]]:
     """(kind, precision) -> tiles by D, from lines "kind precision tile tile tile tile" of tiles
-    "block_n x block_k / num_warps / num_stages / programs_per_sm", an "s" before a stacked one."""
+    "block_n x block_k / num_warps / num_stages / programs_per_sm", "/ pieces" after it where there
+    are several, and an "s" before a stacked one."""
     rows = {}
     for kind, precision, *cells in map(str.split, table.strip().splitlines()):
         rows[kind, precision] = tuple(
