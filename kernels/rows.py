@@ -42,14 +42,13 @@ def prepare_rows(rows_ptr, unit_ptr, parts_ptr, part_stride, N, C: tl.constexpr)
 
 @triton.jit
 def columns(piece: tl.constexpr, C: tl.constexpr):
-    """The columns (BLOCK_D / PIECES,) of one piece of D."""
-    WIDTH: tl.constexpr = C.BLOCK_D // C.PIECES
-    return piece * WIDTH + tl.arange(0, WIDTH)
+    """The columns (PIECE,) of one piece of D."""
+    return piece * C.PIECE + tl.arange(0, C.PIECE)
 
 
 @triton.jit
 def row_operand(pointers, n_mask, part_stride, C: tl.constexpr):
-    """Rows as a left operand, by pieces (M, BLOCK_D / PIECES), the first one at ``pointers``: three
+    """Rows as a left operand, by pieces (M, PIECE), the first one at ``pointers``: three
     bf16 parts of each, or one if they are 16 bits wide.
 
     On their way to shared memory they pass through registers. The barriers keep the parts from
@@ -69,7 +68,7 @@ def row_operand(pointers, n_mask, part_stride, C: tl.constexpr):
             x2 = tl.load(pointers + 2 * part_stride, mask=mask, other=0.0)
             tl.debug_barrier()
         rows += ((x0, x1, x2),)
-        pointers += C.BLOCK_D // C.PIECES
+        pointers += C.PIECE
     return rows
 
 

@@ -15,6 +15,9 @@ part of the queue. A program keeps its rows and its (rows, D) sums for its whole
     STACKED    BLOCK_N samples, students and teachers in one tile of 2 BLOCK_N rows that all get
                both products, eight rows of each in turn (sums.pair_products): for large D
 
+Where the table says so a tile comes in pieces of D, each loaded, taken apart and multiplied by
+itself, and the sums (rows, D) are kept in the same pieces.
+
 Traffic: K D elements of queue per row block, from L2; rows and sums once; with maxima four bytes
 per row and chunk. Nothing of size N x K is written.
 
@@ -52,7 +55,8 @@ class Config(NamedTuple):
     BLOCK_N: int  # samples per program
     BLOCK_K: int  # queue rows per tile
     BLOCK_D: int  # D rounded up to a power of two
-    PIECES: int  # of D, taken apart and multiplied one after the other
+    PIECE: int  # columns of D that are loaded, multiplied and added together
+    PIECES: int  # that D takes
     LAYOUT: int
     NUM_STAGES: int
     HAS_KEY: bool  # there are teacher rows, visited here or not
@@ -100,17 +104,18 @@ def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
 
 @triton.jit
 def load_tile(queue_ptr, tile, piece: tl.constexpr, K, C: tl.constexpr):
-    """One piece of the queue rows of one tile (BLOCK_K, BLOCK_D / PIECES), zeros outside."""
+    """One piece of the queue rows of one tile (BLOCK_K, PIECE), zeros outside the queue."""
     k = tl.arange(0, C.BLOCK_K)
-    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D) + piece * (C.BLOCK_D // C.PIECES)
+    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D) + piece * C.PIECE
     pointers = queue_ptr + (k[:, None] * C.D + columns(0, C)[None, :])
-    in_row = (columns(piece, C) < C.D)[None, :]
     in_queue = (tile * C.BLOCK_K + k < K)[:, None]
-    if C.RAGGED and C.BLOCK_D != C.D:
+    in_row = (columns(piece, C) < C.D)[None, :]
+    FULL: tl.constexpr = (piece + 1) * C.PIECE <= C.D
+    if C.RAGGED and not FULL:
         return tl.load(pointers, mask=in_queue & in_row, other=0.0)
     elif C.RAGGED:
         return tl.load(pointers, mask=in_queue, other=0.0)
-    elif C.BLOCK_D != C.D:
+    elif not FULL:
         return tl.load(pointers, mask=in_row, other=0.0)
     else:
         return tl.load(pointers)
@@ -123,8 +128,7 @@ def first_products(first, second, queue_ptr, tile, K, M: tl.constexpr, C: tl.con
     teacher_cosines = cosines
     q = ()
     for piece in tl.static_range(C.PIECES):
-        raw = load_tile(queue_ptr, tile, piece, K, C)
-        q_piece, q_transposed = queue_operands(raw, C)
+        q_piece, q_transposed = queue_operands(load_tile(queue_ptr, tile, piece, K, C), C)
         cosines = add_cosines(cosines, first[piece], q_transposed, C)
         if C.LAYOUT == PAIRED:
             teacher_cosines = add_cosines(teacher_cosines, second[piece], q_transposed, C)
@@ -154,8 +158,8 @@ def visit_tile(
 ):
     """Load one queue tile and add it to everything; returns the new state."""
     first_sums, second_sums, chunk_maxima, ranks = state
-    M: tl.constexpr = is_second.shape[0]
     # Both first products before the first softmax, so that the second overlaps it.
+    M: tl.constexpr = is_second.shape[0]
     q, cosines, teacher_cosines = first_products(first, second, queue_ptr, tile, K, M, C)
     if C.RAGGED:
         if (tile + 1) * C.BLOCK_K > K:
@@ -164,7 +168,7 @@ def visit_tile(
             teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
 
     if C.EXCLUDED:
-        takes_part = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K))[None, :] != excluded[:, None]
+        takes_part = tl.arange(0, C.BLOCK_K)[None, :] != (excluded - tile * C.BLOCK_K)[:, None]
         cosines = tl.where(takes_part, cosines, ABSENT)
         teacher_cosines = tl.where(takes_part, teacher_cosines, ABSENT)
 

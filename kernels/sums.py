@@ -39,15 +39,15 @@ LOWEST = tl.constexpr(-1e30)
 def no_sums(M: tl.constexpr, MEAN: tl.constexpr, C: tl.constexpr):
     """The sums over no tile, each (M, SUM_GROUPS, 4) spread over the threads that will add to it.
 
-    mean_sum and rest_sum are placeholders that nothing reads where they are not needed.
+    mean_sum has a part (M, PIECE) for each piece of D; rest_sum goes with one piece alone. Both
+    are placeholders that nothing reads where they are not needed.
     """
     zero = tl.zeros([M, C.SUM_GROUPS, 4], tl.float32)
-    WIDTH: tl.constexpr = C.BLOCK_D // C.PIECES
-    mean_piece = tl.zeros([M, WIDTH if MEAN else 1], tl.float32)
+    mean_piece = tl.zeros([M, C.PIECE if MEAN else 1], tl.float32)
     mean_sum = ()
     for _ in tl.static_range(C.PIECES):
         mean_sum += (mean_piece,)
-    rest_sum = tl.zeros([M, WIDTH if MEAN and C.REST_APART else 1], tl.float32)
+    rest_sum = tl.zeros([M, C.PIECE if MEAN and C.REST_APART else 1], tl.float32)
     return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum, rest_sum
 
 
@@ -86,7 +86,7 @@ def add_tile(
     student_cosines,  # (M, BLOCK_K) z.Q, read if STUDENT
     is_teacher,  # (M, 1), read in a stacked tile if STUDENT
     scale,  # x = scale v.Q
-    q,  # the tile, each piece of D in bf16 parts (BLOCK_K, BLOCK_D / PIECES)
+    q,  # the tile, each piece of D in bf16 parts (BLOCK_K, PIECE)
     MEAN: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
