@@ -60,8 +60,10 @@ class Work:
 
     @property
     def heavy(self) -> bool:
-        """What takes more registers than the same work without it."""
-        return self.cold or self.excluded
+        """What takes more registers: a maximum, columns that take no part, tiles that are not full,
+        and, where ptxas would spill to fit a second program, the teacher's mean alone."""
+        ragged, teacher_alone = self.K % 128 != 0, self.teacher_mean and not self.mean
+        return self.cold or self.excluded or ragged or teacher_alone
 
     @property
     def kind(self) -> str:

@@ -89,8 +89,8 @@ SHARED_MEMORY = {
 }
 
 # By target: the tiles of each kind and precision of plan.Work, for D up to 64, 128, 256 and 512.
-# "heavy" rows serve a running maximum or a column that takes no part, and "both" rows fp32 rows
-# with an fp32 queue, where these take other tiles than the rest.
+# "heavy" rows serve the modes that plan.Work.heavy names, and "both" rows fp32 rows with an fp32
+# queue, where these take other tiles than the rest.
 TABLE = {
     "sm_80": parse("""
 search bf16  128x64/4/3/2   128x64/8/3/1   64x64/4/2/1    64x32/8/2/1
@@ -169,7 +169,7 @@ INTERPRETER = Tile(32, 64, 4, 1, 1)
 def find_tile(target: str, kind: str, precision: str, D: int, heavy: bool = False) -> Tile:
     """The tile of ``target`` for a kind of work and a precision (see plan.Work) and D <= 512.
 
-    ``heavy``: with a running maximum, or a column that takes no part.
+    ``heavy``: see plan.Work.
     """
     if target == "interpreter":
         return INTERPRETER

@@ -130,7 +130,8 @@ def check(compiled, target, tile, work):
         expected = most_conversions(config, compiled.native and target in WARPGROUPS)
         assert compiled.conversions <= expected, f"{compiled.conversions} conversions: {work}"
         if target == "sm_90":
-            assert expected > 0 or compiled.loop_stores <= 1, f"{compiled.loop_stores}: {work}"
+            # Two: chunk maxima that change threads. A tile would take four or more.
+            assert expected > 0 or compiled.loop_stores <= 2, f"{compiled.loop_stores}: {work}"
 
 
 def most_conversions(config, from_shared_memory):
