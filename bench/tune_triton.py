@@ -6,12 +6,14 @@
 
 A candidate is compiled ahead of time first: one that spills, or does not fit, is not timed. The
 others run the streaming kernel alone, at the shape of --shape, in turns; the fastest median is
-printed, with how much the tile in the table would lose to it.
+printed, with how much the tile in the table would lose to it. Rows and queue have one dtype: the
+fp32 row that comes out is a both-fp32 one where the table has those.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import sys
@@ -33,8 +35,8 @@ REGISTERS_PER_SM = 1 << 16
 
 
 def work_of(kind: str, precision: str, N: int, K: int, D: int) -> plan.Work:
-    """The commonest call of a kind; of a "cold-" one, with a running maximum."""
-    cold, kind = kind.startswith("cold-"), kind.removeprefix("cold-")
+    """The commonest call of a kind; of a "heavy-" one, with a running maximum."""
+    heavy, kind = kind.startswith("heavy-"), kind.removeprefix("heavy-")
     loss = dict(has_key=True, normalize=True)
     mode = {
         "search": dict(softmax=False, mean=False, num_neighbors=10),
@@ -42,20 +44,21 @@ def work_of(kind: str, precision: str, N: int, K: int, D: int) -> plan.Work:
         "mixed": dict(loss, teacher_softmax=True, num_neighbors=5),
         "dense": dict(loss, teacher_softmax=True, teacher_mean=True, num_neighbors=5),
     }[kind]
-    coldest = 0.01 if cold else 0.05
+    coldest = 0.01 if heavy else 0.05
     return plan.Work(N, K, D, DTYPES[precision], DTYPES[precision], **mode, coldest=coldest)
 
 
 def candidates(kind: str, precision: str):
     """Tiles worth a look; programs_per_sm is found out by compiling."""
     widths = {"bf16": (32, 64, 128), "fp16": (16, 32, 64), "fp32": (16, 32, 64)}[precision]
-    for rows, block_k, warps, stages in itertools.product(
-        (32, 64, 128), widths, (4, 8), (1, 2, 3, 4)
+    splits = (1,) if precision == "bf16" else (1, 2, 4)
+    for rows, block_k, warps, stages, pieces in itertools.product(
+        (32, 64, 128), widths, (4, 8), (1, 2, 3, 4), splits
     ):
-        if kind.removeprefix("cold-") in ("mixed", "dense"):
-            yield Tile(rows // 2, block_k, warps, stages, 1, stacked=True)
+        if kind.removeprefix("heavy-") in ("mixed", "dense"):
+            yield Tile(rows // 2, block_k, warps, stages, 1, pieces, stacked=True)
         if rows > 32 or kind == "search":
-            yield Tile(rows, block_k, warps, stages, 1)
+            yield Tile(rows, block_k, warps, stages, 1, pieces)
 
 
 def fitting(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> Tile | None:
@@ -76,7 +79,7 @@ def fitting(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> Til
         512 // max(found.tensor_memory, 1),
         4,
     )
-    return Tile(tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, programs, tile.stacked)
+    return dataclasses.replace(tile, programs_per_sm=programs)
 
 
 def timer_of(work: plan.Work, tile: Tile, device: str):
@@ -123,14 +126,15 @@ def tune(work: plan.Work, shortlist: list[Tile], device: str) -> list[tuple[floa
 
 def as_cell(tile: Tile) -> str:
     sizes = f"{tile.block_n}x{tile.block_k}/{tile.num_warps}/{tile.num_stages}"
-    return f"{'s' if tile.stacked else ''}{sizes}/{tile.programs_per_sm}"
+    pieces = f"/{tile.pieces}" if tile.pieces > 1 else ""
+    return f"{'s' if tile.stacked else ''}{sizes}/{tile.programs_per_sm}{pieces}"
 
 
 def best_cell(kind: str, precision: str, D: int, shape: tuple[int, int], device: str) -> str:
     """Time one place of the table; the cell to write there."""
     work = work_of(kind, precision, *shape, D)
     target, _ = backend.target_of(torch.device(device, 0))
-    current = tiles.find_tile(target, work.kind, precision, D, work.cold)
+    current = tiles.find_tile(target, work.kind, work.precision, D, work.heavy)
     if device == "cpu":
         shortlist = [current, Tile(16, 32, 4, 1, 1)]
     else:
@@ -152,7 +156,7 @@ def best_cell(kind: str, precision: str, D: int, shape: tuple[int, int], device:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     kinds = ("search", "single", "mixed", "dense")
-    every = (*kinds, *(f"cold-{kind}" for kind in kinds[1:]))
+    every = (*kinds, *(f"heavy-{kind}" for kind in kinds[1:]))
     parser.add_argument("--kinds", nargs="+", choices=every, default=kinds)
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--widths", nargs="+", type=int, choices=tiles.WIDTHS, default=tiles.WIDTHS)

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import plan, stream, views
+from .launch import as_constants
 from .tiles import Tile
 
 TARGETS = {
@@ -126,7 +127,7 @@ def source(work: plan.Work, config: stream.Config) -> ASTSource:
     }
     pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    return ASTSource(stream.stream_kernel, types, {"C": config}, aligned)
+    return ASTSource(stream.stream_kernel, types, {"C": as_constants(config)}, aligned)
 
 
 def compile_view(target: str, side: int, size: int, colors: bool) -> tuple[int, int]:
@@ -166,9 +167,9 @@ def loop_of(ttgir: str) -> str:
 
 
 def tile_size(how: plan.Plan) -> int:
-    """Numbers in a tile of cosines: what is smaller belongs to a row, not to a tile."""
+    """Numbers in a tile of cosines, or a piece of the queue's: what is smaller belongs to a row."""
     rows = 2 if how.config.LAYOUT == stream.STACKED.value else 1
-    return rows * how.config.BLOCK_N * how.config.BLOCK_K
+    return how.config.BLOCK_K * min(rows * how.config.BLOCK_N, how.config.PIECE)
 
 
 def count_conversions(loop: str, smallest: int) -> int:

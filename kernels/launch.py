@@ -8,11 +8,24 @@ the 16-byte alignment of every tensor. Integers are not specialised on, and fit 
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .numerics import INTERPRET
 
 _compiled: dict[tuple, object] = {}
+
+
+def as_constants(value):
+    """A kernel's compile-time argument, every field of a tuple as a compile-time value.
+
+    Triton 3.6 hands the fields to the kernel as they are, where 3.8 wraps them: a number among the
+    sizes of a shape, or as the end of a loop, would not compile.
+    """
+    if not isinstance(value, tuple):
+        return value
+    fields = (x if isinstance(x, tl.constexpr) else tl.constexpr(x) for x in value)
+    return type(value)(*fields)
 
 
 def launch(
@@ -38,7 +51,10 @@ def launch(
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](
-            *arguments, *constants, num_warps=num_warps, num_stages=num_stages
+            *arguments,
+            *map(as_constants, constants),
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
         return
     stream = driver.get_current_stream(device)

@@ -59,6 +59,13 @@ class Work:
         return self.softmax and self.coldest < COLDEST_WITHOUT_MAXIMUM
 
     @property
+    def heavy(self) -> bool:
+        """What takes more registers: a maximum, columns that take no part, tiles that are not full,
+        and, where ptxas would spill to fit a second program, the teacher's mean alone."""
+        ragged, teacher_alone = self.K % 128 != 0, self.teacher_mean and not self.mean
+        return self.cold or self.excluded or ragged or teacher_alone
+
+    @property
     def kind(self) -> str:
         """The products of one tile: what the tile table is indexed by."""
         if not self.visits_teacher:
@@ -67,8 +74,12 @@ class Work:
 
     @property
     def precision(self) -> str:
-        """The widest dtype among rows and queue, by its parts: "bf16", "fp16" or "fp32"."""
-        return PRECISIONS[max(PARTS[self.row_dtype], PARTS[self.queue_dtype])]
+        """The widest dtype among rows and queue, by its parts: "bf16", "fp16" or "fp32".
+
+        "both-fp32" if neither is narrower.
+        """
+        parts = PARTS[self.row_dtype], PARTS[self.queue_dtype]
+        return "both-fp32" if parts == (3, 3) else PRECISIONS[max(parts)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def make_plan(
     splits: int | None = None,
 ) -> Plan:
     """The plan of a call. ``tile`` and ``splits`` override the table and the choice made here."""
-    tile = tile or find_tile(target, work.kind, work.precision, work.D, work.cold)
+    tile = tile or find_tile(target, work.kind, work.precision, work.D, work.heavy)
     layout = stream.STACKED if tile.stacked else stream.PAIRED
     if not work.visits_teacher:
         layout = stream.SINGLE
@@ -126,6 +137,9 @@ def make_plan(
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
     # Up to 64 numbers of a row in each thread, half of that where anything is cut into parts.
     block_d = max(16, 1 << (work.D - 1).bit_length())
+    # Pieces are for a queue that is taken apart in registers, most of all beside sums (rows, D).
+    pieces = tile.pieces if queue_parts > 1 else 1
+    piece = block_d // (pieces if work.mean or work.teacher_mean else max(1, pieces // 2))
     numbers = 32 * tile.num_warps * (64 if row_parts == queue_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
@@ -134,6 +148,8 @@ def make_plan(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_D=block_d,
+        PIECE=piece,
+        PIECES=-(-work.D // piece),
         LAYOUT=layout.value,
         NUM_STAGES=tile.num_stages,
         HAS_KEY=work.has_key,

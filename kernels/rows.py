@@ -41,23 +41,35 @@ def prepare_rows(rows_ptr, unit_ptr, parts_ptr, part_stride, N, C: tl.constexpr)
 
 
 @triton.jit
-def row_operand(pointers, mask, part_stride, C: tl.constexpr):
-    """Rows (M, BLOCK_D) as a left operand: three bf16 parts, or one if they are 16 bits wide.
+def columns(piece: tl.constexpr, C: tl.constexpr):
+    """The columns (PIECE,) of one piece of D."""
+    return piece * C.PIECE + tl.arange(0, C.PIECE)
+
+
+@triton.jit
+def row_operand(pointers, n_mask, part_stride, C: tl.constexpr):
+    """Rows as a left operand, by pieces (M, PIECE), the first one at ``pointers``: three
+    bf16 parts of each, or one if they are 16 bits wide.
 
     On their way to shared memory they pass through registers. The barriers keep the parts from
     doing so all at once, which would spill them.
     """
-    x0 = tl.load(pointers, mask=mask, other=0.0)
-    x1 = x0
-    x2 = x0
-    if C.ROW_PARTS > 1:
-        tl.debug_barrier()
-        x1 = tl.load(pointers + part_stride, mask=mask, other=0.0)
-        tl.debug_barrier()
-    if C.ROW_PARTS > 2:
-        x2 = tl.load(pointers + 2 * part_stride, mask=mask, other=0.0)
-        tl.debug_barrier()
-    return x0, x1, x2
+    rows = ()
+    for piece in tl.static_range(C.PIECES):
+        mask = n_mask[:, None] & (columns(piece, C) < C.D)[None, :]
+        x0 = tl.load(pointers, mask=mask, other=0.0)
+        x1 = x0
+        x2 = x0
+        if C.ROW_PARTS > 1:
+            tl.debug_barrier()
+            x1 = tl.load(pointers + part_stride, mask=mask, other=0.0)
+            tl.debug_barrier()
+        if C.ROW_PARTS > 2:
+            x2 = tl.load(pointers + 2 * part_stride, mask=mask, other=0.0)
+            tl.debug_barrier()
+        rows += ((x0, x1, x2),)
+        pointers += C.PIECE
+    return rows
 
 
 @triton.jit

@@ -15,6 +15,9 @@ part of the queue. A program keeps its rows and its (rows, D) sums for its whole
     STACKED    BLOCK_N samples, students and teachers in one tile of 2 BLOCK_N rows that all get
                both products, eight rows of each in turn (sums.pair_products): for large D
 
+Where the table says so a tile comes in pieces of D, each loaded, taken apart and multiplied by
+itself, and the sums (rows, D) are kept in the same pieces.
+
 Traffic: K D elements of queue per row block, from L2; rows and sums once; with maxima four bytes
 per row and chunk. Nothing of size N x K is written.
 
@@ -31,7 +34,7 @@ import triton.language as tl
 
 from .launch import launch as launch_kernel
 from .numerics import fold_max, fold_sum, multiply_parts, parts, transposed, unfold_sum, widen
-from .rows import positive_cosines, prepare_rows, row_operand
+from .rows import columns, positive_cosines, prepare_rows, row_operand
 from .sums import SLOTS, add_tile, no_sums, store_sums
 
 SINGLE = tl.constexpr(0)
@@ -52,6 +55,8 @@ class Config(NamedTuple):
     BLOCK_N: int  # samples per program
     BLOCK_K: int  # queue rows per tile
     BLOCK_D: int  # D rounded up to a power of two
+    PIECE: int  # columns of D that are loaded, multiplied and added together
+    PIECES: int  # that D takes
     LAYOUT: int
     NUM_STAGES: int
     HAS_KEY: bool  # there are teacher rows, visited here or not
@@ -91,27 +96,46 @@ def queue_operands(raw, C: tl.constexpr):
 
 
 @triton.jit
-def cosines_of(rows, q_transposed, C: tl.constexpr):
-    """rows (M, D) times a tile: (M, BLOCK_K) in fp32."""
-    zero = tl.zeros([rows[0].shape[0], q_transposed[0].shape[1]], tl.float32)
+def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
+    """``cosines`` (M, BLOCK_K) with the products of one piece of D added."""
     TILE_PARTS: tl.constexpr = 1 if C.NATIVE_FP16 else C.QUEUE_PARTS
-    return multiply_parts(rows, q_transposed, zero, C.ROW_PARTS, TILE_PARTS)
+    return multiply_parts(rows, q_transposed, cosines, C.ROW_PARTS, TILE_PARTS)
 
 
 @triton.jit
-def load_tile(queue_ptr, tile, K, C: tl.constexpr):
-    """Queue rows (BLOCK_K, BLOCK_D) of one tile, zeros outside the queue."""
+def load_tile(queue_ptr, tile, piece: tl.constexpr, K, C: tl.constexpr):
+    """One piece of the queue rows of one tile (BLOCK_K, PIECE), zeros outside the queue."""
     k = tl.arange(0, C.BLOCK_K)
-    d = tl.arange(0, C.BLOCK_D)
-    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D)
-    pointers = queue_ptr + (k[:, None] * C.D + d[None, :])
-    if C.RAGGED:
-        mask = (tile * C.BLOCK_K + k < K)[:, None] & (d < C.D)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
-    elif C.BLOCK_D != C.D:
-        return tl.load(pointers, mask=(d < C.D)[None, :], other=0.0)
+    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D) + piece * C.PIECE
+    pointers = queue_ptr + (k[:, None] * C.D + columns(0, C)[None, :])
+    in_queue = (tile * C.BLOCK_K + k < K)[:, None]
+    in_row = (columns(piece, C) < C.D)[None, :]
+    FULL: tl.constexpr = (piece + 1) * C.PIECE <= C.D
+    if C.RAGGED and not FULL:
+        return tl.load(pointers, mask=in_queue & in_row, other=0.0)
+    elif C.RAGGED:
+        return tl.load(pointers, mask=in_queue, other=0.0)
+    elif not FULL:
+        return tl.load(pointers, mask=in_row, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def first_products(first, second, queue_ptr, tile, K, M: tl.constexpr, C: tl.constexpr):
+    """The tile's pieces for the second product, and the cosines (M, BLOCK_K) of both operands."""
+    cosines = tl.zeros([M, C.BLOCK_K], tl.float32)
+    teacher_cosines = cosines
+    q = ()
+    for piece in tl.static_range(C.PIECES):
+        q_piece, q_transposed = queue_operands(load_tile(queue_ptr, tile, piece, K, C), C)
+        cosines = add_cosines(cosines, first[piece], q_transposed, C)
+        if C.LAYOUT == PAIRED:
+            teacher_cosines = add_cosines(teacher_cosines, second[piece], q_transposed, C)
+        q += (q_piece,)
+    if C.LAYOUT != PAIRED:
+        teacher_cosines = cosines
+    return q, cosines, teacher_cosines
 
 
 @triton.jit
@@ -134,21 +158,16 @@ def visit_tile(
 ):
     """Load one queue tile and add it to everything; returns the new state."""
     first_sums, second_sums, chunk_maxima, ranks = state
-    q, q_transposed = queue_operands(load_tile(queue_ptr, tile, K, C), C)
-
     # Both first products before the first softmax, so that the second overlaps it.
-    cosines = cosines_of(first, q_transposed, C)
-    teacher_cosines = cosines
-    if C.LAYOUT == PAIRED:
-        teacher_cosines = cosines_of(second, q_transposed, C)
+    M: tl.constexpr = is_second.shape[0]
+    q, cosines, teacher_cosines = first_products(first, second, queue_ptr, tile, K, M, C)
     if C.RAGGED:
-        if (tile + 1) * C.BLOCK_K > K:
-            exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
-            cosines = tl.where(exists, cosines, ABSENT)
-            teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
-
+        # In every tile: a branch for the last one would keep a second copy of the cosines.
+        exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
+        cosines = tl.where(exists, cosines, ABSENT)
+        teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
     if C.EXCLUDED:
-        takes_part = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K))[None, :] != excluded[:, None]
+        takes_part = tl.arange(0, C.BLOCK_K)[None, :] != (excluded - tile * C.BLOCK_K)[:, None]
         cosines = tl.where(takes_part, cosines, ABSENT)
         teacher_cosines = tl.where(takes_part, teacher_cosines, ABSENT)
 
@@ -220,9 +239,6 @@ def stream_kernel(
     is_second = r // 8 % 2 == 1 if C.LAYOUT == STACKED else r < 0
     n = tl.program_id(0) * C.BLOCK_N + samples
     n_mask = n < N
-    d = tl.arange(0, C.BLOCK_D)
-    mask = n_mask[:, None] & (d < C.D)[None, :]
-    offsets = n.to(tl.int64)[:, None] * C.D + d[None, :]
 
     positive = tl.zeros([M], tl.float32)
     if C.RANKS:
@@ -235,14 +251,15 @@ def stream_kernel(
         second_ptr = parts_ptr + second_offset
     num_rows = N if C.LAYOUT == SINGLE else 2 * N
     scale = first_scale
+    offsets = n.to(tl.int64)[:, None] * C.D + columns(0, C)[None, :]
     pointers = first_ptr + offsets
     if C.LAYOUT == STACKED:
         scale = tl.where(is_second, second_scale, first_scale)[:, None]
         pointers = tl.where(is_second[:, None], second_ptr + offsets, pointers)
-    first = row_operand(pointers, mask, part_stride, C)
+    first = row_operand(pointers, n_mask, part_stride, C)
     second = first
     if C.LAYOUT == PAIRED:
-        second = row_operand(second_ptr + offsets, mask, part_stride, C)
+        second = row_operand(second_ptr + offsets, n_mask, part_stride, C)
 
     g = tl.arange(0, C.CHUNK_GROUPS)
     four = tl.arange(0, 4)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .numerics import cut, dot, fold_sum, multiply_parts, parts, unfold_sum
+from .rows import columns
 
 # Slots of the buffer of partial sums (splits, SLOTS, rows).
 WEIGHTS = tl.constexpr(0)
@@ -38,12 +39,25 @@ LOWEST = tl.constexpr(-1e30)
 def no_sums(M: tl.constexpr, MEAN: tl.constexpr, C: tl.constexpr):
     """The sums over no tile, each (M, SUM_GROUPS, 4) spread over the threads that will add to it.
 
-    mean_sum and rest_sum are placeholders that nothing reads where they are not needed.
+    mean_sum has a part (M, PIECE) for each piece of D; rest_sum goes with one piece alone. Both
+    are placeholders that nothing reads where they are not needed.
     """
     zero = tl.zeros([M, C.SUM_GROUPS, 4], tl.float32)
-    mean_sum = tl.zeros([M, C.BLOCK_D if MEAN else 1], tl.float32)
-    rest_sum = tl.zeros([M, C.BLOCK_D if MEAN and C.REST_APART else 1], tl.float32)
+    mean_piece = tl.zeros([M, C.PIECE if MEAN else 1], tl.float32)
+    mean_sum = ()
+    for _ in tl.static_range(C.PIECES):
+        mean_sum += (mean_piece,)
+    rest_sum = tl.zeros([M, C.PIECE if MEAN and C.REST_APART else 1], tl.float32)
     return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum, rest_sum
+
+
+@triton.jit
+def scaled(mean_sum, factor, C: tl.constexpr):
+    """Every piece of a sum times ``factor`` (M, 1)."""
+    pieces = ()
+    for piece in tl.static_range(C.PIECES):
+        pieces += (mean_sum[piece] * factor,)
+    return pieces
 
 
 @triton.jit
@@ -72,7 +86,7 @@ def add_tile(
     student_cosines,  # (M, BLOCK_K) z.Q, read if STUDENT
     is_teacher,  # (M, 1), read in a stacked tile if STUDENT
     scale,  # x = scale v.Q
-    q,  # the tile in bf16 parts, each (BLOCK_K, BLOCK_D)
+    q,  # the tile, each piece of D in bf16 parts (BLOCK_K, PIECE)
     MEAN: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
@@ -91,7 +105,7 @@ def add_tile(
         student_sum *= carry[:, None, None]
         weight_sum *= carry[:, None, None]
         cut_sum *= carry[:, None, None]
-        mean_sum *= carry[:, None]
+        mean_sum = scaled(mean_sum, carry[:, None], C)
         rest_sum *= carry[:, None]
         maximum = new_maximum
         logits -= new_maximum[:, None]
@@ -113,11 +127,13 @@ def add_tile(
             if C.WEIGHT_PARTS == 2:
                 used += cut(weights - used)
             cut_sum += fold_sum(used, C.SUM_GROUPS)
+        SUM_PARTS: tl.constexpr = 1 if C.REST_APART else C.WEIGHT_PARTS
+        means = ()
+        for piece in tl.static_range(C.PIECES):
+            means += (multiply_parts(w, q[piece], mean_sum[piece], SUM_PARTS, C.MEAN_PARTS),)
+        mean_sum = means
         if C.REST_APART:
-            mean_sum = multiply_parts(w, q, mean_sum, 1, C.MEAN_PARTS)
-            rest_sum = dot(w[1], q[0], rest_sum)
-        else:
-            mean_sum = multiply_parts(w, q, mean_sum, C.WEIGHT_PARTS, C.MEAN_PARTS)
+            rest_sum = dot(w[1], q[0][0], rest_sum)
     return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum
 
 
@@ -148,11 +164,13 @@ def store_sums(
     if MEAN:
         if C.WEIGHT_PARTS < 3:
             tl.store(base + CUT_WEIGHTS * num_rows, unfold_sum(cut_sum), mask=mask)
-        d = tl.arange(0, C.BLOCK_D)
-        offsets = (split.to(tl.int64) * num_rows + rows)[:, None] * C.D + d[None, :]
-        if C.REST_APART:
-            mean_sum += rest_sum
-        tl.store(means_ptr + offsets, mean_sum, mask=mask[:, None] & (d < C.D)[None, :])
+        for piece in tl.static_range(C.PIECES):
+            d = columns(piece, C)
+            offsets = (split.to(tl.int64) * num_rows + rows)[:, None] * C.D + d[None, :]
+            mean_piece = mean_sum[piece]
+            if C.REST_APART:
+                mean_piece += rest_sum
+            tl.store(means_ptr + offsets, mean_piece, mask=mask[:, None] & (d < C.D)[None, :])
 
 
 @triton.jit

@@ -5,12 +5,9 @@ look-up, and never by timing at import or at the first call: the same call runs 
 every machine of a kind. `bench/tune_triton.py` times candidates on the GPU at hand and prints rows.
 
 No row has been timed yet. They are what ahead-of-time compilation leaves of the candidates that
-arithmetic suggests; tests/test_triton_aot.py holds them to it, and with SOFTCL_AOT=full names the
-modes that spill: most of D = 512, and fp32 queues at D = 256. There sums (64, 256) take 128 of 255
-registers on sm_90, and with rows of 16 bits a tile on its way into three parts more than is left:
-16 to 290 bytes a thread spill in every shape of 64 and 128 rows tried, and smaller ones have no
-wgmma. On sm_100 mma.sync spills up to 530 bytes, in every shape of 16 and 32 rows tried.
-The arithmetic:
+arithmetic suggests; tests/test_triton_aot.py holds them to it. Up to D = 256 none spills a register
+on sm_90 and sm_100. SOFTCL_AOT=table names those that do elsewhere: most of D = 512, and sm_80's
+where a queue of 32 bits, or of fp16 with bf16 rows, is taken apart. The arithmetic:
 
 Rows. A program multiplies 64 rows or more, what one wgmma takes. As keys and values are one tile, a
 queue row brings 2 D bytes for 4 D FLOP per row, so 64 rows ask of L2 what attention asks with 128:
@@ -25,6 +22,12 @@ STACKED tiles (both kinds of rows get both products) where labels are dense, and
 (two products for student rows, one for teacher rows) have no room for both operands.
 Stages. Three where shared memory still holds two programs, else two. One (mixed labels, bf16,
 D = 256, sm_90) where the addresses of a second would spill: the other program covers the wait.
+Pieces. A queue that is not bf16 is taken apart in registers. At D = 256 in fp32 the sums leave it
+no room (128 of 255 registers on sm_90), so there a tile is loaded, taken apart and multiplied in
+pieces of 64 columns or 128, which wait in shared memory as bf16 for the second product. On sm_90
+the rows are 128, with eight warps: 16 queue rows are then four numbers a thread and piece. Rows in
+fp32 fill shared memory beside an fp32 queue (192 KB of them): one stage, and two pieces, which take
+fewer addresses.
 tcgen05.mma. Triton gives every product that is added to a sum a copy of it in tensor memory, of
 BLOCK_D of the 512 columns, and cosines and weights need some too. At D = 256 two copies leave no
 room: only mixed bf16 labels, with one product, and searches have it; hard ones share their row with
@@ -33,6 +36,7 @@ the statistics, which take two. The others take mma.sync.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -46,6 +50,7 @@ class Tile:
         block_k: queue rows per tile.
         num_warps, num_stages: warps per program, tiles in flight.
         programs_per_sm: how many fit on one multiprocessor (registers, shared memory).
+        pieces: of D, in which a queue tile is multiplied and added, one after the other.
         stacked: student and teacher rows in one tile.
     """
 
@@ -54,12 +59,14 @@ class Tile:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    pieces: int = 1
     stacked: bool = False
 
 
 def parse(table: str) -> dict[tuple[str, str], tuple[Tile, ...]]:
     """(kind, precision) -> tiles by D, from lines "kind precision tile tile tile tile" of tiles
-    "block_n x block_k / num_warps / num_stages / programs_per_sm", an "s" before a stacked one."""
+    "block_n x block_k / num_warps / num_stages / programs_per_sm", "/ pieces" after it where there
+    are several, and an "s" before a stacked one."""
     rows = {}
     for kind, precision, *cells in map(str.split, table.strip().splitlines()):
         rows[kind, precision] = tuple(
@@ -81,8 +88,9 @@ SHARED_MEMORY = {
     "gfx942": 64 << 10,
 }
 
-# By target: the tiles of each kind and precision of plan.Work, for D up to 64, 128, 256 and 512. A
-# running maximum has "cold" rows of its own where it takes other tiles.
+# By target: the tiles of each kind and precision of plan.Work, for D up to 64, 128, 256 and 512.
+# "heavy" rows serve the modes that plan.Work.heavy names, and "both" rows fp32 rows with an fp32
+# queue, where these take other tiles than the rest.
 TABLE = {
     "sm_80": parse("""
 search bf16  128x64/4/3/2   128x64/8/3/1   64x64/4/2/1    64x32/8/2/1
@@ -103,14 +111,17 @@ search bf16  128x128/4/3/2  128x64/4/3/2   64x64/4/2/2    64x64/4/2/1
 search fp16  64x64/4/3/2    64x64/4/2/2    64x32/4/2/2    64x32/4/2/1
 search fp32  64x32/4/2/2    64x32/4/2/2    64x16/4/2/1    16x16/4/1/1
 single bf16  64x128/4/3/2   64x128/4/2/2   64x32/4/3/2    32x32/8/2/1
-single fp16  64x64/4/3/2    64x32/4/2/2    64x16/4/2/1    32x16/8/2/1
-single fp32  64x64/4/2/2    64x32/4/2/2    64x16/4/2/1    32x16/8/1/1
+single fp16  64x64/4/3/2    64x32/4/2/2    64x16/4/3/1    32x16/8/2/1
+single fp32  64x64/4/2/2    64x32/4/2/2    128x16/8/2/1/4 32x16/8/1/1
 mixed  bf16  64x128/4/3/2   64x64/4/3/2    64x32/4/1/2    s16x32/8/2/1
 mixed  fp16  64x64/4/3/2    64x32/4/2/2    s32x16/4/2/2   s16x16/8/2/1
-mixed  fp32  s32x32/4/2/2   s32x32/4/2/2   s32x16/4/2/1   s16x16/8/1/1
+mixed  fp32  s32x32/4/2/2   s32x32/4/2/2   s64x16/8/2/1/4 s16x16/8/1/1
 dense  bf16  s32x128/4/3/2  s32x64/4/3/2   s32x32/4/3/2   s16x32/8/2/1
 dense  fp16  s32x64/4/3/2   s32x32/4/3/2   s32x16/4/2/2   s16x16/8/2/1
-dense  fp32  s32x32/4/2/2   s32x32/4/2/2   s32x16/4/2/1   s16x16/8/1/1
+dense  fp32  s32x32/4/2/2   s32x32/4/2/2   s64x16/8/2/1/4 s16x16/8/1/1
+single both-fp32 64x64/4/2/2   64x32/4/2/2    128x16/8/1/1/2 32x16/8/1/1
+mixed  both-fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/2 s16x16/8/1/1
+dense  both-fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/2 s16x16/8/1/1
 """),
     "sm_100": parse("""
 search bf16  128x128/8/3/1  128x64/8/3/1   128x64/8/2/1   128x32/8/2/1
@@ -118,16 +129,16 @@ search fp16  128x64/8/2/1   128x32/8/2/1   64x32/4/2/1    64x16/4/2/1
 search fp32  32x32/4/2/2    32x16/4/2/2    64x32/8/2/1    32x16/8/1/1
 single bf16  128x64/8/3/1   128x64/8/3/1   32x32/4/2/2    32x32/8/2/1
 single fp16  64x32/8/2/1    64x32/8/2/1    16x32/8/2/1    32x16/8/2/1
-single fp32  32x16/4/2/2    32x16/8/2/1    32x16/8/2/1    32x16/8/1/1
+single fp32  32x16/4/2/2    32x16/8/2/1    32x16/8/2/1/4  32x16/8/1/1
 mixed  bf16  128x64/8/3/1   128x64/8/3/1   128x32/8/2/1   s16x32/8/2/1
 mixed  fp16  64x32/8/2/1    64x32/8/2/1    s8x32/8/2/1    s16x16/8/2/1
-mixed  fp32  64x32/8/2/1    s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
+mixed  fp32  64x32/8/2/1    s16x16/8/2/1   s16x16/8/2/1/4 s16x16/8/1/1
 dense  bf16  s64x32/8/3/1   s64x32/8/3/1   s16x32/4/2/2   s16x32/8/2/1
 dense  fp16  s32x32/8/2/1   s32x32/8/2/1   s8x32/8/2/1    s16x16/8/2/1
-dense  fp32  s32x32/8/2/1   s16x16/8/2/1   s16x16/8/2/1   s16x16/8/1/1
-cold-single bf16  64x64/8/3/1    64x32/8/3/1    32x32/4/2/2    32x32/8/2/1
-cold-mixed  bf16  64x32/8/3/1    64x32/8/3/1    64x32/8/2/1    s16x32/8/2/1
-cold-dense  bf16  s64x32/8/3/1   s32x64/8/3/1   s16x32/4/2/2   s16x32/8/2/1
+dense  fp32  s32x32/8/2/1   s16x16/8/2/1   s16x16/8/2/1/4  s16x16/8/1/1
+heavy-single bf16 64x64/8/3/1    64x32/8/3/1    32x32/4/2/2    32x32/8/2/1
+heavy-mixed  bf16 64x32/8/3/1    64x32/8/3/1    64x32/8/2/1    s16x32/8/2/1
+heavy-dense  bf16 s64x32/8/3/1   s32x64/8/3/1   s16x32/4/2/2   s16x32/8/2/1
 """),
     "gfx942": parse("""
 search bf16  128x64/4/2/1   64x64/4/2/1    64x32/4/2/1    32x32/4/2/1
@@ -155,16 +166,18 @@ mixed  bf16  64x64/4/3/1    128x32/8/2/1   64x32/8/2/1    s16x16/8/2/1
 INTERPRETER = Tile(32, 64, 4, 1, 1)
 
 
-def find_tile(target: str, kind: str, precision: str, D: int, cold: bool = False) -> Tile:
+def find_tile(target: str, kind: str, precision: str, D: int, heavy: bool = False) -> Tile:
     """The tile of ``target`` for a kind of work and a precision (see plan.Work) and D <= 512.
 
-    ``cold``: with a running maximum.
+    ``heavy``: see plan.Work.
     """
     if target == "interpreter":
         return INTERPRETER
     table = TABLE[target]
-    row = table.get((f"cold-{kind}", precision)) if cold else None
-    return (row or table[kind, precision])[sum(width < D for width in WIDTHS)]
+    kinds = (f"heavy-{kind}", kind) if heavy else (kind,)
+    precisions = dict.fromkeys((precision, precision.removeprefix("both-")))
+    rows = (table.get(place) for place in itertools.product(kinds, precisions))
+    return next(row for row in rows if row)[sum(width < D for width in WIDTHS)]
 
 
 def target_name(architecture: tuple[int, int] | str, shared_memory: int | None = None) -> str:

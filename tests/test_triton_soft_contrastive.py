@@ -133,6 +133,27 @@ def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, 
     check(make_problem(3, 200, D, dtype=dtype), rule)
 
 
+IN_PIECES = [(F, F), (B, F), (H, F), (F, H)]
+ONE_OF_A_KIND = [HardLabels(), AdaptiveNeighborLabels(2), AdaptiveSoftLabels(2)]
+
+
+@pytest.mark.parametrize("dtypes", IN_PIECES, ids=str)
+@pytest.mark.parametrize("rule", ONE_OF_A_KIND, ids=name)
+def test_tiles_in_pieces(triton_device, monkeypatch, dtypes, rule):
+    """fp32 at D > 128 on Hopper and Blackwell: two to four pieces, the last not always full.
+
+    Architectures, D, temperatures and excluded rows go round.
+    """
+    if triton_device == "cuda":
+        pytest.skip("other architectures' tiles need not fit here")
+    d, r = IN_PIECES.index(dtypes), ONE_OF_A_KIND.index(rule)
+    target, D = ("sm_90", "sm_100")[(d + r) % 2], (256, 192, 130)[(d + 2 * r) % 3]
+    monkeypatch.setattr(triton, "target_of", lambda device: (target, 132))
+    p = make_problem(3, 70, D, dtype=dtypes[0], queue_dtype=dtypes[1])
+    excluded = torch.tensor([69, -1, 0]) if (d // 2 + r) % 2 else None
+    check(p, rule, *TEMPERATURES[(2 * d + r) % 3], excluded=excluded)
+
+
 @pytest.mark.parametrize(
     ("target", "temperature"),
     [("interpreter", 0.01), ("sm_90", 0.05), ("sm_90", 0.01), ("sm_80", 0.05)],
