@@ -13,7 +13,6 @@ fp32 row that comes out is a both-fp32 one where the table has those.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 import sys
@@ -31,7 +30,6 @@ from softcl.testing import make_problem  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROUNDS = 9
-REGISTERS_PER_SM = 1 << 16
 
 
 def work_of(kind: str, precision: str, N: int, K: int, D: int) -> plan.Work:
@@ -49,37 +47,35 @@ def work_of(kind: str, precision: str, N: int, K: int, D: int) -> plan.Work:
 
 
 def candidates(kind: str, precision: str):
-    """Tiles worth a look; programs_per_sm is found out by compiling."""
+    """Tiles worth a look; two programs on a multiprocessor where they have four warps."""
     widths = {"bf16": (32, 64, 128), "fp16": (16, 32, 64), "fp32": (16, 32, 64)}[precision]
     splits = (1,) if precision == "bf16" else (1, 2, 4)
-    for rows, block_k, warps, stages, pieces in itertools.product(
-        (32, 64, 128), widths, (4, 8), (1, 2, 3, 4), splits
+    for rows, block_k, (warps, programs), stages, pieces in itertools.product(
+        (32, 64, 128), widths, ((4, 1), (4, 2), (8, 1)), (1, 2, 3, 4), splits
     ):
+        rest = block_k, warps, stages, programs, pieces
         if kind.removeprefix("heavy-") in ("mixed", "dense"):
-            yield Tile(rows // 2, block_k, warps, stages, 1, pieces, stacked=True)
+            yield Tile(rows // 2, *rest, stacked=True)
         if rows > 32 or kind == "search":
-            yield Tile(rows, block_k, warps, stages, 1, pieces)
+            yield Tile(rows, *rest)
 
 
-def fitting(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> Tile | None:
-    """The tile with its programs_per_sm, or None if it spills or does not fit."""
+def fits(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> bool:
+    """It compiles, spills nothing, and its programs share a multiprocessor."""
     from softcl.kernels import aot
 
     try:
         found = aot.compile_stream(work, target, tile)
     except Exception:  # Triton has many ways to say that a shape cannot be compiled
-        return None
-    if found.spilled or not found.tensor_products or found.tensor_memory > 512:
-        return None
-    if found.shared_memory > tiles.SHARED_MEMORY[target]:
-        return None
-    programs = min(
-        shared_per_sm // (found.shared_memory + 1024),
-        REGISTERS_PER_SM // (32 * tile.num_warps * found.registers),
-        512 // max(found.tensor_memory, 1),
-        4,
+        return False
+    programs = tile.programs_per_sm
+    return (
+        found.spilled == 0
+        and found.tensor_products > 0
+        and found.shared_memory <= tiles.SHARED_MEMORY[target]
+        and programs * (found.shared_memory + 1024) <= shared_per_sm
+        and programs * found.tensor_memory <= 512
     )
-    return dataclasses.replace(tile, programs_per_sm=programs)
 
 
 def timer_of(work: plan.Work, tile: Tile, device: str):
@@ -140,8 +136,8 @@ def best_cell(kind: str, precision: str, D: int, shape: tuple[int, int], device:
     else:
         properties = torch.cuda.get_device_properties(0)
         shared = properties.shared_memory_per_multiprocessor
-        found = (fitting(work, target, tile, shared) for tile in candidates(kind, precision))
-        shortlist = [current, *(tile for tile in found if tile is not None)]
+        fitting = (x for x in candidates(kind, precision) if fits(work, target, x, shared))
+        shortlist = [current, *fitting]
     results = tune(work, list(dict.fromkeys(shortlist)), device)
     (fastest, tile), times = results[0], {tile: t for t, tile in results}
     loss = times.get(current, float("nan")) / fastest - 1

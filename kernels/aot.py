@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import plan, stream, views
-from .launch import as_constants
+from .launch import as_constants, compile_options
 from .tiles import Tile
 
 TARGETS = {
@@ -78,7 +78,7 @@ def compile_stream(
     kernel = triton.compile(
         source(work, how.config),
         target=TARGETS[target],
-        options={"num_warps": how.num_warps, "num_stages": how.config.NUM_STAGES},
+        options=compile_options(how.num_warps, how.config.NUM_STAGES, how.max_registers),
     )
     if "amdgcn" in kernel.asm:
         code = kernel.asm["amdgcn"]

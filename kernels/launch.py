@@ -28,6 +28,12 @@ def as_constants(value):
     return type(value)(*fields)
 
 
+def compile_options(num_warps: int, num_stages: int, max_registers: int | None) -> dict:
+    """Triton's names for them."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if max_registers is None else {**options, "maxnreg": max_registers}
+
+
 def launch(
     kernel,
     grid: tuple[int, int],
@@ -36,26 +42,24 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 1,
+    max_registers: int | None = None,
 ) -> None:
     """Launch ``kernel(*arguments, *constants)`` on the current device and stream.
 
-    ``constants`` are its compile-time arguments, which come last. Nothing waits for the device.
+    ``constants`` are its compile-time arguments, which come last. ``max_registers`` of a thread are
+    for NVIDIA's compiler. Nothing waits for the device.
     """
+    options = compile_options(num_warps, num_stages, max_registers)
     if INTERPRET.value:
-        kernel[grid](*arguments, *constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*arguments, *constants, **options)
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     tensors = tuple((x.dtype, x.data_ptr() % 16 == 0) for x in arguments if isinstance(x, Tensor))
-    key = (kernel.__name__, constants, num_warps, num_stages, device, tensors)
+    key = (kernel.__name__, constants, *options.values(), device, tensors)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](
-            *arguments,
-            *map(as_constants, constants),
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        _compiled[key] = kernel[grid](*arguments, *map(as_constants, constants), **options)
         return
     stream = driver.get_current_stream(device)
     compiled.run(

@@ -60,10 +60,8 @@ class Work:
 
     @property
     def heavy(self) -> bool:
-        """What takes more registers: a maximum, columns that take no part, tiles that are not full,
-        and, where ptxas would spill to fit a second program, the teacher's mean alone."""
-        ragged, teacher_alone = self.K % 128 != 0, self.teacher_mean and not self.mean
-        return self.cold or self.excluded or ragged or teacher_alone
+        """A maximum, columns that take no part, tiles that are not full: each takes registers."""
+        return self.cold or self.excluded or self.K % 128 != 0
 
     @property
     def kind(self) -> str:
@@ -92,6 +90,7 @@ class Plan:
     tiles_per_split: int
     num_chunks: int
     num_warps: int
+    max_registers: int | None  # per thread; None where it cannot be said
 
     @property
     def num_rows(self) -> int:
@@ -137,9 +136,8 @@ def make_plan(
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
     # Up to 64 numbers of a row in each thread, half of that where anything is cut into parts.
     block_d = max(16, 1 << (work.D - 1).bit_length())
-    # Pieces are for a queue that is taken apart in registers, most of all beside sums (rows, D).
-    pieces = tile.pieces if queue_parts > 1 else 1
-    piece = block_d // (pieces if work.mean or work.teacher_mean else max(1, pieces // 2))
+    # Pieces are for a queue that is taken apart in registers.
+    piece = block_d // (tile.pieces if queue_parts > 1 else 1)
     numbers = 32 * tile.num_warps * (64 if row_parts == queue_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
@@ -186,7 +184,18 @@ def make_plan(
         tiles_per_split=tiles_per_split,
         num_chunks=-(-num_tiles // tiles_per_chunk) * 4 * chunk_groups,
         num_warps=tile.num_warps,
+        max_registers=max_registers(target, tile),
     )
+
+
+def max_registers(target: str, tile: Tile) -> int | None:
+    """Registers of a thread that let the tile's programs share a multiprocessor.
+
+    To be told so keeps ptxas from spilling a few to fit one program more than the table wants.
+    """
+    if not target.startswith("sm_"):
+        return None
+    return min(255, (1 << 16) // (tile.programs_per_sm * 32 * tile.num_warps))
 
 
 def weight_parts(work: Work) -> int:

@@ -344,6 +344,7 @@ def launch(
     )  # fmt: skip
     grid = plan.row_blocks, plan.splits
     launch_kernel(
-        stream_kernel, grid, arguments, (c,), num_warps=plan.num_warps, num_stages=c.NUM_STAGES
-    )
+        stream_kernel, grid, arguments, (c,),
+        num_warps=plan.num_warps, num_stages=c.NUM_STAGES, max_registers=plan.max_registers,
+    )  # fmt: skip
     return out
