@@ -1,13 +1,15 @@
 """Times candidate tiles on the GPU at hand and prints rows for the table in kernels/tiles.py.
 
-    python bench/tune_triton.py                                    every row, about half an hour
     python bench/tune_triton.py --kinds dense --precisions bf16 --widths 128
+    python bench/tune_triton.py                                    every row
+    python bench/tune_triton.py --every-tile                       and every tile, which takes hours
     TRITON_INTERPRET=1 python bench/tune_triton.py --dry-run       two candidates on the CPU
 
-A candidate is compiled ahead of time first: one that spills, or does not fit, is not timed. The
-others run the streaming kernel alone, at the shape of --shape, in turns; the fastest median is
-printed, with how much the tile in the table would lose to it. Rows and queue have one dtype: the
-fp32 row that comes out is a both-fp32 one where the table has those.
+Candidates differ from the table's tile in one way, or, with --every-tile, in any. Each is compiled
+ahead of time first, seconds apiece: one that spills, or does not fit, is not timed. The others run
+the streaming kernel alone, at the shape of --shape, in turns; the fastest median is printed, with
+how much the tile in the table would lose to it. Rows and queue have one dtype: the fp32 row that
+comes out is a both-fp32 one where the table has those.
 """
 
 from __future__ import annotations
@@ -58,6 +60,17 @@ def candidates(kind: str, precision: str):
             yield Tile(rows // 2, *rest, stacked=True)
         if rows > 32 or kind == "search":
             yield Tile(rows, *rest)
+
+
+def ways_apart(a: Tile, b: Tile) -> int:
+    """In how many ways two tiles differ. Warps go with the programs that share a processor."""
+
+    def ways(tile):
+        rows = tile.block_n * (1 + tile.stacked)
+        warps = tile.num_warps, tile.programs_per_sm
+        return rows, tile.stacked, tile.block_k, warps, tile.num_stages, tile.pieces
+
+    return sum(x != y for x, y in zip(ways(a), ways(b), strict=True))
 
 
 def fits(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> bool:
@@ -126,7 +139,9 @@ def as_cell(tile: Tile) -> str:
     return f"{'s' if tile.stacked else ''}{sizes}/{tile.programs_per_sm}{pieces}"
 
 
-def best_cell(kind: str, precision: str, D: int, shape: tuple[int, int], device: str) -> str:
+def best_cell(
+    kind: str, precision: str, D: int, shape: tuple[int, int], device: str, most_ways: int
+) -> str:
     """Time one place of the table; the cell to write there."""
     work = work_of(kind, precision, *shape, D)
     target, _ = backend.target_of(torch.device(device, 0))
@@ -136,8 +151,8 @@ def best_cell(kind: str, precision: str, D: int, shape: tuple[int, int], device:
     else:
         properties = torch.cuda.get_device_properties(0)
         shared = properties.shared_memory_per_multiprocessor
-        fitting = (x for x in candidates(kind, precision) if fits(work, target, x, shared))
-        shortlist = [current, *fitting]
+        near = (x for x in candidates(kind, precision) if ways_apart(x, current) <= most_ways)
+        shortlist = [current, *(x for x in near if fits(work, target, x, shared))]
     results = tune(work, list(dict.fromkeys(shortlist)), device)
     (fastest, tile), times = results[0], {tile: t for t, tile in results}
     loss = times.get(current, float("nan")) / fastest - 1
@@ -157,13 +172,16 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--widths", nargs="+", type=int, choices=tiles.WIDTHS, default=tiles.WIDTHS)
     parser.add_argument("--shape", nargs=2, type=int, default=(4096, 65536), metavar=("N", "K"))
+    parser.add_argument("--every-tile", action="store_true", help="not only the table's neighbours")
     parser.add_argument("--dry-run", action="store_true", help="two candidates on the CPU")
     arguments = parser.parse_args()
     device, shape = ("cpu", (20, 70)) if arguments.dry_run else ("cuda", tuple(arguments.shape))
+    most_ways = 6 if arguments.every_tile else 1
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("tune_triton: no GPU here; --dry-run tries the script itself")
     for kind, precision in itertools.product(arguments.kinds, arguments.precisions):
-        cells = [best_cell(kind, precision, D, shape, device) for D in arguments.widths]
+        place = kind, precision
+        cells = [best_cell(*place, D, shape, device, most_ways) for D in arguments.widths]
         print(f"{kind:<6} {precision}  " + " ".join(f"{cell:<14}" for cell in cells).rstrip())
 
 
