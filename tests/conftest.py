@@ -9,6 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+# Longest first: processes that share the files out (make test) then end at nearly the same time.
+LONG_FILES = """
+    cuda_host triton_interpreted distributed cuda_hopper triton_aot train_methods cuda_build
+    examples gpu_check methods_table kill_storm train shapes
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable
+
 
 @pytest.fixture
 def nan_filled_memory():
