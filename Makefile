@@ -25,11 +25,12 @@ native      := build/.native-$(call key,$(sources))-$(shell echo '$(switches)' |
 train: build  ## train: softcl.train --fused on the default set; ARGS="--epochs 1" adds flags
 	$(python) -m softcl.train --fused $(ARGS)
 
-# A thread for each process: what depends on threads sets their number itself. Files start in the
-# order of tests/conftest.py, and each stays in one process.
+# A thread for each process: what depends on threads sets their number itself; those that wait do so
+# asleep, since another process has the core. Files start in the order of tests/conftest.py, and each
+# stays in one process.
 test: build  ## run the tests; ARGS="-k queue" adds pytest flags
-	OMP_NUM_THREADS=1 $(python) -m pytest tests -q -n $(PROCESSES) --dist loadfile \
-	  --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(python) -m pytest tests -q -n $(PROCESSES) \
+	  --dist loadfile --no-loadscope-reorder $(ARGS)
 
 build: $(native)  ## build the native module softcl/_C (SOFTCL_CUDA=0 leaves CUDA out)
 
