@@ -42,7 +42,7 @@ SOURCES = (
     "cuda/host/warpgroup.cpp",
 )
 MODULE_SOURCES = ("bindings_cuda.cpp", "cuda/host/module.cpp")
-PROGRAM_SOURCES = ("cuda/check/main.cu", "cuda/check/reference.cpp")
+PROGRAM_SOURCES = ("cuda/check/ceiling.cu", "cuda/check/main.cu", "cuda/check/reference.cpp")
 FLAGS = ["-std=c++17", "-DSOFTCL_WITH_CUDA", "-O2", "-fPIC", "-w", "-fno-strict-aliasing"]
 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
     FLAGS.append("-mavx2")  # eight columns of a product at once; without -mfma the same bits
@@ -106,7 +106,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 def compile_all(compiler: str, folder: Path, module: Path) -> None:
     import pybind11
 
-    objects = folder / f"objects.{os.getpid()}"
+    objects = folder / "objects"
+    shutil.rmtree(objects, ignore_errors=True)  # of one that was stopped
     objects.mkdir()
     include = [CSRC / "cuda/host", CSRC, CSRC / "cuda", CSRC / "include", pybind11.get_include()]
     include += [sysconfig.get_path("include")]
