@@ -11,8 +11,8 @@ import torch
 
 # Longest first: processes that share the files out (make test) then end at nearly the same time.
 LONG_FILES = """
-    cuda_host triton_interpreted distributed cuda_hopper triton_aot train_methods cuda_build
-    examples gpu_check methods_table kill_storm train shapes
+    triton_interpreted cuda_host distributed cuda_hopper cpu_sanitizers train_methods cuda_build
+    triton_aot examples methods_table gpu_check kill_storm train shapes
 """.split()
 
 
