@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable
 
 
+@pytest.fixture(autouse=True)
+def own_draws():
+    """What a test draws without a generator does not depend on the tests before it."""
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture
 def nan_filled_memory():
     """torch.empty returns NaN (and the largest integer): nothing unwritten goes unnoticed."""
