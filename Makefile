@@ -1,5 +1,5 @@
 # make train    set up what is missing, then train with the fused operator
-# make test     set up what is missing, then run the tests
+# make test     set up what is missing, then run the tests, in two processes
 #
 # Setting up is a virtual environment pinned by constraints.txt and the native module, built in place;
 # both are done again only when what they are made from changes.
@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Processes among which the test files are shared out; PROCESSES=0 is one, with a debugger (--pdb).
+PROCESSES ?= 2
 
 python := $(VENV)/bin/python
 key = $(shell cat $(1) 2>/dev/null | cksum | tr -d ' ')
@@ -23,8 +25,12 @@ native      := build/.native-$(call key,$(sources))-$(shell echo '$(switches)' |
 train: build  ## train: softcl.train --fused on the default set; ARGS="--epochs 1" adds flags
 	$(python) -m softcl.train --fused $(ARGS)
 
+# A thread for each process: what depends on threads sets their number itself; those that wait do so
+# asleep, since another process has the core. Files start in the order of tests/conftest.py, and each
+# stays in one process.
 test: build  ## run the tests; ARGS="-k queue" adds pytest flags
-	$(python) -m pytest tests -q $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(python) -m pytest tests -q -n $(PROCESSES) \
+	  --dist loadfile --no-loadscope-reorder $(ARGS)
 
 build: $(native)  ## build the native module softcl/_C (SOFTCL_CUDA=0 leaves CUDA out)
 

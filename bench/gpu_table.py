@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
+from graph_timing import CALLS, capture, python_time, timer_of  # noqa: E402
 from peers import PEERS, absent  # noqa: E402
 
 import softcl  # noqa: E402
@@ -49,7 +50,6 @@ RULES = {
 PRODUCTS = {"top-k": 6, "dense": 8, "hard": 4, "search": 2}  # FLOP / (N K D)
 TEMPERATURES = 0.1, 0.05
 DETERMINISM_RUNS = 20
-CALLS = 20  # in one graph
 ROUNDS = 7
 OURS = ("triton", "cuda")
 HOT = "triton, L2 hot"  # on the same inputs again and again
@@ -204,75 +204,7 @@ def check(row: Row, step, p: Problem, device: str) -> None:
             assert torch.equal(x, y), "other bits from a CUDA graph"
 
 
-def capture(call):
-    """The results of ``call`` and a CUDA graph that computes them again."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return out, graph
-
-
 # ------------------------------------------------------------------------------------------ timing
-
-
-def timer_of(step, problems: list[Problem], device: str):
-    """A function that returns microseconds per call, and how it calls: "graph" or "host"."""
-    if device == "cpu":
-        return lambda: timed_on_host(step, problems[0]), "host"
-
-    def calls():
-        for i in range(CALLS):
-            step(problems[i % len(problems)])
-
-    for p in problems:
-        step(p)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step(problems[0])
-    torch.cuda.synchronize()
-    slow = time.perf_counter() - start > 5e-3
-    if slow:  # a graph would save nothing, and 20 calls would hold 20 calls' memory
-        return lambda: timed_by_events(lambda: step(problems[0]), 1), "host"
-    try:
-        _, graph = capture(calls)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return lambda: timed_by_events(calls, CALLS), "host"
-    return lambda: timed_by_events(graph.replay, CALLS), "graph"
-
-
-def timed_on_host(step, p: Problem) -> float:
-    start = time.perf_counter()
-    step(p)
-    return (time.perf_counter() - start) * 1e6
-
-
-def timed_by_events(call, calls: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / calls
-
-
-def python_time(step, p: Problem, device: str, calls: int = 50) -> float:
-    """Microseconds of host time per call; the device must be the faster one for it to mean it."""
-    if device == "cpu":
-        return math.nan
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        step(p)
-    spent = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return spent * 1e6 / calls
 
 
 def measure(row: Row, device: str, rate: float, rounds: int) -> None:

@@ -9,6 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+# Longest first: processes that share the files out (make test) then end at nearly the same time.
+LONG_FILES = """
+    triton_interpreted cuda_host distributed cuda_hopper cpu_sanitizers train_methods cuda_build
+    triton_aot examples methods_table gpu_check kill_storm train shapes
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable
+
+
+@pytest.fixture(autouse=True)
+def own_draws():
+    """What a test draws without a generator does not depend on the tests before it."""
+    torch.default_generator.manual_seed(0)
+
 
 @pytest.fixture
 def nan_filled_memory():

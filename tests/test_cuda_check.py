@@ -43,12 +43,31 @@ def test_wrong_results_are_told(check):
     assert "some results are not within" in answer.stdout
 
 
-def test_times(check):
-    answer = check("--rows", "5", "--queue", "50", "--dim", "40", "--repeat", "1", "--time")
+@pytest.mark.parametrize(("capability", "instruction"), [("80", "mma.sync"), ("90", "wgmma")])
+def test_times(check, capability, instruction):
+    """FLOP as they are counted, and their share of the ceiling; three products for one in parts.
+
+    The ceilings' loops count their own products before they are timed.
+    """
+    answer = check(
+        *("--rows", "5", "--queue", "50", "--dim", "40", "--repeat", "1", "--time"),
+        SOFTCL_HOST_CAPABILITY=capability,
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    lines = [line for line in answer.stdout.splitlines() if line.startswith("time ")]
-    assert len(lines) == 4 * 6  # types, rules
-    assert all(float(re.search(r"([0-9.]+) us", line)[1]) > 0 for line in lines)
+    found = re.findall(r"^ceiling (\w+) (\S+) TFLOP/s: (\S+) alone", answer.stdout, re.M)
+    assert {(name, kind) for name, _, kind in found} == {(t, instruction) for t in ("bf16", "fp16")}
+    ceilings = {name: float(rate) for name, rate, _ in found}
+    line = r"^time   N=5 K=50 D=40 (\S+)/(\S+) (\w+) +(\S+) us  (\S+) TFLOP/s  (\S+) % of the (\S+)"
+    rows = re.findall(line, answer.stdout, re.M)
+    assert len(rows) == 4 * 6  # types, rules
+    products = {"hard": 4, "adaptive_neighbors": 6, "neighbors": 6}
+    for row_type, queue_type, rule, time, rate, share, kind in rows:
+        flop = products.get(rule, 8) * 5 * 50 * 40
+        assert float(rate) * 1e6 * float(time) == pytest.approx(flop, rel=2e-3)
+        in_parts = row_type != queue_type or row_type == "fp32"
+        ceiling = ceilings["fp16"] / 3 if in_parts else ceilings[row_type]
+        assert float(share) == pytest.approx(100 * float(rate) / ceiling, rel=1e-2)
+        assert kind == instruction
 
 
 def test_help(check):

@@ -248,13 +248,13 @@ def test_make_sets_up_once(source_tree: Path) -> None:
 
     def asked(target: str) -> list[str]:
         log.write_text("")
-        options = ("VENV=environment", f"PYTHON={sys.executable}")
+        options = ("VENV=environment", f"PYTHON={sys.executable}", "PROCESSES=2")
         answer = run("make", target, *options, cwd=source_tree)
         assert answer.returncode == 0, answer.stdout
         return log.read_text().splitlines()
 
     build = "setup.py build_ext --inplace"
-    test = "-m pytest tests -q"
+    test = "-m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder"
     first = asked("test")
     assert first[-2:] == [build, test] and any("-c constraints.txt" in line for line in first)
     assert asked("test") == [test]

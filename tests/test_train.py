@@ -18,7 +18,7 @@ from run_comparison import assert_same_run
 from softcl import train
 from softcl.ops import BackendChoice
 from softcl.train import main
-from softcl.training import checkpoint, run
+from softcl.training import baselines, checkpoint, run
 from softcl.training.checkpoint import read_checkpoint
 from softcl.training.run_folder import read_metrics
 
@@ -56,8 +56,8 @@ def test_a_run_writes_what_it_promises(flags: list[str], tmp_path: Path, capsys)
 
     result = json.loads((out / "result.json").read_text())
     assert result["knn_top1"] == evaluations[-1]["knn_top1"] and result["step"] == 8
-    baselines = json.loads((out / "baselines.json").read_text())
-    assert 0 <= baselines["untrained"] <= 1 and 0 <= baselines["pixels"] <= 1
+    shares = json.loads((out / "baselines.json").read_text())
+    assert 0 <= shares["untrained"] <= 1 and 0 <= shares["pixels"] <= 1
     assert "raw pixels" in text and "untrained backbone" in text and "neighbors.png" in text
     state = read_checkpoint(out / "last.pt")
     assert state["step"] == 8 and state["queues"]["queue.rows"].shape == (64, 16)
@@ -75,7 +75,7 @@ def test_the_untrained_backbone_is_measured_calibrated(flags, tmp_path: Path, mo
             norm.running_var.fill_(1)
 
     assert main([*flags, "--out", "plain", "--max-steps", "1"]) == 0
-    monkeypatch.setattr(run, "calibrated", constant)
+    monkeypatch.setattr(baselines, "calibrated", constant)
     assert main([*flags, "--out", "constant", "--max-steps", "1"]) == 0
     plain, flat = (
         json.loads((tmp_path / name / "baselines.json").read_text())

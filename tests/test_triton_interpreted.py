@@ -21,9 +21,10 @@ FILES = sorted(
 )
 
 
+@pytest.mark.timeout(900)  # a whole file, each of whose tests keeps its own limit
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs in the interpreter")
 @pytest.mark.parametrize("file", FILES)
-def test_in_interpreter(file):
+def test_in_interpreter(file, tmp_path):
     if file == Path(__file__).name:
         return
     command = [
@@ -34,6 +35,7 @@ def test_in_interpreter(file):
         "-x",
         "-p",
         "no:cacheprovider",
+        f"--basetemp={tmp_path / 'own'}",
         str(HERE / file),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,7 @@
 
 Every other backend is held to this file. It runs on any device and in any floating dtype; sums are
 float64 if an input is, float32 otherwise. The queue is visited in pieces, so its memory is
-O(N (piece + D)), and its running softmax needs no bound on the logits.
+O(N (piece + D)), and its running softmax (softcl/ops/running.py) needs no bound on the logits.
 
     one reduction    lse = log sum_j exp(x_j)    mean = sum_j p_j Q_j    H = lse - sum_j p_j x_j
                      x_j = v . Q_j / temperature,  p = softmax(x)
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from softcl.labels import LabelRule
 from softcl.ops.backends import Call
+from softcl.ops.running import RunningSoftmax, RunningTopk, scalar_dtype
 
 # Elements of one piece of logits: 4 M keeps the temporaries at 16 MB in float32.
 PIECE_ELEMENTS = 1 << 22
@@ -334,11 +335,6 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1, dtype=scalar_dtype(a))
 
 
-def scalar_dtype(tensor: Tensor) -> torch.dtype:
-    """Of one number per row: float64 where the device has it."""
-    return tensor.dtype if tensor.device.type == "mps" else torch.float64
-
-
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
@@ -349,65 +345,3 @@ def pieces(queue: Tensor, num_rows: int, dtype: torch.dtype):
     length = max(1, min(len(queue), PIECE_ROWS, PIECE_ELEMENTS // num_rows))
     for start in range(0, len(queue), length):
         yield start, queue[start : start + length].to(dtype)
-
-
-class RunningSoftmax:
-    """One softmax reduction over the queue: running maximum, sum, sum of e*x, sum of e*Q."""
-
-    def __init__(self, vectors: Tensor, with_mean: bool) -> None:
-        n, d = vectors.shape
-        dtype = scalar_dtype(vectors)
-        self.maximum = vectors.new_full((n, 1), -torch.inf)
-        self.sum = vectors.new_zeros((n, 1), dtype=dtype)
-        self.shifted = vectors.new_zeros((n, 1), dtype=dtype)  # sum of e (x - maximum)
-        self.rows = vectors.new_zeros((n, d), dtype=dtype) if with_mean else None
-
-    def add(self, logits: Tensor, rows: Tensor) -> None:  # (N, piece), (piece, D)
-        maximum = torch.maximum(self.maximum, logits.amax(1, keepdim=True))
-        # exp(-inf) at the first piece is 0, so nothing is carried over from the empty state.
-        drop = (self.maximum - maximum).to(self.sum.dtype)
-        carry = torch.exp(drop)
-        drop = torch.where(carry > 0, drop, torch.zeros_like(carry))
-        below = logits - maximum
-        weights = below.exp()
-        self.shifted = carry * (self.shifted + drop * self.sum)
-        self.shifted += (weights * below).sum(1, keepdim=True)
-        self.sum = carry * self.sum + weights.sum(1, keepdim=True)
-        if self.rows is not None:
-            self.rows = carry * self.rows + weights @ rows
-        self.maximum = maximum
-
-    def lse(self) -> Tensor:
-        # In float64: rounded to float32, a value of 10 would move every share taken of it by 5e-7.
-        return (self.maximum + self.sum.log()).squeeze(1)
-
-    def entropy(self) -> Tensor:
-        # log sum - E[x - max]: both terms are small where lse - E[x] would cancel.
-        return (self.sum.log() - self.shifted / self.sum).squeeze(1)
-
-    def mean(self) -> Tensor:
-        return self.rows / self.sum
-
-
-class RunningTopk:
-    """The k largest logits of each row and their queue rows, kept over the pieces."""
-
-    def __init__(self, vectors: Tensor, k: int) -> None:
-        self.k = k
-        self.values = vectors.new_empty((len(vectors), 0))
-        self.indices = torch.empty((len(vectors), 0), dtype=torch.int64, device=vectors.device)
-
-    def add(self, logits: Tensor, start: int) -> None:
-        if self.k == 0:
-            return
-        values, local = logits.topk(min(self.k, logits.shape[1]), dim=1)
-        values = torch.cat([self.values, values], 1)
-        indices = torch.cat([self.indices, local + start], 1)
-        self.values, chosen = values.topk(min(self.k, values.shape[1]), dim=1)
-        self.indices = indices.gather(1, chosen)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Values (N, k) descending, equal ones by lowest index, and indices (N, k)."""
-        indices, order = self.indices.sort(dim=1)
-        values, by_value = self.values.gather(1, order).sort(dim=1, descending=True, stable=True)
-        return values, indices.gather(1, by_value)

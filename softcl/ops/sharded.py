@@ -43,6 +43,15 @@ def without_autocast(function):
     return run
 
 
+def local_rows(queue: Tensor | ShardedRows, **vectors: Tensor) -> Tensor:
+    """The queue, or this process's part of it; processes with batches of other lengths are told."""
+    if not isinstance(queue, ShardedRows):
+        return queue
+    for name, rows in vectors.items():
+        queue.world.check_rows(name, rows.shape[0])
+    return queue.local
+
+
 @without_autocast
 def queue_statistics(
     vectors: Tensor,  # (n, D), of this process

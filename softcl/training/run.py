@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from softcl.data import ImageSet
-from softcl.evaluation.calibration import calibrated
+from softcl.training.baselines import baselines_of, in_words
 from softcl.training.build import Parts, fingerprint
 from softcl.training.config import identity_hash
 from softcl.training.describe import record, versions
@@ -21,7 +21,7 @@ from softcl.training.parallel import average_buffers
 from softcl.training.picture import choose_queries, draw_neighbors, nearest
 from softcl.training.progress import Progress, Status, clock
 from softcl.training.resume import FORMAT
-from softcl.training.run_folder import BASELINES, CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
+from softcl.training.run_folder import CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
 from softcl.training.schedules import learning_rate, teacher_momentum
 from softcl.training.speed import begin_step
 from softcl.training.step import Images, query_spread, train_step
@@ -165,41 +165,14 @@ class Run:
     # ------------------------------------------------------------------------------- evaluation
 
     def measure_baselines(self) -> None:
-        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder).
-
-        The backbone's batch norms have the statistics of the images (`evaluation.calibration`).
-        """
+        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder)."""
         self.world.first(self._measure_baselines)
         self.meter.restart(self.feed.waited)
 
     def _measure_baselines(self) -> None:
-        stored = self.folder.read_json(BASELINES)
-        if stored is not None and stored.get("num_neighbors") == self.knn.num_neighbors:
-            self.baselines = stored
-        else:
-            self.baselines = self._baselines()
-            self.folder.write_json(BASELINES, self.baselines)
-        if self.knn.labelled:
-            pixels, untrained = self.baselines["pixels"], self.baselines["untrained"]
-            self.progress.say(
-                f"k-NN       before training: raw pixels {pixels:.1%}, "
-                f"untrained backbone {untrained:.1%}"
-            )
-        else:
-            self.progress.say("k-NN       not measured: the images have no labels")
-
-    def _baselines(self) -> dict[str, Any]:
-        if self.state.step:
-            raise RuntimeError("baselines are measured before training")
-        student = self.state.student
-        with calibrated(student, self.knn.bank, self.knn.size, self.device):
-            queries, bank = self.knn.encoder_features(student)
-        found = nearest(queries[choose_queries(self.knn).to(self.device)], bank)
-        result = {"num_neighbors": self.knn.num_neighbors, "untrained_neighbors": found.tolist()}
-        if self.knn.labelled:
-            result["untrained"] = self.knn.accuracy(queries, bank)
-            result["pixels"] = self.knn.pixel_accuracy()
-        return result
+        state = self.state
+        self.baselines = baselines_of(self.folder, state.student, self.knn, state.step)
+        self.progress.say(in_words(self.baselines))
 
     def _evaluate_if_due(self) -> None:
         epoch, within = divmod(self.state.step, self.feed.steps_per_epoch)
@@ -272,10 +245,7 @@ class Run:
         }
         self.progress.close()
         if self.accuracy is not None:
-            self.progress.say(
-                f"k-NN       raw pixels {self.baselines['pixels']:.1%}, "
-                f"untrained backbone {self.baselines['untrained']:.1%}, trained {self.accuracy:.1%}"
-            )
+            self.progress.say(in_words(self.baselines, self.accuracy))
         self.progress.say(f"picture    {picture}")
         self.progress.say(f"done       in {clock(self.seconds())}, in {self.folder.path}")
         self.folder.write_json(RESULT, result)

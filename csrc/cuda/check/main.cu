@@ -21,9 +21,12 @@
 #include <vector>
 
 #include "check.h"
+#include "check/ceiling.h"
+#include "check/device_memory.h"
 #include "check/errors.h"
 #include "check/options.h"
 #include "check/reference.h"
+#include "check/timing.h"
 #include "softcl/cuda.h"
 #include "softcl/device.h"
 
@@ -33,34 +36,6 @@ namespace {
 
 constexpr int kFailed = 1, kBadArgument = 2, kNoDevice = 77;
 constexpr double kTemperature = 0.1, kTeacherTemperature = 0.05;
-
-/// Device memory, filled with NaN.
-template <typename T>
-class Device {
- public:
-  explicit Device(std::size_t count) : count_(count) {
-    SOFTCL_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&data_), bytes()));
-    SOFTCL_CUDA_CHECK(cudaMemset(data_, 0xff, bytes()));
-  }
-  explicit Device(const std::vector<T>& values) : Device(values.size()) {
-    SOFTCL_CUDA_CHECK(cudaMemcpy(data_, values.data(), bytes(), cudaMemcpyHostToDevice));
-  }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-
-  T* get() const { return data_; }
-  std::size_t bytes() const { return std::max<std::size_t>(count_, 1) * sizeof(T); }
-  std::vector<T> download() const {
-    std::vector<T> values(count_);
-    SOFTCL_CUDA_CHECK(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  std::size_t count_;
-  T* data_ = nullptr;
-};
 
 struct Problem {
   Rows query, key, queue;
@@ -267,43 +242,39 @@ LabelRule make_rule(int kind, std::int64_t neighbors) {
   return {static_cast<LabelKind>(kind), kind >= 3 ? neighbors : 0, kind == 2 ? 0.3 : 1.0};
 }
 
-/// Median time of a call in microseconds, from events around `repeat` calls each.
-double microseconds(LossCall& call, int repeat) {
-  cudaEvent_t start, end;
-  SOFTCL_CUDA_CHECK(cudaEventCreate(&start));
-  SOFTCL_CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<double> times;
-  for (int i = 0; i < 7; ++i) {  // the first two warm up
-    SOFTCL_CUDA_CHECK(cudaEventRecord(start, nullptr));
-    for (int j = 0; j < repeat; ++j) call.run();
-    SOFTCL_CUDA_CHECK(cudaEventRecord(end, nullptr));
-    SOFTCL_CUDA_CHECK(cudaEventSynchronize(end));
-    float milliseconds = 0.0f;
-    SOFTCL_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, start, end));
-    if (i >= 2) times.push_back(milliseconds * 1e3 / repeat);
-  }
-  SOFTCL_CUDA_CHECK(cudaEventDestroy(start));
-  SOFTCL_CUDA_CHECK(cudaEventDestroy(end));
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
-/// Loss and gradient alone, of every rule; FLOP as performance is counted: 4 N K D for hard labels,
-/// 6 with neighbours, 8 with the teacher's mean.
-void time_rules(const Problem& p, const Options& options) {
+/// Loss and gradient alone, of every rule, beside the ceiling of the products that they take.
+void time_rules(const Problem& p, const Ceilings& ceilings, const Options& options) {
+  const bool in_parts = p.in_parts();
+  const Ceiling& ceiling = in_parts ? ceilings.fp16 : ceilings.of(p.query.type);
   for (int kind = 0; kind < kNumLabelKinds; ++kind) {
     const LabelRule rule = make_rule(kind, options.neighbors);
     LossCall call(p, rule, options.device);
     call.params.confidence = call.params.entropy = nullptr;
     call.params.positive_rank = call.params.neighbor_indices = nullptr;
-    const double time = microseconds(call, options.repeat);
-    const double products = reads_mean(rule) ? 8.0 : rule.num_neighbors > 0 ? 6.0 : 4.0;
-    const double flop = products * p.query.count * p.queue.count * p.query.dim;
-    std::printf("time   N=%lld K=%lld D=%lld %s/%s %-18s  %.1f us  %.1f TFLOP/s\n",
-                static_cast<long long>(p.query.count), static_cast<long long>(p.queue.count),
-                static_cast<long long>(p.query.dim), name_of(p.query.type), name_of(p.queue.type),
-                kRuleNames[kind], time, flop / time * 1e-6);
+    const double time = microseconds([&] { call.run(); }, options.repeat);
+    const double flop = loss_flop(p.query.count, p.queue.count, p.query.dim, rule);
+    std::printf(
+        "time   N=%lld K=%lld D=%lld %s/%s %-18s  %.1f us  %.4g TFLOP/s  %.3g %% of the %s "
+        "ceiling%s\n",
+        static_cast<long long>(p.query.count), static_cast<long long>(p.queue.count),
+        static_cast<long long>(p.query.dim), name_of(p.query.type), name_of(p.queue.type),
+        kRuleNames[kind], time, flop / time * 1e-6,
+        100.0 * flop * products_of_one(in_parts) / (time * 1e-6) / ceiling.flop_per_second,
+        ceiling.instruction, in_parts ? ", three products for one" : "");
   }
+}
+
+/// Of the instruction that the fast calls take; what runs in another kernel there, for its shape,
+/// is held against it all the same.
+Ceilings measure_and_print(int device) {
+  const Ceilings ceilings = measure_ceilings(device);
+  for (const ElementType type : {ElementType::kBFloat16, ElementType::kFloat16}) {
+    const Ceiling& ceiling = ceilings.of(type);
+    std::printf("ceiling %s %.4g TFLOP/s: %s alone, in a loop on this device, operands in %s\n",
+                name_of(type), ceiling.flop_per_second * 1e-12, ceiling.instruction,
+                ceiling.operands);
+  }
+  return ceilings;
 }
 
 /// Every rule and the statistics on one problem.
@@ -329,6 +300,7 @@ bool run(const Options& options) {
   constexpr ElementType kTypes[][2] = {
       {kBF16, kBF16}, {kFP16, kFP16}, {kFP32, kFP32}, {kBF16, kFP32}};
   std::mt19937_64 random(options.seed);
+  const Ceilings ceilings = options.time ? measure_and_print(options.device) : Ceilings{};
   bool good = true;
   for (const Shape& shape : shapes) {
     for (const auto& types : kTypes) {
@@ -339,7 +311,7 @@ bool run(const Options& options) {
       }
       const Problem p = make_problem(shape.N, shape.K, shape.D, types[0], types[1], random);
       good &= check_all(p, options);
-      if (options.time) time_rules(p, options);
+      if (options.time) time_rules(p, ceilings, options);
     }
   }
   std::printf(good ? "all results are within their tolerances\n"

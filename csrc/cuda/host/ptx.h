@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -168,16 +169,11 @@ inline std::uint32_t pack_bf16(float low, float high) {
 }
 
 inline float float_of_fp16(std::uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float x;
-  if (exponent == 31) {
-    x = fraction == 0 ? INFINITY : NAN;
-  } else if (exponent == 0) {
-    x = std::ldexp(float(fraction), -24);
-  } else {
-    x = float_of(std::uint32_t(exponent + 112) << 23 | std::uint32_t(fraction) << 13);
-  }
-  return bits >> 15 != 0 ? -x : x;
+  const std::uint32_t size = bits & 0x7fff;
+  float x = float_of((size << 13) + (112u << 23));
+  if (size < 0x400) x = static_cast<float>(size) * 0x1p-24f;  // subnormal
+  if (size >= 0x7c00) x = size == 0x7c00 ? INFINITY : NAN;
+  return float_of(bits_of(x) | std::uint32_t(bits & 0x8000) << 16);
 }
 
 inline std::uint16_t fp16_of(float x) {
@@ -249,38 +245,48 @@ struct Mma {
   std::uint32_t b[2];
 };
 
+// Eight columns at once; compilers without wider registers take two of four.
+typedef float Floats __attribute__((vector_size(32)));
+typedef std::int32_t Ints __attribute__((vector_size(32)));
+
 // c (8,) += sum over eight k of a (8,) b (8, 8), aligned and cut.
 inline void add_products(float* c, const float* a, const float (*b)[8]) {
-  float products[9][8];
-  std::int32_t largest[8] = {}, sum[8] = {};
-  for (int n = 0; n < 8; ++n) products[8][n] = c[n];
+  constexpr std::int32_t kInfinite = 255 << 23, kTiny = 40 << 23;  // exponents in their place
+  Floats before, products[9];
+  std::memcpy(&before, c, sizeof(before));
+  products[8] = before;
+  Floats plain = before;
+  Ints largest = reinterpret_cast<Ints>(before) & kInfinite;
   for (int k = 0; k < 8; ++k) {
-    for (int n = 0; n < 8; ++n) products[k][n] = a[k] * b[k][n];
+    Floats row;
+    std::memcpy(&row, b[k], sizeof(row));
+    products[k] = a[k] * row;
+    plain += products[k];
+    const Ints exponent = reinterpret_cast<Ints>(products[k]) & kInfinite;
+    const Ints larger = exponent > largest;
+    largest = (larger & exponent) | (~larger & largest);
   }
-  bool finite = true;
-  for (int k = 0; k < 9; ++k) {
-    for (int n = 0; n < 8; ++n) {
-      std::int32_t exponent;
-      std::memcpy(&exponent, &products[k][n], 4);
-      exponent = exponent >> 23 & 255;
-      finite &= exponent != 255;
-      largest[n] = exponent > largest[n] ? exponent : largest[n];
-    }
+  std::int32_t most = 0;
+  for (int n = 0; n < 8; ++n) most = std::max<std::int32_t>(most, largest[n]);
+  if (most == kInfinite) {
+    std::memcpy(c, &plain, sizeof(plain));
+    return;
   }
-  for (int n = 0; n < 8; ++n) {
-    // One bit below the last place of the largest; tiny sums are added as they are.
-    if (!finite || largest[n] < 40) {
-      for (int k = 0; k < 8; ++k) c[n] += products[k][n];
-      continue;
-    }
-    const float quantum = float_of(std::uint32_t(largest[n] - 24) << 23);
-    const float inverse = float_of(std::uint32_t(127 + 127 + 24 - largest[n]) << 23);
-    for (int k = 0; k < 9; ++k) sum[n] += static_cast<std::int32_t>(products[k][n] * inverse);
-    std::int32_t size = sum[n] < 0 ? -sum[n] : sum[n];
-    const int surplus = size == 0 ? 0 : 8 - __builtin_clz(size);
-    if (surplus > 0) size = size >> surplus << surplus;
-    c[n] = (sum[n] < 0 ? -float(size) : float(size)) * quantum;
-  }
+  // In units one bit below the last place of the largest.
+  const Ints tiny = largest < kTiny;
+  const Ints exponent = (~tiny & largest) | (tiny & kTiny);
+  const Floats inverse = reinterpret_cast<Floats>((127 + 24 << 23) - exponent + (127 << 23));
+  const Floats unit = reinterpret_cast<Floats>(exponent - (24 << 23));
+  Ints sum = {};
+  for (int k = 0; k < 9; ++k) sum += __builtin_convertvector(products[k] * inverse, Ints);
+  // To 24 bits, towards zero: the nearest float, or the one below where that is larger.
+  const Ints sign = sum >> 31, size = (sum ^ sign) - sign;
+  const Floats nearest = __builtin_convertvector(size, Floats);
+  const Ints above = __builtin_convertvector(nearest, Ints) > size;  // -1 where it is
+  const Ints cut = (reinterpret_cast<Ints>(nearest) + above) | (sign & INT32_MIN);
+  const Ints whole = reinterpret_cast<Ints>(reinterpret_cast<Floats>(cut) * unit);
+  const Ints result = (~tiny & whole) | (tiny & reinterpret_cast<Ints>(plain));  // as they are
+  std::memcpy(c, &result, sizeof(result));
 }
 
 template <float (*to_float)(std::uint16_t)>
