@@ -179,19 +179,20 @@ def count_conversions(loop: str, smallest: int) -> int:
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack, and stores to shared memory in the longest loop."""
+    """Registers, bytes of stack, and stores to shared memory in the loop that multiplies."""
     usage, assembly = (cuobjdump(cubin, flag) for flag in ("-res-usage", "-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    code = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", assembly, re.MULTILINE)
-    start, end = 0, 0
-    for address, instruction in code:
+    listing = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", assembly, re.MULTILINE)
+    code = {int(address, 16): instruction for address, instruction in listing}
+    stores = longest = 0
+    for end, instruction in code.items():
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
-        if jump and int(address, 16) - int(jump[1], 16) > end - start:
-            start, end = int(jump[1], 16), int(address, 16)
-    stores = sum(
-        start <= int(address, 16) <= end and bool(re.search(r"^(?!@!PT)(.* )?STS\b", instruction))
-        for address, instruction in code
-    )
+        if not jump:
+            continue
+        inside = [x for address, x in code.items() if int(jump[1], 16) <= address <= end]
+        if len(inside) > longest and any(re.search(r"\b(H|HG|UTC\w*)MMA\b", x) for x in inside):
+            longest = len(inside)
+            stores = sum(bool(re.search(r"^(?!@!PT)(.* )?STS\b", x)) for x in inside)
     return registers, stack, stores
 
 

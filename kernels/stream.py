@@ -162,10 +162,10 @@ def visit_tile(
     M: tl.constexpr = is_second.shape[0]
     q, cosines, teacher_cosines = first_products(first, second, queue_ptr, tile, K, M, C)
     if C.RAGGED:
-        # In every tile: a branch for the last one would keep a second copy of the cosines.
-        exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
-        cosines = tl.where(exists, cosines, ABSENT)
-        teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
+        if (tile + 1) * C.BLOCK_K > K:
+            exists = (tile * C.BLOCK_K + tl.arange(0, C.BLOCK_K) < K)[None, :]
+            cosines = tl.where(exists, cosines, ABSENT)
+            teacher_cosines = tl.where(exists, teacher_cosines, ABSENT)
     if C.EXCLUDED:
         takes_part = tl.arange(0, C.BLOCK_K)[None, :] != (excluded - tile * C.BLOCK_K)[:, None]
         cosines = tl.where(takes_part, cosines, ABSENT)

@@ -112,16 +112,18 @@ search fp16  64x64/4/3/2    64x64/4/2/2    64x32/4/2/2    64x32/4/2/1
 search fp32  64x32/4/2/2    64x32/4/2/2    64x16/4/2/1    16x16/4/1/1
 single bf16  64x128/4/3/2   64x128/4/2/2   64x32/4/3/2    32x32/8/2/1
 single fp16  64x64/4/3/2    64x32/4/2/2    64x16/4/3/1    32x16/8/2/1
-single fp32  64x64/4/2/2    64x32/4/2/2    128x16/8/2/1/4 32x16/8/1/1
+single fp32  64x32/4/3/2    64x32/4/2/2    128x16/8/2/1/4 32x16/8/1/1
 mixed  bf16  64x128/4/3/2   64x64/4/3/2    64x32/4/1/2    s16x32/8/2/1
 mixed  fp16  64x64/4/3/2    64x32/4/2/2    s32x16/4/2/2   s16x16/8/2/1
 mixed  fp32  s32x32/4/2/2   s32x32/4/2/2   s64x16/8/2/1/4 s16x16/8/1/1
 dense  bf16  s32x128/4/3/2  s32x64/4/3/2   s32x32/4/3/2   s16x32/8/2/1
 dense  fp16  s32x64/4/3/2   s32x32/4/3/2   s32x16/4/2/2   s16x16/8/2/1
 dense  fp32  s32x32/4/2/2   s32x32/4/2/2   s64x16/8/2/1/4 s16x16/8/1/1
-single both-fp32 64x64/4/2/2   64x32/4/2/2    128x16/8/1/1/2 32x16/8/1/1
+single both-fp32 64x32/4/3/2   64x32/4/2/2    128x16/8/1/1/2 32x16/8/1/1
 mixed  both-fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/2 s16x16/8/1/1
 dense  both-fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/2 s16x16/8/1/1
+heavy-dense fp16 s32x64/4/3/2  s32x32/4/3/2   s32x16/4/1/2   s16x16/8/2/1
+heavy-dense fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/4 s16x16/8/1/1
 """),
     "sm_100": parse("""
 search bf16  128x128/8/3/1  128x64/8/3/1   128x64/8/2/1   128x32/8/2/1
@@ -135,7 +137,7 @@ mixed  fp16  64x32/8/2/1    64x32/8/2/1    s8x32/8/2/1    s16x16/8/2/1
 mixed  fp32  64x32/8/2/1    s16x16/8/2/1   s16x16/8/2/1/4 s16x16/8/1/1
 dense  bf16  s64x32/8/3/1   s64x32/8/3/1   s16x32/4/2/2   s16x32/8/2/1
 dense  fp16  s32x32/8/2/1   s32x32/8/2/1   s8x32/8/2/1    s16x16/8/2/1
-dense  fp32  s32x32/8/2/1   s16x16/8/2/1   s16x16/8/2/1/4  s16x16/8/1/1
+dense  fp32  s32x32/8/2/1   s16x16/8/2/1/2 s16x16/8/2/1/4  s16x16/8/1/1
 heavy-single bf16 64x64/8/3/1    64x32/8/3/1    32x32/4/2/2    32x32/8/2/1
 heavy-mixed  bf16 64x32/8/3/1    64x32/8/3/1    64x32/8/2/1    s16x32/8/2/1
 heavy-dense  bf16 s64x32/8/3/1   s32x64/8/3/1   s16x32/4/2/2   s16x32/8/2/1
@@ -159,7 +161,11 @@ dense  fp32  s32x32/4/2/1   s16x32/4/2/1   s16x16/4/1/1   s8x16/4/1/1
 # The same instructions as sm_80 with less shared memory: other tiles where sm_80's do not fit.
 TABLE["sm_86"] = TABLE["sm_80"] | parse("""
 search bf16  128x64/4/3/1   128x32/8/3/1   64x32/4/2/1    32x32/8/2/1
+search fp32  64x32/4/2/2    32x32/4/2/1    32x16/8/2/1    16x16/8/1/1
+single fp32  64x32/4/2/1    32x32/4/2/1    32x16/8/2/1    16x16/8/1/1
 mixed  bf16  64x64/4/3/1    128x32/8/2/1   64x32/8/2/1    s16x16/8/2/1
+mixed  fp32  s32x32/4/2/1   s16x32/4/2/1   s16x16/8/2/1   s8x16/8/1/1
+dense  fp32  s32x32/4/2/1   s16x32/4/2/1   s16x16/8/2/1   s8x16/8/1/1
 """)
 
 # Serves Triton's interpreter, where time goes by the number of operations, not by their size.
@@ -176,7 +182,7 @@ def find_tile(target: str, kind: str, precision: str, D: int, heavy: bool = Fals
     table = TABLE[target]
     kinds = (f"heavy-{kind}", kind) if heavy else (kind,)
     precisions = dict.fromkeys((precision, precision.removeprefix("both-")))
-    rows = (table.get(place) for place in itertools.product(kinds, precisions))
+    rows = (table.get((kind, x)) for x, kind in itertools.product(precisions, kinds))
     return next(row for row in rows if row)[sum(width < D for width in WIDTHS)]
 
 

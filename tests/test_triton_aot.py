@@ -151,7 +151,7 @@ def most_conversions(config, from_shared_memory):
 def own_products(work):
     """Modes with tcgen05.mma: tensor memory holds their sums once for every product added."""
     if work.precision == "bf16":
-        return work.D <= 128 or work.kind == "mixed"
+        return work.D <= (256 if work.kind == "mixed" else 128)
     return work.D <= 128 and work.precision == "fp16" and work.kind != "search"
 
 
