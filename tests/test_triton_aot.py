@@ -144,7 +144,8 @@ def most_conversions(config, from_shared_memory):
     """
     parts, pieces = config.QUEUE_PARTS, config.PIECES
     if from_shared_memory:
-        return parts * pieces if parts > 1 else int(config.NUM_STAGES == 1)
+        as_it_is = parts == 1 or config.NATIVE_FP16
+        return (parts * pieces if parts > 1 else 0) + int(config.NUM_STAGES == 1 and as_it_is)
     return config.WEIGHT_PARTS + (min(parts, 2) * pieces if parts > 1 else 0)
 
 

@@ -131,7 +131,7 @@ def soft_contrastive_loss(
         check_filled(filled, queue.shape[0])
         queue = queue[:filled]
     check_excluded(excluded, query, queue.shape[0])
-    least_rows = queue.shape[0] - (excluded is not None)
+    least_rows = queue.shape[0] - int(excluded is not None)
     check_count("rule.num_neighbors", rule.num_neighbors, least_rows)
     if virtual_logit and not isinstance(rule, MixedLabels):
         raise ValueError(f"virtual_logit needs MixedLabels, got {rule!r}")
@@ -223,7 +223,9 @@ def label_mean(
         check_filled(filled, queue.shape[0])
         queue = queue[:filled]
     check_excluded(excluded, key, queue.shape[0])
-    check_count("rule.num_neighbors", rule.num_neighbors, queue.shape[0] - (excluded is not None))
+    check_count(
+        "rule.num_neighbors", rule.num_neighbors, queue.shape[0] - int(excluded is not None)
+    )
     check_backend_name(backend)
     key = key.detach()
     if isinstance(queue, ShardedRows):

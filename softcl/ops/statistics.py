@@ -88,7 +88,7 @@ def queue_statistics(
     check_rows_like("queue", local, vectors, "vectors")
     check_temperature("temperature", temperature)
     check_excluded(excluded, vectors, queue.shape[0])
-    check_count("num_neighbors", num_neighbors, queue.shape[0] - (excluded is not None))
+    check_count("num_neighbors", num_neighbors, queue.shape[0] - int(excluded is not None))
     check_backend_name(backend)
     if isinstance(queue, ShardedRows):
         found = sharded.queue_statistics(
