@@ -248,7 +248,7 @@ def test_make_sets_up_once(source_tree: Path) -> None:
 
     def asked(target: str) -> list[str]:
         log.write_text("")
-        options = ("VENV=environment", f"PYTHON={sys.executable}", "PROCESSES=2")
+        options = ("VENV=environment", f"PYTHON={sys.executable}", "PROCESSES=2", "ARGS=")
         answer = run("make", target, *options, cwd=source_tree)
         assert answer.returncode == 0, answer.stdout
         return log.read_text().splitlines()
