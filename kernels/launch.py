@@ -55,7 +55,7 @@ def launch(
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    tensors = tuple((x.dtype, x.data_ptr() % 16 == 0) for x in arguments if isinstance(x, Tensor))
+    tensors = tuple([(x.dtype, x.data_ptr() & 15 == 0) for x in arguments if isinstance(x, Tensor)])
     key = (kernel.__name__, constants, *options.values(), device, tensors)
     compiled = _compiled.get(key)
     if compiled is None:

@@ -51,6 +51,14 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+@functools.cache
+def kernels():
+    """The modules of the kernels: looking them up at every call would take a tenth of it."""
+    from softcl.kernels import finish, plan, select, stream
+
+    return finish, plan, select, stream
+
+
 def queue_statistics(
     vectors: Tensor,  # (N, D)
     queue: Tensor,  # (K, D)
@@ -64,8 +72,7 @@ def queue_statistics(
 
     Without ``sums`` the first three have no rows: a search for neighbours alone.
     """
-    from softcl.kernels import finish, plan, select, stream
-
+    finish, plan, select, stream = kernels()
     (N, D), K = vectors.shape, queue.shape[0]
     work = plan.Work(
         N, K, D, vectors.dtype, queue.dtype,
@@ -77,11 +84,12 @@ def queue_statistics(
     scale = plan.LOG2_E / temperature
     with on_device(vectors.device):
         streamed = stream.launch(vectors, None, queue, scale, scale, how, excluded)
-        neighbors = no_neighbors(vectors)
         if num_neighbors > 0:
             neighbors = select.launch(
                 vectors, queue, streamed.maxima, num_neighbors, 1.0 / temperature, how, excluded
             )
+        else:
+            neighbors = no_neighbors(vectors)
         if not sums:
             empty = neighbors[0].new_empty
             return empty(0), empty((0, D)), empty(0), *neighbors
@@ -106,8 +114,7 @@ def soft_contrastive(
 
     What was not asked for, or what the rule does not compute, comes back empty.
     """
-    from softcl.kernels import finish, plan, select, stream
-
+    finish, plan, select, stream = kernels()
     (N, D), K = query.shape, queue.shape[0]
     work = plan.Work(
         N, K, D, query.dtype, queue.dtype,
@@ -127,11 +134,12 @@ def soft_contrastive(
     with on_device(query.device):
         streamed = stream.launch(query, key, queue, *scales, how, excluded)
         z, t = (streamed.unit_rows[:N], streamed.unit_rows[N:]) if normalize else (query, key)
-        neighbors = no_neighbors(query)
         if rule.num_neighbors > 0:
             neighbors = select.launch(
                 t, queue, streamed.maxima, rule.num_neighbors, scales[1], how, excluded
             )
+        else:
+            neighbors = no_neighbors(query)
         results = finish.finish_loss(
             query, z, t, queue, streamed, *neighbors, rule, temperature, scales, how, excluded,
             positive=positive, gradient=gradient, diagnostics=diagnostics,
