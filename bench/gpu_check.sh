@@ -38,9 +38,14 @@ else
   step "build" 90 "$python" setup.py build_ext --inplace
   step "table" 240 "$python" bench/gpu_table.py --budget 200
   # The GPU's files first: a time limit would cut off others. Compiling ahead of time and the
-  # interpreter need no GPU and run elsewhere.
-  step "tests" 150 "$python" -m pytest -q -p no:cacheprovider tests/test_triton_*.py \
-    tests/test_cuda_[!hb]*.py tests -k "not in_interpreter and not test_tile and not gpu_check"
+  # interpreter need no GPU and run elsewhere. By name, for pytest takes files named with their folder
+  # in the folder's order.
+  files=(tests/test_triton_*.py tests/test_cuda_[!hb]*.py)
+  for file in tests/test_*.py; do
+    [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
+  done
+  step "tests" 150 "$python" -m pytest -q -p no:cacheprovider "${files[@]}" \
+    -k "not in_interpreter and not test_tile and not gpu_check"
   if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null)
   then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
