@@ -49,16 +49,16 @@ def launch(
     ``constants`` are its compile-time arguments, which come last. ``max_registers`` of a thread are
     for NVIDIA's compiler. Nothing waits for the device.
     """
-    options = compile_options(num_warps, num_stages, max_registers)
     if INTERPRET.value:
-        kernel[grid](*arguments, *constants, **options)
+        kernel[grid](*arguments, *constants)
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     tensors = tuple([(x.dtype, x.data_ptr() & 15 == 0) for x in arguments if isinstance(x, Tensor)])
-    key = (kernel.__name__, constants, *options.values(), device, tensors)
+    key = (kernel.__name__, constants, num_warps, num_stages, max_registers, device, tensors)
     compiled = _compiled.get(key)
     if compiled is None:
+        options = compile_options(num_warps, num_stages, max_registers)
         _compiled[key] = kernel[grid](*arguments, *map(as_constants, constants), **options)
         return
     stream = driver.get_current_stream(device)

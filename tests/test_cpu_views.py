@@ -13,6 +13,8 @@ import torch
 
 _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
 
+from view_images import noise  # noqa: E402
+
 from softcl.data import (  # noqa: E402  # noqa: E402
     VIEWS,
     color,
@@ -43,18 +45,6 @@ TOLERANCE = 6e-6
 @pytest.fixture(autouse=True)
 def compiled_and_not_interpreted(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-def noise(number: int, height: int, width: int, seed: int = 9) -> torch.Tensor:
-    """Half noise, half smooth, with grey and saturated parts."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (number, 3, height, width), generator=generator)
-    coarse = torch.rand((number, 3, 3, 3), generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    images[::2] = (smooth * 300 - 20).clamp(0, 255).long()[::2]
-    images[:, :, : height // 3] = images[:, :1, : height // 3]
-    images[1::4, :, :, -1:] = 255
-    return images.to(torch.uint8)
 
 
 def draw(number: int, height: int, width: int, seed: int = 0, recipe=RECIPE) -> tuple[Crop, Colors]:

@@ -97,6 +97,8 @@ def test_tile(target, kind, precision, width):
     every = [some if LEVEL == "full" else some[:1] for some in every if some]
     spilled = {}
     for work in sum(every if LEVEL else every[:1], []):
+        assert work.kind == kind.removeprefix("heavy-")
+        assert work.precision.removeprefix("both-") == precision.removeprefix("both-")
         compiled = aot.compile_stream(work, target)
         check(compiled, target, tile, work)
         spilled[work] = compiled.spilled
@@ -129,9 +131,10 @@ def check(compiled, target, tile, work):
         config = compiled.plan.config
         expected = most_conversions(config, compiled.native and target in WARPGROUPS)
         assert compiled.conversions <= expected, f"{compiled.conversions} conversions: {work}"
-        if target == "sm_90":
-            # Two: chunk maxima that change threads. A tile would take four or more.
-            assert expected > 0 or compiled.loop_stores <= 2, f"{compiled.loop_stores}: {work}"
+        if target == "sm_90" and expected == 0:
+            # Chunk maxima that change threads: more of them where many neighbours want short chunks.
+            most = 1 if work.num_neighbors <= 16 else 2
+            assert compiled.loop_stores <= most, f"{compiled.loop_stores} stores: {work}"
 
 
 def most_conversions(config, from_shared_memory):

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from view_images import noise
 
 from softcl.data import VIEWS, compiled, fused, make_shapes, strong_view, views, weak_view
 from softcl.data.recipe import COLOR_COLUMNS, RECIPE, Recipe, draw_colors
@@ -15,18 +16,6 @@ pytestmark = pytest.mark.usefixtures("triton_device")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 # In normalised units: a hundredth of an 8-bit level. Sums run in another order.
 TOLERANCE = 1e-4
-
-
-def noise(number: int, height: int, width: int, seed: int = 9) -> torch.Tensor:
-    """Half noise, half smooth, with grey and saturated parts."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (number, 3, height, width), generator=generator)
-    coarse = torch.rand((number, 3, 3, 3), generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    images[::2] = (smooth * 300 - 20).clamp(0, 255).long()[::2]
-    images[:, :, : height // 3] = images[:, :1, : height // 3]
-    images[1::4, :, :, -1:] = 255
-    return images.to(torch.uint8)
 
 
 def both(make, images, size, device, monkeypatch, seed=0, **options):
