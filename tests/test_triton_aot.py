@@ -132,7 +132,7 @@ def check(compiled, target, tile, work):
         expected = most_conversions(config, compiled.native and target in WARPGROUPS)
         assert compiled.conversions <= expected, f"{compiled.conversions} conversions: {work}"
         if target == "sm_90" and expected == 0:
-            # Chunk maxima that change threads: more of them where many neighbours want short chunks.
+            # Chunk maxima that change threads: more where many neighbours want short chunks.
             most = 1 if work.num_neighbors <= 16 else 2
             assert compiled.loop_stores <= most, f"{compiled.loop_stores} stores: {work}"
 
