@@ -10,6 +10,7 @@ the extra ``softcl[train]``.
 from softcl.labels import (
     AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
+    DistillationLabels,
     HardLabels,
     LabelRule,
     MixedLabels,
@@ -25,7 +26,6 @@ from softcl.ops import (
     choose_backend,
     label_mean,
     merge_statistics,
-    options_of,
     queue_statistics,
     soft_contrastive_loss,
 )
@@ -37,6 +37,7 @@ __all__ = [
     "AdaptiveSoftLabels",
     "BackendChoice",
     "Diagnostics",
+    "DistillationLabels",
     "HardLabels",
     "LabelMean",
     "LabelRule",
@@ -48,7 +49,6 @@ __all__ = [
     "choose_backend",
     "label_mean",
     "merge_statistics",
-    "options_of",
     "queue_statistics",
     "soft_contrastive_loss",
 ]

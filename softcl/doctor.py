@@ -213,7 +213,7 @@ def cases() -> Iterator[Case]:
     table = list(itertools.product(SHAPES, DTYPES, KINDS, RULES))
     random.Random(0).shuffle(table)
     for shape, dtypes, kind, rule in table:
-        yield rule if rule.num_neighbors <= shape[1] else type(rule)(shape[1]), shape, dtypes, kind
+        yield fitting(rule, shape[1]), shape, dtypes, kind
 
 
 def words(case: Case) -> str:

@@ -1,12 +1,16 @@
 """Inputs, oracle and tolerances shared by tests/ and bench/.
 
-The oracle is the reference backend in float64 on the same rounded inputs. The tolerances are the
-project's promises, measured against it; see :func:`assert_loss_close`.
+The oracle is the dense formula in float64 on the same rounded inputs, with every N x K matrix, from
+the definition of the labels. The tolerances are the project's promises, measured against it; see
+:func:`assert_loss_close`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,23 +19,26 @@ from torch.nn.functional import normalize
 from softcl.labels import (
     AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
+    DistillationLabels,
     HardLabels,
     LabelRule,
     MixedLabels,
     NeighborLabels,
     RelationalLabels,
 )
-from softcl.ops import reference
 
-RULES: tuple[LabelRule, ...] = (
-    HardLabels(),
-    RelationalLabels(),
-    MixedLabels(0.3),
-    AdaptiveSoftLabels(1),
-    AdaptiveSoftLabels(7),
-    AdaptiveNeighborLabels(5),
-    NeighborLabels(3),
-)
+NAMED_RULES: dict[str, LabelRule] = {
+    "hard": HardLabels(),
+    "relational": RelationalLabels(),
+    "mixed": MixedLabels(0.3),
+    "adaptive_soft-1": AdaptiveSoftLabels(1),
+    "adaptive_soft-7": AdaptiveSoftLabels(7),
+    "adaptive_neighbors-5": AdaptiveNeighborLabels(5),
+    "neighbors-3": NeighborLabels(3),
+    "distillation": DistillationLabels(),
+    "unnamed": LabelRule(positive=0.5, mean=0.25, confident_neighbor=0.5, num_neighbors=4),
+}
+RULES: tuple[LabelRule, ...] = tuple(NAMED_RULES.values())
 
 KINDS = ("random", "clustered", "duplicates")
 
@@ -94,16 +101,127 @@ def make_problem(
     return Problem(query.to(dtype), key.to(dtype), queue.to(queue_dtype or dtype))
 
 
-def loss_oracle(problem: Problem, rule: LabelRule, **arguments):
-    """The reference's six results in float64 on ``problem``; keywords as a backend takes them."""
+def rule_name(rule: LabelRule) -> str:
+    """The rule's name among NAMED_RULES, or its numbers."""
+    return next((name for name, named in NAMED_RULES.items() if named == rule), repr(rule))
+
+
+def fitting(rule: LabelRule, num_rows: int) -> LabelRule:
+    """The rule with no more neighbours than there are rows."""
+    return dataclasses.replace(rule, num_neighbors=min(rule.num_neighbors, num_rows))
+
+
+def random_rules(count: int, seed: int) -> list[LabelRule]:
+    """Rules that nobody named."""
+    draw = random.Random(seed)
+
+    def number(chance: float, low: float = 0.1, high: float = 3.0) -> float:
+        return round(draw.uniform(low, high), 3) if draw.random() < chance else 0.0
+
+    rules: list[LabelRule] = []
+    while len(rules) < count:
+        clip = draw.random() < 0.4
+        numbers = dict(
+            positive=number(0.8) or 0.5 * clip,
+            mean=number(0.6),
+            confident_mean=number(0.6, high=6.0),
+            neighbor=0.0 if clip else number(0.4),
+            confident_neighbor=0.0 if clip else number(0.4),
+            clip=clip,
+            num_neighbors=draw.choice((0, 1, 4, 6)),
+        )
+        if numbers["mean"] + numbers["confident_mean"] > 0.0:
+            numbers["teacher_positive"] = draw.choice((None, "zero", "self"))
+        if numbers["positive"] + numbers["mean"] > 0.0:
+            rules.append(LabelRule(**numbers))
+    return rules
+
+
+class Labels(NamedTuple):
+    """The labels (N, 1 + K), positive first, rows summing to one, and what they were made of."""
+
+    labels: Tensor
+    confidence: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    nearest: Tensor  # (N, n)
+
+
+def dense_labels(
+    rule: LabelRule,
+    logits: Tensor,  # (N, K) t . Q_j / teacher_temperature; -inf where a row takes no part
+    own: Tensor,  # (N, 1) t . t / teacher_temperature
+) -> Labels:
+    """The labels as their definition reads: p on the positive, a q_j on every queue row, and w_j
+    more, or p at most, on each of the n nearest."""
+    q = logits.softmax(1)
+    entropy = -torch.special.xlogy(q, q).sum(1, keepdim=True)
+    rows = logits.isfinite().sum(1, keepdim=True).to(logits.dtype)
+    confidence = torch.where(rows > 1, 1.0 - entropy / rows.clamp(min=2).log(), 0.0).clamp(0.0, 1.0)
+    nearest = logits.sort(dim=1, descending=True, stable=True).indices[:, : rule.num_neighbors]
+    share = torch.zeros_like(own)
+    if rule.teacher_positive is not None:
+        own = own if rule.teacher_positive == "self" else torch.zeros_like(own)
+        q = torch.cat([own, logits], 1).softmax(1)
+        share, q = q[:, :1], q[:, 1:]
+    mass = rule.mean + rule.confident_mean * confidence
+    labels = mass * q
+    near = labels.gather(1, nearest)
+    if rule.clip:
+        near = near.clamp(max=rule.positive)
+    else:
+        near = near + rule.neighbor + rule.confident_neighbor * confidence
+    labels = torch.cat([rule.positive + mass * share, labels.scatter(1, nearest, near)], 1)
+    labels = labels / labels.sum(1, keepdim=True)
+    return Labels(labels, confidence.squeeze(1), entropy.squeeze(1), nearest)
+
+
+class LossOracle(NamedTuple):
+    """What a call of the loss should give, in float64; dquery is of the sum of the losses."""
+
+    loss: Tensor  # (N,)
+    dquery: Tensor  # (N, D)
+    confidence: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    positive_rank: Tensor  # (N,)
+    neighbor_indices: Tensor  # (N, n)
+
+
+def loss_oracle(
+    problem: Problem,
+    rule: LabelRule,
+    *,
+    temperature: float = 0.1,
+    teacher_temperature: float = 0.05,
+    positive: bool = True,
+    normalize: bool = False,
+    excluded: Tensor | None = None,
+) -> LossOracle:
+    """The cross-entropy against `dense_labels`, its gradient by autograd, and the diagnostics."""
     p = problem.double()
-    options = {"positive": True, "normalize": False, "gradient": True, "diagnostics": True}
-    options.update(arguments)
-    temperature = options.pop("temperature", 0.1)
-    teacher_temperature = options.pop("teacher_temperature", 0.05)
-    return reference.soft_contrastive(
-        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
-    )
+    query = p.query.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        z, t = (unit(x) if normalize else x for x in (query, p.key))
+        cosines, teacher = z @ p.queue.T, t @ p.queue.T  # (N, K)
+        if excluded is not None:
+            places = torch.arange(len(p.queue), device=excluded.device) == excluded[:, None]
+            cosines, teacher = (x.masked_fill(places, -torch.inf) for x in (cosines, teacher))
+        own = (z * t).sum(1, keepdim=True)
+        made = dense_labels(
+            rule, teacher / teacher_temperature, (t * t).sum(1, keepdim=True) / teacher_temperature
+        )
+        logits = torch.cat([own, cosines], 1) / temperature
+        total = (logits if positive else logits[:, 1:]).logsumexp(1)
+        # An excluded row has no label: 0 times its infinity is left out.
+        loss = total - torch.where(made.labels > 0.0, made.labels * logits, 0.0).sum(1)
+        (dquery,) = torch.autograd.grad(loss.sum(), query)
+    rank = (cosines > own).sum(1)
+    return LossOracle(loss.detach(), dquery, made.confidence, made.entropy, rank, made.nearest)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows divided by their norms; those of norm 1e-12 or less have no direction and no gradient."""
+    norm = rows.norm(dim=1, keepdim=True)
+    return torch.where(norm > 1e-12, rows / norm, rows.detach() / 1e-12)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -14,6 +14,7 @@ A single process never initialises ``torch.distributed``: its world is ``ALONE``
 exchange gives back what it got.
 """
 
+from softcl.distributed import operator as _operator  # noqa: F401  (registers with softcl.ops)
 from softcl.distributed.queue import ShardedQueue
 from softcl.distributed.shards import ShardedRows
 from softcl.distributed.world import ALONE, PeerError, World

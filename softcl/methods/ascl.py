@@ -112,9 +112,9 @@ class ASCL(QueueMethod):
     def keys(self, batch: Batch) -> dict[str, Tensor]:
         return super().keys(batch) if self.form == "moco" else {}
 
-    def options(self) -> frozenset[str]:
-        in_batch = self.form == "byol" and self.labels == "soft"
-        return frozenset({"excluded"} if in_batch else ())
+    @property
+    def excludes(self) -> bool:
+        return self.form == "byol" and self.labels == "soft"
 
     def loss(self, batch: Batch) -> Result:
         return super().loss(batch) if self.form == "moco" else self.batch_loss(batch)
@@ -128,7 +128,7 @@ class ASCL(QueueMethod):
             own, everyones = batch.own(t), batch.everyones(t)
             labels = label_mean(
                 self.rule(), t, everyones, teacher_temperature=self.teacher_temperature,
-                excluded=own if self.options() else None, backend=batch.backend,
+                excluded=own if self.excludes else None, backend=batch.backend,
             )  # fmt: skip
             rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
             shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))

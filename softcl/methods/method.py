@@ -218,9 +218,10 @@ class Method:
         """The label rule, where the loss is `soft_contrastive_loss` with one."""
         return None
 
-    def options(self) -> frozenset[str]:
-        """Options of the operator that not every backend has (see ``softcl.ops``)."""
-        return frozenset()
+    @property
+    def excludes(self) -> bool:
+        """Whether rows leave a candidate out (``excluded``), which not every backend can."""
+        return False
 
     def loss(self, batch: Batch) -> Result:
         """The loss of every row; the step takes their mean."""
@@ -263,11 +264,13 @@ class QueueMethod(SymmetricMethod):
     def loss(self, batch: Batch) -> Result:
         return self.queue_loss(batch)
 
-    def queue_loss(self, batch: Batch, **options: Any) -> Result:
-        """The loss of the views stacked as rows of one call."""
+    def queue_loss(self, batch: Batch) -> Result:
+        """The loss of the views stacked as rows of one call; the crops of a view share its key."""
         query = torch.cat([batch.predicted[name] for name in self.student_sees()])
         key = torch.cat([batch.teacher[name] for name in self.teacher_sees()])
-        return self.rule_loss(batch, query, key, batch.rows(), **options)
+        crops = len(query) // len(key)
+        key = key.repeat(crops, 1) if crops > 1 else key
+        return self.rule_loss(batch, query, key, batch.rows())
 
     def rule_loss(
         self, batch: Batch, query: Tensor, key: Tensor, candidates: Tensor, **options: Any
@@ -302,10 +305,14 @@ class RelationalMethod(QueueMethod):
 
     use_keys: bool = False
 
-    def options(self) -> frozenset[str]:
-        return frozenset({"excluded"} if self.use_keys else ())
+    @property
+    def excludes(self) -> bool:
+        return self.use_keys
 
-    def keys_loss(self, batch: Batch, **options: Any) -> Result:
+    def loss(self, batch: Batch) -> Result:
+        return self.keys_loss(batch) if self.use_keys else self.queue_loss(batch)
+
+    def keys_loss(self, batch: Batch) -> Result:
         """Each direction against its own keys and the queue; the crops of a view share theirs."""
         teachers, views = self.teacher_sees(), self.student_sees()
         crops = len(views) // len(teachers)
@@ -314,7 +321,7 @@ class RelationalMethod(QueueMethod):
             query = torch.cat([batch.predicted[view] for view in views[number :: len(teachers)]])
             key = batch.teacher[name]
             candidates = batch.everyones(normalize(key, dim=1), batch.rows())
-            options["excluded"] = batch.own(key).repeat(crops)
-            options["queries_per_key"] = crops
-            found.append(self.rule_loss(batch, query, key, candidates, **options))
+            own = batch.own(key).repeat(crops)
+            key = key.repeat(crops, 1)
+            found.append(self.rule_loss(batch, query, key, candidates, excluded=own))
         return Result(torch.cat([part.rows for part in found]), found[0].shown)

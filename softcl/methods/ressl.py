@@ -62,11 +62,6 @@ class ReSSL(RelationalMethod):
     def rule(self) -> LabelRule:
         return RelationalLabels()
 
-    def loss(self, batch: Batch) -> Result:
-        if self.use_keys:
-            return self.keys_loss(batch)
-        return self.queue_loss(batch, queries_per_key=self.crops)
-
 
 DEFAULTS: dict[str, Defaults] = {
     # The authors' issue 11 quotes weight decay 5e-4 from the paper; K, momentum, lr and the head

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from softcl.labels import LabelRule, MixedLabels
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
-from softcl.methods.method import Batch, RelationalMethod, Result
+from softcl.methods.method import RelationalMethod
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,8 @@ class SCE(RelationalMethod):
         self.rule()  # checks the weight
 
     def rule(self) -> LabelRule:
-        return MixedLabels(self.positive_weight)
-
-    def loss(self, batch: Batch) -> Result:
-        if self.use_keys:
-            return self.keys_loss(batch)
-        return self.queue_loss(batch, virtual_logit=self.form == "code")
+        leaks = self.form == "code" and not self.use_keys
+        return MixedLabels(self.positive_weight, teacher_positive="zero" if leaks else None)
 
 
 DEFAULTS: dict[str, Defaults] = {

@@ -1,20 +1,12 @@
 """Which backend runs a call: the fastest that can, or the one asked for, with every reason kept.
 
-A backend is one module ``softcl/ops/<name>.py`` with three functions:
+A backend is one module ``softcl/ops/<name>.py`` with two functions:
 
     unsupported(call) -> None, or one clause that says why this call cannot run here
-    queue_statistics(vectors, queue, temperature, num_neighbors, *, sums)
-    soft_contrastive(query, key, queue, rule, temperature, teacher_temperature, *,
-                     positive, normalize, gradient, diagnostics)
+    run(call) -> the call's results, as its `empty_results` lists them
 
-``softcl/ops/reference.py`` is the specification of the last two: same arguments, same results.
-Backends never import each other.
-
-An option that not every backend has is a keyword argument of the last two and a name in the
-module's constant ``OPTIONS``. A backend without that constant, or without the name in it, never
-sees the argument: `choose` passes it over, with the reason. So far:
-
-    excluded    (N,) int64, a queue row for each vector that takes no part in its sums; -1 for none
+``softcl/ops/reference.py`` is their specification. Backends never import each other; what they
+share is in ``softcl/ops/algebra.py``.
 """
 
 from __future__ import annotations
@@ -25,98 +17,24 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from softcl.labels import LabelRule
+from softcl.ops.call import Call
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
+# Name -> the device types on which backend="auto" tries it, in this order; None: on every one. "cuda"
+# comes first for the calls of CUDA_AT_LEAST_AS_FAST.
+BACKENDS: dict[str, tuple[str, ...] | None] = {
+    "triton": ("cuda",),
+    "cuda": (),
+    "cpu": ("cpu",),
+    "reference": None,
+}
 
 # Backends written as one fused pass: what `--fused` demands.
-FUSED_BACKENDS = ("triton", "cuda", "cpu")
-
-# Device type -> backends in the order in which backend="auto" tries them. "cuda" comes before them
-# for the calls of CUDA_AT_LEAST_AS_FAST.
-PREFERENCE = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
-}
+FUSED_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
 
 
 class UnsupportedBackendError(RuntimeError):
     """An explicitly chosen backend cannot run this call; the message says why."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a backend needs to know to accept or decline a call.
-
-    Attributes:
-        operation: "queue_statistics" or "soft_contrastive".
-        device: where all tensors lie.
-        vector_dtype: dtype of the vectors, or of query and key.
-        queue_dtype: dtype of the queue.
-        N, K, D: rows of the vectors, rows of the queue, their common dimension.
-        num_neighbors: how many neighbours are asked for.
-        temperature: the smallest temperature in use; unit rows bound the logits by its inverse.
-        options: names of the options in use, see the module's text.
-    """
-
-    operation: str
-    device: torch.device
-    vector_dtype: torch.dtype
-    queue_dtype: torch.dtype
-    N: int
-    K: int
-    D: int
-    num_neighbors: int
-    temperature: float
-    options: frozenset[str] = frozenset()
-
-    @classmethod
-    def of_statistics(
-        cls,
-        vectors: Tensor,
-        queue: Tensor,
-        temperature: float,
-        num_neighbors: int,
-        options: frozenset[str] = frozenset(),
-    ) -> Call:
-        return cls(
-            "queue_statistics",
-            vectors.device,
-            vectors.dtype,
-            queue.dtype,
-            vectors.shape[0],
-            queue.shape[0],
-            vectors.shape[1],
-            num_neighbors,
-            temperature,
-            options,
-        )
-
-    @classmethod
-    def of_loss(
-        cls,
-        query: Tensor,
-        queue: Tensor,
-        rule: LabelRule,
-        temperature: float,
-        teacher_temperature: float,
-        options: frozenset[str] = frozenset(),
-    ) -> Call:
-        coldest = min(temperature, teacher_temperature) if rule.needs_softmax else temperature
-        return cls(
-            "soft_contrastive",
-            query.device,
-            query.dtype,
-            queue.dtype,
-            query.shape[0],
-            queue.shape[0],
-            query.shape[1],
-            rule.num_neighbors,
-            coldest,
-            options,
-        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +43,7 @@ class Measured:
 
     Attributes:
         capability: compute capability of the GPU.
-        operation: as in :class:`Call`.
+        operation: "queue_statistics" or "soft_contrastive".
         dtype: of the vectors and of the queue.
         N, K, D: smallest and largest of each; between two measured sizes both hold.
         source: the file in bench/results with the two times.
@@ -140,12 +58,13 @@ class Measured:
     source: str
 
     def covers(self, call: Call) -> bool:
-        sizes = ((self.N, call.N), (self.K, call.K), (self.D, call.D))
+        (N, D), K = call.query.shape, call.queue.shape[0]
+        sizes = ((self.N, N), (self.K, K), (self.D, D))
         return (
             call.operation == self.operation
-            and call.vector_dtype == call.queue_dtype == self.dtype
+            and call.query.dtype == call.queue.dtype == self.dtype
             and all(least <= size <= most for (least, most), size in sizes)
-            and capability_of(call.device) == self.capability
+            and capability_of(call.query.device) == self.capability
         )
 
 
@@ -161,8 +80,9 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 def preference(call: Call) -> tuple[str, ...]:
     """The backends that backend="auto" tries for ``call``, in this order."""
-    names = PREFERENCE.get(call.device.type, ("reference",))
-    if call.device.type == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
+    device = call.query.device.type
+    names = tuple(x for x, types in BACKENDS.items() if types is None or device in types)
+    if device == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
         return ("cuda", *names)
     return names
 
@@ -192,40 +112,28 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"softcl.ops.{name}")
 
 
-def options_of(name: str) -> frozenset[str]:
-    """The options of a backend, beyond what every backend does."""
-    return frozenset(getattr(load_backend(name), "OPTIONS", ()))
-
-
-def reason_against(name: str, call: Call) -> str | None:
-    """Why a backend cannot run ``call``, or None."""
-    lacking = call.options - options_of(name)
-    if lacking:
-        return f"it does not have the option {', '.join(sorted(lacking))}"
-    return load_backend(name).unsupported(call)
-
-
-def choose(call: Call, backend: str = "auto") -> BackendChoice:
+def choose(call: Call) -> BackendChoice:
     """The backend that runs ``call``.
 
     Raises:
-        ValueError: ``backend`` is not "auto" and names no backend.
+        ValueError: ``call.backend`` is not "auto" and names no backend.
         UnsupportedBackendError: the backend asked for cannot run this call.
     """
+    backend = call.backend
     if backend == "auto":
         reasons: dict[str, str] = {}
         for name in preference(call):
-            reason = reason_against(name, call)
+            reason = load_backend(name).unsupported(call)
             if reason is None:
                 passed_over = "; ".join(f"{k}: {v}" for k, v in reasons.items())
-                first = f"the first choice for tensors on {call.device.type}"
+                first = f"the first choice for tensors on {call.query.device.type}"
                 return BackendChoice(name, reasons, passed_over or first)
             reasons[name] = reason
         raise UnsupportedBackendError(
             "no backend runs this call: " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
         )
     check_backend_name(backend)
-    reason = reason_against(backend, call)
+    reason = load_backend(backend).unsupported(call)
     if reason is not None:
         raise UnsupportedBackendError(f"backend {backend!r} cannot run this call: {reason}")
     return BackendChoice(backend, {}, "asked for by name")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+
+# Beyond them a logit of unit rows is no longer what its products were: all rows are equal to
+# float32, or all but one have vanished.
+COLDEST, HOTTEST = 1e-6, 1e6
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -68,28 +74,62 @@ def check_excluded(excluded: Tensor | None, like: Tensor, num_rows: int) -> None
             )
 
 
+def temperature_of(name: str, value: float | Tensor) -> float | Tensor:
+    """A temperature as a float. A 0-dim tensor stays one: it is read, and checked, in the call."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(
+                f"{name} must be a number or a 0-dim tensor, got {value.dtype} of shape "
+                f"{shape_of(value)}"
+            )
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but has none here; pass {name}.detach()")
+        return value
+    # float and int first: what comes after them is slow, and unknown to torch.compile.
+    if isinstance(value, bool) or not isinstance(value, (float, int)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        value = float(value)
+    check_temperature(name, value)
+    return value
+
+
 def check_temperature(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (value > 0.0 and value < math.inf):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def check_count(name: str, value: int, limit: int, *, least: int = 0, what: str = "rows") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least or value > limit:
-        whose = "queue's " if what == "rows" else ""
+    if not COLDEST <= value <= HOTTEST:
         raise ValueError(
-            f"{name} must be between {least} and the {whose}{limit} {what}, got {value}"
+            f"{name} must be positive and finite, in [{COLDEST:g}, {HOTTEST:g}], got {value!r}"
         )
 
 
-def check_filled(filled: int, limit: int) -> None:
-    if isinstance(filled, bool) or not isinstance(filled, int):
-        raise TypeError(f"filled must be an integer or None, got {filled!r}")
-    if filled < 1 or filled > limit:
-        raise ValueError(f"filled must be between 1 and the queue's {limit} rows, got {filled}")
+def integer_of(name: str, value: int) -> int:
+    """An integer of any type as an int: numpy's and 0-dim tensors too."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def check_count(name: str, value: int, limit: int) -> None:
+    if value < 0 or value > limit:
+        raise ValueError(f"{name} must be between 0 and the queue's {limit} rows, got {value}")
+
+
+def filled_rows(queue, filled: int | None):
+    """The first ``filled`` rows of a queue, or all."""
+    if filled is None:
+        return queue
+    filled = integer_of("filled", filled)
+    if filled < 1 or filled > queue.shape[0]:
+        raise ValueError(
+            f"filled must be between 1 and the queue's {queue.shape[0]} rows, got {filled}"
+        )
+    return queue[:filled]
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
@@ -99,10 +139,13 @@ def values_are_at_hand(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
-def all_finite(tensor: Tensor) -> bool:
-    values = tensor.detach()
-    # One small operation in place of two: a sum of finite values is finite, or they are huge.
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+def all_finite(*tensors: Tensor) -> bool:
+    for tensor in tensors:
+        values = tensor.detach()
+        # One operation in place of two: a sum of finite values is finite, or they are huge.
+        if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
+            return False
+    return True
 
 
 def explain_non_finite(**tensors: Tensor) -> None:

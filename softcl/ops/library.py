@@ -1,262 +1,249 @@
-"""The two operators as PyTorch knows them: schema, fake shapes, gradient, autocast.
+"""The two operators as PyTorch knows them: schema, fake shapes, gradient, autocast, vmap.
 
-    softcl::queue_statistics    the softmax statistics of a queue; gradient by a second op
+    softcl::queue_statistics    the softmax statistics of a queue; gradient by a second operator
     softcl::soft_contrastive    the loss of every label rule and, in the same pass, its gradient
 
-Both are opaque to ``torch.compile`` (no graph break, any dynamic shape). The backend is chosen
-inside, at run time. Under autocast they run in the dtypes of their inputs and sum in float32, as
-they do without it: nothing is cast.
+Both are opaque to ``torch.compile`` (no graph break, any dynamic shape, temperatures that change).
+The backend is chosen inside, at run time. Under autocast they run in the dtypes of their inputs and
+sum in float32, as they do without it: nothing is cast.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from softcl.labels import make_rule
-from softcl.ops import reference
-from softcl.ops.backends import Call, choose, load_backend
+from softcl.ops import algebra
+from softcl.ops.backends import choose, load_backend
+from softcl.ops.call import Call, LossCall, StatisticsCall, pack, read, schema, unpack
+from softcl.ops.checks import check_temperature
 
 LIBRARY = torch.library.Library("softcl", "DEF")
 
-LIBRARY.define(
-    "queue_statistics(Tensor vectors, Tensor queue, float temperature, SymInt num_neighbors, "
-    "bool sums, str backend, Tensor? excluded=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "queue_statistics_backward(Tensor vectors, Tensor queue, float temperature, Tensor lse, "
-    "Tensor mean, Tensor entropy, Tensor neighbor_indices, Tensor? dlse, Tensor? dmean, "
-    "Tensor? dentropy, Tensor? dneighbor_logits, Tensor? excluded=None, bool with_queue=False) "
-    "-> (Tensor, Tensor)"
-)
-LIBRARY.define(
-    "soft_contrastive(Tensor query, Tensor key, Tensor queue, str rule, SymInt num_neighbors, "
-    "float positive_weight, float temperature, float teacher_temperature, bool positive, "
-    "bool normalize, bool gradient, bool diagnostics, str backend, Tensor? excluded=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+
+def run(call: Call) -> tuple[Tensor, ...]:
+    """The results of a call, recorded for the backward pass."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.func looks for the gradient before it gets to the dispatcher.
+        return _FUNCTIONS[type(call)].apply(*pack(call))
+    return getattr(torch.ops.softcl, call.operation)(*pack(call))
 
 
-def _without_autocast(device: torch.device):
-    return torch.autocast(device_type=device.type, enabled=False)
+def _implementation(kind: type[Call]):
+    def implementation(*arguments):
+        call = read(unpack(kind, arguments))
+        check_temperature("temperature", call.temperature)
+        if kind is LossCall:
+            check_temperature("teacher_temperature", call.teacher_temperature)
+        return load_backend(choose(call).name).run(call)
+
+    return implementation
 
 
-# -------------------------------------------------------------------------------- queue_statistics
+def _fake(kind: type[Call]):
+    def fake(*arguments):
+        return tuple(unpack(kind, arguments).empty_results().values())
+
+    return fake
 
 
-def _queue_statistics(vectors, queue, temperature, num_neighbors, sums, backend, excluded=None):
-    options = _options_in_use(excluded=excluded)
-    call = Call.of_statistics(vectors, queue, temperature, num_neighbors, frozenset(options))
-    module = load_backend(choose(call, backend).name)
-    return module.queue_statistics(
-        vectors.contiguous(), queue.contiguous(), temperature, num_neighbors, sums=sums, **options
-    )
+# ----------------------------------------------------------------------------------------- gradient
 
 
-def _options_in_use(**options):
-    return {name: value for name, value in options.items() if value is not None}
+class _Statistics(torch.autograd.Function):
+    """Gradient of softcl::queue_statistics; see `algebra.statistics_backward`."""
 
+    @staticmethod
+    def forward(*arguments):
+        return _below_autograd("queue_statistics", arguments)
 
-def _queue_statistics_fake(
-    vectors, queue, temperature, num_neighbors, sums, backend, excluded=None
-):
-    n, d = vectors.shape
-    dtype = reference.sum_dtype(vectors, queue)
-    return (
-        vectors.new_empty((n if sums else 0,), dtype=dtype),
-        vectors.new_empty((n if sums else 0, d), dtype=dtype),
-        vectors.new_empty((n if sums else 0,), dtype=dtype),
-        vectors.new_empty((n, num_neighbors), dtype=dtype),
-        vectors.new_empty((n, num_neighbors), dtype=torch.int64),
-    )
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        call = StatisticsCall(*inputs)
+        lse, mean, entropy, _, neighbor_indices = output
+        ctx.mark_non_differentiable(neighbor_indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            call.query, call.queue, call.temperature, lse, mean, entropy, neighbor_indices,
+            call.excluded,
+        )  # fmt: skip
+        ctx.sums = call.sums
 
+    @staticmethod
+    def backward(ctx, dlse, dmean, dentropy, dneighbor_logits, _):
+        query, queue, temperature, *saved, excluded = ctx.saved_tensors
+        if not ctx.sums:  # outputs without rows can have gradients without rows
+            dlse = dmean = dentropy = None
+        gradients = (dlse, dmean, dentropy, dneighbor_logits)
+        if all(g is None for g in gradients):
+            return (None,) * len(StatisticsCall._fields)
+        with_queue = ctx.needs_input_grad[1]
+        dquery, dqueue = torch.ops.softcl.queue_statistics_backward(
+            query, queue, temperature, *saved, *gradients, excluded, with_queue
+        )
+        dquery = _first_derivative(dquery, query)
+        dqueue = _first_derivative(dqueue, queue).to(queue.dtype) if with_queue else None
+        rest = (None,) * (len(StatisticsCall._fields) - 2)
+        return dquery.to(query.dtype), dqueue, *rest
 
-def _queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients):
-    return reference.queue_statistics_backward(vectors, queue, temperature, *saved_and_gradients)
+    @staticmethod
+    def vmap(*arguments):
+        _refuse_vmap("queue_statistics")
 
-
-def _queue_statistics_backward_fake(
-    vectors, queue, temperature, lse, mean, entropy, neighbor_indices, dlse, dmean, dentropy,
-    dneighbor_logits, excluded=None, with_queue=False,
-):  # fmt: skip
-    shape = queue.shape if with_queue else (0,)
-    return vectors.new_empty(vectors.shape, dtype=mean.dtype), mean.new_empty(shape)
-
-
-def _save_statistics(ctx, inputs, output):
-    vectors, queue, temperature, _, sums, _, excluded = inputs
-    lse, mean, entropy, _, neighbor_indices = output
-    ctx.mark_non_differentiable(neighbor_indices)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(vectors, queue, lse, mean, entropy, neighbor_indices, excluded)
-    ctx.temperature, ctx.sums = temperature, sums
-
-
-def _differentiate_statistics(ctx, dlse, dmean, dentropy, dneighbor_logits, _):
-    _refuse_second_derivative()
-    vectors, queue, *saved, excluded = ctx.saved_tensors
-    if not ctx.sums:  # outputs without rows can have gradients without rows
-        dlse = dmean = dentropy = None
-    if all(g is None for g in (dlse, dmean, dentropy, dneighbor_logits)):
-        return (None,) * 7
-    with_queue = ctx.needs_input_grad[1]
-    dvectors, dqueue = torch.ops.softcl.queue_statistics_backward(
-        vectors, queue, ctx.temperature, *saved,
-        dlse, dmean, dentropy, dneighbor_logits, excluded, with_queue,
-    )  # fmt: skip
-    dqueue = dqueue.to(queue.dtype) if with_queue else None
-    return dvectors.to(vectors.dtype), dqueue, *(None,) * 5
-
-
-# -------------------------------------------------------------------------------- soft_contrastive
-
-
-def _soft_contrastive(
-    query,
-    key,
-    queue,
-    rule,
-    num_neighbors,
-    positive_weight,
-    temperature,
-    teacher_temperature,
-    positive,
-    normalize,
-    gradient,
-    diagnostics,
-    backend,
-    excluded=None,
-):
-    label_rule = make_rule(rule, num_neighbors, positive_weight)
-    options = _options_in_use(excluded=excluded)
-    call = Call.of_loss(
-        query, queue, label_rule, temperature, teacher_temperature, frozenset(options)
-    )
-    module = load_backend(choose(call, backend).name)
-    return module.soft_contrastive(
-        query.contiguous(),
-        key.contiguous(),
-        queue.contiguous(),
-        label_rule,
-        temperature,
-        teacher_temperature,
-        positive=positive,
-        normalize=normalize,
-        gradient=gradient,
-        diagnostics=diagnostics,
-        **options,
-    )
-
-
-def _soft_contrastive_fake(
-    query,
-    key,
-    queue,
-    rule,
-    num_neighbors,
-    positive_weight,
-    temperature,
-    teacher_temperature,
-    positive,
-    normalize,
-    gradient,
-    diagnostics,
-    backend,
-    excluded=None,
-):
-    label_rule = make_rule(rule, num_neighbors, positive_weight)
-    n, d = query.shape
-    dtype = reference.sum_dtype(query, queue)
-    shown = n if diagnostics and label_rule.needs_softmax else 0
-    return (
-        query.new_empty((n,), dtype=dtype),
-        query.new_empty((n, d) if gradient else (0,), dtype=dtype),
-        query.new_empty((shown,), dtype=dtype),
-        query.new_empty((shown,), dtype=dtype),
-        query.new_empty((n if diagnostics else 0,), dtype=torch.int64),
-        query.new_empty((n, label_rule.num_neighbors if diagnostics else 0), dtype=torch.int64),
-    )
-
-
-def _save_gradient(ctx, inputs, output):
-    _, dquery, confidence, entropy, positive_rank, neighbor_indices = output
-    ctx.mark_non_differentiable(dquery, confidence, entropy, positive_rank, neighbor_indices)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dquery)
-    ctx.dtype = inputs[0].dtype
-    ctx.gradient = inputs[10]
-    ctx.num_inputs = len(inputs)  # a default at their end is left out
-
-
-def _scale_gradient(ctx, dloss, *_):
-    # The gradient is known since the forward pass: nothing is visited again.
-    _refuse_second_derivative()
-    if dloss is None:
-        return (None,) * ctx.num_inputs
-    if not ctx.gradient:
-        raise RuntimeError("soft_contrastive was called with gradient=False: no gradient was kept")
-    (dquery,) = ctx.saved_tensors
-    return ((dloss[:, None] * dquery).to(ctx.dtype), *(None,) * (ctx.num_inputs - 1))
-
-
-def _refuse_second_derivative() -> None:
-    # Grad mode is on inside a backward only under create_graph=True.
-    if torch.is_grad_enabled():
+    @staticmethod
+    def jvp(ctx, *tangents):
         raise RuntimeError(
-            "softcl's operators have a first derivative only: create_graph=True is not supported"
+            "queue_statistics has no forward-mode derivative: use torch.func.grad, vjp or jacrev"
         )
 
 
-# ----------------------------------------------------------------------------------- registrations
+class _Loss(torch.autograd.Function):
+    """Gradient of softcl::soft_contrastive, known since its forward pass: nothing is visited again.
 
-
-def _register(name, run, fake) -> None:
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"softcl::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.softcl, name).default
-
-    def run_without_autocast(*args):
-        with _without_autocast(args[0].device):
-            return op(*args)
-
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run_without_autocast, f"Autocast{device}")
-
-
-_register("queue_statistics", _queue_statistics, _queue_statistics_fake)
-_register(
-    "queue_statistics_backward",
-    _queue_statistics_backward,
-    _queue_statistics_backward_fake,
-)
-_register("soft_contrastive", _soft_contrastive, _soft_contrastive_fake)
-
-torch.library.register_autograd(
-    "softcl::queue_statistics",
-    _differentiate_statistics,
-    setup_context=_save_statistics,
-    lib=LIBRARY,
-)
-
-
-class _SoftContrastive(torch.autograd.Function):
-    """What torch.library.register_autograd makes of the two functions above, without reading the
-    schema anew at every call, which would take longer than everything else in Python together."""
+    What torch.library.register_autograd would make of these functions reads the schema anew at
+    every call, which takes longer than everything else in Python together.
+    """
 
     @staticmethod
-    def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.softcl.soft_contrastive.default(*args)
-        _save_gradient(ctx, args, output)
-        return output
+    def forward(*arguments):
+        return _below_autograd("soft_contrastive", arguments)
 
-    backward = staticmethod(_scale_gradient)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, dquery, *rest = output
+        ctx.mark_non_differentiable(dquery, *rest)
+        ctx.set_materialize_grads(False)
+        query = inputs[0]
+        ctx.save_for_backward(dquery, query)
+        ctx.save_for_forward(dquery)
+        ctx.dtype = query.dtype
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        rest = (None,) * (len(LossCall._fields) - 1)
+        if dloss is None:
+            return None, *rest
+        dquery, query = ctx.saved_tensors
+        if dquery.dim() != 2:
+            raise RuntimeError("soft_contrastive was called with gradient=False: none was kept")
+        return _first_derivative(dloss[:, None] * dquery, query).to(ctx.dtype), *rest
+
+    @staticmethod
+    def vmap(*arguments):
+        _refuse_vmap("soft_contrastive_loss")
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        (dquery,) = ctx.saved_tensors
+        dloss = None if tangent is None else algebra.row_dot(tangent.to(dquery.dtype), dquery)
+        return None if dloss is None else dloss.to(dquery.dtype), *(None,) * 5
 
 
-def _soft_contrastive_autograd(*args):
-    if args[0].requires_grad and torch.is_grad_enabled():
-        return _SoftContrastive.apply(*args)
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient as it is; differentiated again with respect to its vectors it is an error."""
+
+    @staticmethod
+    def forward(gradient, vectors):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dgradient):
+        if ctx.needs_input_grad[1]:
+            _FirstDerivative.refuse()
+        return dgradient, None
+
+    @staticmethod
+    def jvp(ctx, dgradient, dvectors):
+        if dvectors is not None:
+            _FirstDerivative.refuse()
+        return dgradient
+
+    @staticmethod
+    def vmap(info, in_dims, gradient, vectors):
+        return gradient.view_as(gradient), in_dims[0]
+
+    @staticmethod
+    def refuse() -> None:
+        raise RuntimeError("softcl's operators have a first derivative only")
+
+
+def _refuse_vmap(name: str):
+    raise RuntimeError(f"{name} has no vmap: its rows are a batch already, so stack yours as rows")
+
+
+_FUNCTIONS = {StatisticsCall: _Statistics, LossCall: _Loss}
+
+
+def _first_derivative(gradient: Tensor, vectors: Tensor) -> Tensor:
+    # Grad mode is on inside a backward only under create_graph=True and torch.func.
+    return _FirstDerivative.apply(gradient, vectors) if torch.is_grad_enabled() else gradient
+
+
+def _below_autograd(name: str, arguments: tuple):
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.softcl.soft_contrastive.default(*args)
+        return getattr(torch.ops.softcl, name).default(*arguments)
 
 
-LIBRARY.impl("soft_contrastive", _soft_contrastive_autograd, "Autograd")
+def _autograd(name: str, function: type[torch.autograd.Function], differentiable: int):
+    """The operator's place in autograd: the first ``differentiable`` arguments have a gradient."""
+
+    def autograd(*arguments):
+        inputs = arguments[:differentiable]
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if recorded or torch.autograd.forward_ad._current_level >= 0:
+            return function.apply(*arguments)
+        return _below_autograd(name, arguments)
+
+    return autograd
+
+
+# ------------------------------------------------------------------------------------ registrations
+
+
+def _register(name: str, parameters: str, results: int, implementation, fake) -> None:
+    tensors = ", ".join(["Tensor"] * results)
+    LIBRARY.define(f"{name}({parameters}) -> ({tensors})")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"softcl::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.softcl, name).default
+
+    def without_autocast(*arguments):
+        with torch.autocast(device_type=arguments[0].device.type, enabled=False):
+            return operator(*arguments)
+
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, without_autocast, f"Autocast{device}")
+
+
+def _register_differentiable(kind: type[Call], results: int, differentiable: int) -> None:
+    name = kind.operation
+    _register(name, schema(kind), results, _implementation(kind), _fake(kind))
+    LIBRARY.impl(name, _autograd(name, _FUNCTIONS[kind], differentiable), "Autograd")
+
+    torch.library.register_vmap(f"softcl::{name}", _FUNCTIONS[kind].vmap, lib=LIBRARY)
+
+
+def _statistics_backward_fake(query, queue, temperature, lse, mean, *rest):
+    with_queue = rest[-1]
+    return mean.new_empty(query.shape), mean.new_empty(queue.shape if with_queue else (0,))
+
+
+def _statistics_backward(query, queue, temperature, *rest):
+    return algebra.statistics_backward(query, queue, float(temperature), *rest)
+
+
+_register_differentiable(StatisticsCall, results=5, differentiable=2)
+_register_differentiable(LossCall, results=6, differentiable=1)
+_register(
+    "queue_statistics_backward",
+    "Tensor query, Tensor queue, Tensor temperature, Tensor lse, Tensor mean, Tensor entropy, "
+    "Tensor neighbor_indices, Tensor? dlse, Tensor? dmean, Tensor? dentropy, "
+    "Tensor? dneighbor_logits, Tensor? excluded, bool with_queue",
+    2,
+    _statistics_backward,
+    _statistics_backward_fake,
+)

@@ -1,115 +1,69 @@
-"""What calls into softcl._C have in common: numbers for types and rules, arguments and results.
+"""What calls into softcl._C have in common: the module, and a call as fields of its C++ record.
 
-A kernel gets addresses and sizes; 0 is the address of an empty tensor, and a result that is not
-wanted.
+A kernel gets addresses and sizes by name; 0 is the address of what is absent or not wanted.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import functools
+from types import ModuleType
 
-from softcl.labels import RULES, LabelRule
+import torch
+from torch import Tensor  # torch first: its OpenMP runtime then serves softcl._C too
+
+from softcl.labels import TEACHER_POSITIVES, LabelRule
+from softcl.ops.call import Call, LossCall
 
 # The values of ElementType in csrc/include/softcl/element_type.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Rule name -> value of LabelKind in csrc/include/softcl/labels.h.
-LABEL_KINDS = {name: kind for kind, name in enumerate(RULES)}
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and why it cannot be used."""
+    try:
+        from softcl import _C
+    except ImportError as error:
+        return None, f"softcl._C is not built ({error})"
+    return _C, ""
 
 
-def addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+def unsupported_types(call: Call) -> str | None:
+    for name, rows in (("vectors", call.query), ("queue", call.queue)):
+        if rows.dtype not in ELEMENT_TYPES:
+            return f"the {name} are {rows.dtype}, not float32, bfloat16 or float16"
+    return None
 
 
-def statistics_arguments(
-    vectors: Tensor,  # (N, D)
-    queue: Tensor,  # (K, D)
-    temperature: float,
-    num_neighbors: int,
-) -> dict[str, int | float]:
-    """Inputs of QueueStatisticsParams in csrc/include/softcl/params.h."""
-    n, d = vectors.shape
-    return dict(
-        vectors=vectors.data_ptr(),
-        queue=queue.data_ptr(),
-        vector_type=ELEMENT_TYPES[vectors.dtype],
-        queue_type=ELEMENT_TYPES[queue.dtype],
-        num_vectors=n,
-        queue_size=len(queue),
-        dim=d,
-        num_neighbors=num_neighbors,
-        temperature=temperature,
-    )
+def fields_of(call: Call, results: dict[str, Tensor]) -> dict[str, object]:
+    """``call`` and its results as the fields of struct Call in csrc/include/softcl/call.h."""
+    n, d = call.query.shape
+    fields = {
+        "query": call.query.data_ptr(),
+        "queue": call.queue.data_ptr(),
+        "vector_type": ELEMENT_TYPES[call.query.dtype],
+        "queue_type": ELEMENT_TYPES[call.queue.dtype],
+        "num_queries": n,
+        "queue_size": call.queue.shape[0],
+        "dim": d,
+        "temperature": call.temperature,
+        "excluded": 0 if call.excluded is None else call.excluded.data_ptr(),
+    }
+    if isinstance(call, LossCall):
+        fields["key"] = call.key.data_ptr()
+        fields["rule"] = rule_fields(call.rule)
+        fields["teacher_temperature"] = call.teacher_temperature
+        fields["positive"] = call.positive
+        fields["normalize"] = call.normalize
+    else:
+        fields["rule"] = {"num_neighbors": call.num_neighbors}
+    for name, result in results.items():
+        fields[name] = result.data_ptr()
+    return fields
 
 
-def statistics_results(
-    vectors: Tensor,  # (N, D)
-    num_neighbors: int,
-    *,
-    sums: bool,
-) -> dict[str, Tensor]:
-    """Its results, in the order in which a backend returns them; without ``sums`` the first three
-    have no rows."""
-    (n, d), k = vectors.shape, num_neighbors
-    rows = n if sums else 0
-    return dict(
-        lse=vectors.new_empty((rows,), dtype=torch.float32),
-        mean=vectors.new_empty((rows, d), dtype=torch.float32),
-        entropy=vectors.new_empty((rows,), dtype=torch.float32),
-        neighbor_logits=vectors.new_empty((n, k), dtype=torch.float32),
-        neighbor_indices=vectors.new_empty((n, k), dtype=torch.int64),
-    )
-
-
-def loss_arguments(
-    query: Tensor,  # (N, D)
-    key: Tensor,  # (N, D)
-    queue: Tensor,  # (K, D)
-    rule: LabelRule,
-    temperature: float,
-    teacher_temperature: float,
-    *,
-    positive: bool,
-    normalize: bool,
-) -> dict[str, int | float]:
-    """Inputs of SoftContrastiveParams in csrc/include/softcl/params.h."""
-    n, d = query.shape
-    return dict(
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        queue=queue.data_ptr(),
-        vector_type=ELEMENT_TYPES[query.dtype],
-        queue_type=ELEMENT_TYPES[queue.dtype],
-        num_queries=n,
-        queue_size=len(queue),
-        dim=d,
-        rule=LABEL_KINDS[rule.name],
-        num_neighbors=rule.num_neighbors,
-        positive_weight=rule.positive_weight,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        positive=positive,
-        normalize=normalize,
-    )
-
-
-def loss_results(
-    query: Tensor,  # (N, D)
-    rule: LabelRule,
-    *,
-    gradient: bool,
-    diagnostics: bool,
-) -> dict[str, Tensor]:
-    """Its results, in the order in which a backend returns them. What is not asked for, or what the
-    rule does not compute, is empty."""
-    (n, d), k = query.shape, rule.num_neighbors
-    shown = n if diagnostics and rule.needs_softmax else 0
-    return dict(
-        loss=query.new_empty((n,), dtype=torch.float32),
-        dquery=query.new_empty((n, d) if gradient else (0,), dtype=torch.float32),
-        confidence=query.new_empty((shown,), dtype=torch.float32),
-        entropy=query.new_empty((shown,), dtype=torch.float32),
-        positive_rank=query.new_empty((n if diagnostics else 0,), dtype=torch.int64),
-        neighbor_indices=query.new_empty((n, k if diagnostics else 0), dtype=torch.int64),
-    )
+@functools.lru_cache(maxsize=256)
+def rule_fields(rule: LabelRule) -> dict[str, object]:
+    fields = dict(vars(rule))
+    fields["teacher_positive"] = TEACHER_POSITIVES.index(rule.teacher_positive)
+    return fields

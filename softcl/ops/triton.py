@@ -17,37 +17,36 @@ import os
 import torch
 from torch import Tensor
 
-from softcl.labels import LabelRule
-from softcl.ops.backends import Call
+from softcl.ops.call import Call, LossCall, StatisticsCall, coldest
 
 MOST_NEIGHBORS = 1024
 MOST_DIMENSIONS = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
-OPTIONS = frozenset({"excluded"})
 
 
 def unsupported(call: Call) -> str | None:
     """None if this backend runs the call, else one clause that says why not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if call.device.type == "cpu":
+    device, (N, D), K = call.query.device, call.query.shape, call.queue.shape[0]
+    if device.type == "cpu":
         if not interpreting():
             return "the tensors are on the CPU"
-    elif call.device.type != "cuda":
-        return f"the tensors are on {call.device.type}"
-    elif torch.version.hip is None and capability(call.device.index) < OLDEST_CAPABILITY:
-        found = ".".join(map(str, capability(call.device.index)))
+    elif device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    elif torch.version.hip is None and capability(device.index) < OLDEST_CAPABILITY:
+        found = ".".join(map(str, capability(device.index)))
         return f"compute capability {found} is below 8.0"
-    for name, dtype in (("vectors", call.vector_dtype), ("queue", call.queue_dtype)):
-        if dtype not in DTYPES:
-            return f"{name} are {str(dtype).removeprefix('torch.')}"
-    if call.D > MOST_DIMENSIONS:
-        return f"D={call.D} is above {MOST_DIMENSIONS}"
+    for name, rows in (("vectors", call.query), ("queue", call.queue)):
+        if rows.dtype not in DTYPES:
+            return f"{name} are {str(rows.dtype).removeprefix('torch.')}"
+    if D > MOST_DIMENSIONS:
+        return f"D={D} is above {MOST_DIMENSIONS}"
     if call.num_neighbors > MOST_NEIGHBORS:
         return f"num_neighbors={call.num_neighbors} is above {MOST_NEIGHBORS}"
-    if max(call.N, call.K) >= 2**30:
-        return f"N={call.N}, K={call.K}: more than 2^30 rows"
+    if max(N, K) >= 2**30:
+        return f"N={N}, K={K}: more than 2^30 rows"
     return None
 
 
@@ -59,92 +58,66 @@ def kernels():
     return finish, plan, select, stream
 
 
-def queue_statistics(
-    vectors: Tensor,  # (N, D)
-    queue: Tensor,  # (K, D)
-    temperature: float,
-    num_neighbors: int,
-    *,
-    sums: bool = True,
-    excluded: Tensor | None = None,  # (N,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse (N,), mean (N, D), entropy (N,), neighbor_logits (N, k), neighbor_indices (N, k).
+def run(call: Call) -> tuple[Tensor, ...]:
+    """The results of the call, as its `empty_results` lists them."""
+    with on_device(call.query.device):
+        return soft_contrastive(call) if isinstance(call, LossCall) else queue_statistics(call)
 
-    Without ``sums`` the first three have no rows: a search for neighbours alone.
-    """
+
+def queue_statistics(call: StatisticsCall) -> tuple[Tensor, ...]:
     finish, plan, select, stream = kernels()
-    (N, D), K = vectors.shape, queue.shape[0]
+    query, queue, k, sums = call.query, call.queue, call.num_neighbors, call.sums
+    (N, D), K = query.shape, queue.shape[0]
     work = plan.Work(
-        N, K, D, vectors.dtype, queue.dtype,
-        softmax=sums, mean=sums, entropy=sums, num_neighbors=num_neighbors, coldest=temperature,
-        excluded=excluded is not None,
+        N, K, D, query.dtype, queue.dtype,
+        softmax=sums, mean=sums, entropy=sums, num_neighbors=k, coldest=coldest(call),
+        excluded=call.excluded is not None,
     )  # fmt: skip
-    how = plan.make_plan(work, *target_of(vectors.device))
-    excluded = None if excluded is None else excluded.contiguous()
-    scale = plan.LOG2_E / temperature
-    with on_device(vectors.device):
-        streamed = stream.launch(vectors, None, queue, scale, scale, how, excluded)
-        if num_neighbors > 0:
-            neighbors = select.launch(
-                vectors, queue, streamed.maxima, num_neighbors, 1.0 / temperature, how, excluded
-            )
-        else:
-            neighbors = no_neighbors(vectors)
-        if not sums:
-            empty = neighbors[0].new_empty
-            return empty(0), empty((0, D)), empty(0), *neighbors
-        return *finish.finish_statistics(streamed, scale, N, how), *neighbors
+    how = plan.make_plan(work, *target_of(query.device))
+    scale = plan.LOG2_E / call.temperature
+    streamed = stream.launch(query, None, queue, scale, scale, how, call.excluded)
+    neighbors = no_neighbors(query)
+    if k > 0:
+        neighbors = select.launch(
+            query, queue, streamed.maxima, k, 1.0 / call.temperature, how, call.excluded
+        )
+    if not sums:
+        empty = neighbors[0].new_empty
+        return empty(0), empty((0, D)), empty(0), *neighbors
+    return *finish.finish_statistics(streamed, scale, N, how), *neighbors
 
 
-def soft_contrastive(
-    query: Tensor,  # (N, D)
-    key: Tensor,  # (N, D)
-    queue: Tensor,  # (K, D)
-    rule: LabelRule,
-    temperature: float,
-    teacher_temperature: float,
-    *,
-    positive: bool,
-    normalize: bool,
-    gradient: bool,
-    diagnostics: bool,
-    excluded: Tensor | None = None,  # (N,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (N,), dquery (N, D), confidence, entropy, positive_rank (N,), neighbor_indices (N, n).
-
-    What was not asked for, or what the rule does not compute, comes back empty.
-    """
+def soft_contrastive(call: LossCall) -> tuple[Tensor, ...]:
     finish, plan, select, stream = kernels()
+    query, key, queue, rule = call.query, call.key, call.queue, call.rule
     (N, D), K = query.shape, queue.shape[0]
     work = plan.Work(
         N, K, D, query.dtype, queue.dtype,
         has_key=True,
-        mean=gradient,
+        mean=call.gradient,
         teacher_softmax=rule.needs_softmax,
         teacher_mean=rule.needs_mean,
         num_neighbors=rule.num_neighbors,
-        normalize=normalize,
-        ranks=diagnostics,
-        excluded=excluded is not None,
-        coldest=min(temperature, teacher_temperature) if rule.needs_softmax else temperature,
+        normalize=call.normalize,
+        ranks=call.diagnostics,
+        excluded=call.excluded is not None,
+        coldest=coldest(call),
     )  # fmt: skip
     how = plan.make_plan(work, *target_of(query.device))
-    excluded = None if excluded is None else excluded.contiguous()
-    scales = plan.LOG2_E / temperature, plan.LOG2_E / teacher_temperature
-    with on_device(query.device):
-        streamed = stream.launch(query, key, queue, *scales, how, excluded)
-        z, t = (streamed.unit_rows[:N], streamed.unit_rows[N:]) if normalize else (query, key)
-        if rule.num_neighbors > 0:
-            neighbors = select.launch(
-                t, queue, streamed.maxima, rule.num_neighbors, scales[1], how, excluded
-            )
-        else:
-            neighbors = no_neighbors(query)
-        results = finish.finish_loss(
-            query, z, t, queue, streamed, *neighbors, rule, temperature, scales, how, excluded,
-            positive=positive, gradient=gradient, diagnostics=diagnostics,
-        )  # fmt: skip
-    return *results, neighbors[1] if diagnostics else neighbors[1][:, :0].clone()
+    scales = plan.LOG2_E / call.temperature, plan.LOG2_E / call.teacher_temperature
+    streamed = stream.launch(query, key, queue, *scales, how, call.excluded)
+    z, t = (streamed.unit_rows[:N], streamed.unit_rows[N:]) if call.normalize else (query, key)
+    neighbors = no_neighbors(query)
+    if rule.num_neighbors > 0:
+        neighbors = select.launch(
+            t, queue, streamed.maxima, rule.num_neighbors, scales[1], how, call.excluded
+        )
+    results = finish.finish_loss(
+        query, z, t, queue, streamed, *neighbors, rule, call.temperature, scales, how,
+        call.excluded,
+        positive=call.positive, gradient=call.gradient, diagnostics=call.diagnostics,
+    )  # fmt: skip
+    return *results, neighbors[1] if call.diagnostics else neighbors[1][:, :0].clone()
 
 
 def no_neighbors(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -352,7 +352,7 @@ def choose_run_backend(
         temperature=method.temperature,
         teacher_temperature=getattr(method, "teacher_temperature", method.temperature),
         num_neighbors=getattr(method, "num_neighbors", 0),
-        options=method.options(),
+        excluded=torch.empty(0, dtype=torch.int64, device=device) if method.excludes else None,
     )
     try:
         choice = choose_backend(query, rows, backend=config.wanted_backend, **options)
