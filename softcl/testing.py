@@ -219,7 +219,7 @@ def loss_oracle(
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows divided by their norms; those of norm 1e-12 or less have no direction and no gradient."""
+    """Rows divided by their norms; rows of norm 1e-12 or less have no gradient."""
     norm = rows.norm(dim=1, keepdim=True)
     return torch.where(norm > 1e-12, rows / norm, rows.detach() / 1e-12)
 

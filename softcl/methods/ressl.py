@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from softcl.labels import LabelRule, RelationalLabels
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
-from softcl.methods.method import Batch, RelationalMethod, Result, View
+from softcl.methods.method import RelationalMethod, View
 
 SHARES = tuple(side / 224 for side in (224, 192, 160, 128, 96))
 

@@ -20,7 +20,7 @@ import torch
 
 from softcl.ops.call import Call
 
-# Name -> the device types on which backend="auto" tries it, in this order; None: on every one. "cuda"
+# Name -> the device types on which backend="auto" tries it, in this order; None: on all. "cuda"
 # comes first for the calls of CUDA_AT_LEAST_AS_FAST.
 BACKENDS: dict[str, tuple[str, ...] | None] = {
     "triton": ("cuda",),
