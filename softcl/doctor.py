@@ -39,6 +39,7 @@ from softcl.testing import (
     Problem,
     assert_loss_close,
     assert_neighbors_close,
+    fitting,
     gradient_error,
     loss_oracle,
     make_problem,

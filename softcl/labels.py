@@ -13,18 +13,20 @@ and every rule makes one label mean ``m = sum_j y_j v_j`` of it, over the candid
 ``v in {positive t, queue rows Q_1 .. Q_K}``:
 
     m   = (p t + a mu + sum_{j in N_n} w_j Q_j) / (p + a + sum_j w_j)
-    p   = positive          a = mean + confident_mean c          w_j = neighbor + confident_neighbor c
+    p   = positive
+    a   = mean + confident_mean c
+    w_j = neighbor + confident_neighbor c
 
-In words: the positive has the label p, every queue row a q_j, and each of the n nearest w_j more. With
-``clip`` the labels of the n nearest are at most p instead, ``w_j = min(0, p - a q_j)``. That clips every
-label above p where a <= p n, since fewer than a / p rows can have one. The labels are then divided
-by their sum, never see a gradient, and the loss is the cross-entropy ``- sum_j y_j log p_j`` against
-the student's softmax.
+In words: the positive has the label p, every queue row a q_j, and each of the n nearest w_j more.
+With ``clip`` the labels of the n nearest are at most p instead, ``w_j = min(0, p - a q_j)``. That
+clips every label above p where a <= p n, since fewer than a / p rows can have one. The labels are
+then divided by their sum, never see a gradient, and the loss is the cross-entropy
+``- sum_j y_j log p_j`` against the student's softmax.
 
 With ``teacher_positive`` the teacher's softmax has one more entry, of the positive, whose share of
 ``a`` goes to the positive: its logit is 0 ("zero"), or the key's with itself, t . t /
-teacher_temperature ("self"). With r the queue's share of that softmax, q_j and mu above become r q_j
-and r mu, and p + a (1 - r) takes the place of p in front of t. H and c stay those of the queue.
+teacher_temperature ("self"). With r the queue's share of that softmax, q_j and mu above become
+r q_j and r mu, and p + a (1 - r) takes the place of p in front of t. H and c stay the queue's.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def soft_contrastive(call: LossCall) -> tuple[Tensor, ...]:
-    """The loss of this process's rows, its gradient and its diagnostics, as `LossCall` lists them."""
+    """The loss of this process's rows, its gradient and diagnostics, as `LossCall` lists them."""
     query, rows, rule = call.query, call.queue, call.rule
     results = call.empty_results()
     with torch.no_grad():

@@ -366,7 +366,7 @@ _OPERATORS: dict[type, ModuleType] = {}
 
 
 def register_rows(kind: type, operator: ModuleType) -> None:
-    """Let queues be of type ``kind``, which has ``shape``, ``len`` and ``[:filled]`` as a tensor has.
+    """Let queues be of type ``kind``, with ``shape``, ``len`` and ``[:filled]`` as a tensor has.
 
     ``operator`` has local_rows(queue, **vectors), the rows that are checked and whose dtype and
     device are the queue's; run(call), which returns the results of a call with such a queue; and
