@@ -196,7 +196,9 @@ def soft_contrastive_loss(
         backend,
     )
     loss, dquery, *shown = (library if elsewhere is None else elsewhere).run(call)
-    if checks.values_are_at_hand(loss) and not checks.all_finite(loss, dquery):
+    # Of unit rows the gradient is finite where the loss is.
+    checked = (loss,) if normalize else (loss, dquery)
+    if checks.values_are_at_hand(loss) and not checks.all_finite(*checked):
         rows = queue if elsewhere is None else queue.local
         checks.explain_non_finite(query=query, key=key, queue=rows)
     if reduction != "none":

@@ -81,7 +81,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def preference(call: Call) -> tuple[str, ...]:
     """The backends that backend="auto" tries for ``call``, in this order."""
     device = call.query.device.type
-    names = tuple(x for x, types in BACKENDS.items() if types is None or device in types)
+    names = [x for x, types in BACKENDS.items() if types is None or device in types]
     if device == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
         return ("cuda", *names)
     return names

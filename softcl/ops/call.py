@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softcl.labels import LabelRule
 from softcl.ops.algebra import sum_dtype
+from softcl.ops.checks import check_temperature
 
 
 class StatisticsCall(NamedTuple):
@@ -39,6 +40,8 @@ class StatisticsCall(NamedTuple):
     backend: str = "auto"
 
     operation = "queue_statistics"
+    tensors = ("query", "queue")
+    temperatures = ("temperature",)
 
     def empty_results(self) -> dict[str, Tensor]:
         """lse (N,), mean (N, D), entropy (N,), neighbor_logits and neighbor_indices (N, k).
@@ -87,6 +90,8 @@ class LossCall(NamedTuple):
     backend: str = "auto"
 
     operation = "soft_contrastive"
+    tensors = ("query", "key", "queue")
+    temperatures = ("temperature", "teacher_temperature")
 
     @property
     def num_neighbors(self) -> int:
@@ -183,6 +188,11 @@ def unpack(kind: type[Call], arguments: tuple) -> Call:
 
 
 def read(call: Call) -> Call:
-    """The call with its temperatures as numbers and its tensors contiguous."""
-    values = (x.contiguous() if isinstance(x, Tensor) and x.dim() else x for x in call)
-    return type(call)(*[float(x) if isinstance(x, Tensor) and not x.dim() else x for x in values])
+    """The call with its temperatures as numbers, checked once more, and contiguous tensors."""
+    read = {name: getattr(call, name).contiguous() for name in call.tensors}
+    for name in call.temperatures:
+        read[name] = value = float(getattr(call, name))
+        check_temperature(name, value)
+    if call.excluded is not None:
+        read["excluded"] = call.excluded.contiguous()
+    return call._replace(**read)

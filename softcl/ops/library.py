@@ -10,13 +10,14 @@ sum in float32, as they do without it: nothing is cast.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from softcl.ops import algebra
 from softcl.ops.backends import choose, load_backend
 from softcl.ops.call import Call, LossCall, StatisticsCall, pack, read, schema, unpack
-from softcl.ops.checks import check_temperature
 
 LIBRARY = torch.library.Library("softcl", "DEF")
 
@@ -32,9 +33,6 @@ def run(call: Call) -> tuple[Tensor, ...]:
 def _implementation(kind: type[Call]):
     def implementation(*arguments):
         call = read(unpack(kind, arguments))
-        check_temperature("temperature", call.temperature)
-        if kind is LossCall:
-            check_temperature("teacher_temperature", call.teacher_temperature)
         return load_backend(choose(call).name).run(call)
 
     return implementation
@@ -115,7 +113,8 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         query = inputs[0]
         ctx.save_for_backward(dquery, query)
-        ctx.save_for_forward(dquery)
+        if torch.autograd.forward_ad._current_level >= 0:
+            ctx.save_for_forward(dquery)
         ctx.dtype = query.dtype
 
     @staticmethod
@@ -164,7 +163,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, gradient, vectors):
-        return gradient.view_as(gradient), in_dims[0]
+        return _FirstDerivative.apply(gradient, vectors), in_dims[0]
 
     @staticmethod
     def refuse() -> None:
@@ -178,6 +177,22 @@ def _refuse_vmap(name: str):
 _FUNCTIONS = {StatisticsCall: _Statistics, LossCall: _Loss}
 
 
+def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The function with its context set up in ``forward``: torch.func needs the two apart, but then
+    every call takes 15 us to read the signature of ``forward``."""
+
+    class InOne(function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            output = function.forward(*arguments)
+            function.setup_context(ctx, arguments, output)
+            return output
+
+        setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+    return InOne
+
+
 def _first_derivative(gradient: Tensor, vectors: Tensor) -> Tensor:
     # Grad mode is on inside a backward only under create_graph=True and torch.func.
     return _FirstDerivative.apply(gradient, vectors) if torch.is_grad_enabled() else gradient
@@ -185,15 +200,23 @@ def _first_derivative(gradient: Tensor, vectors: Tensor) -> Tensor:
 
 def _below_autograd(name: str, arguments: tuple):
     with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.softcl, name).default(*arguments)
+        return _operator(name)(*arguments)
+
+
+@functools.cache
+def _operator(name: str):
+    return getattr(torch.ops.softcl, name).default
 
 
 def _autograd(name: str, function: type[torch.autograd.Function], differentiable: int):
     """The operator's place in autograd: the first ``differentiable`` arguments have a gradient."""
 
+    function = _in_one(function)
+
     def autograd(*arguments):
-        inputs = arguments[:differentiable]
-        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        recorded = torch.is_grad_enabled() and any(
+            [x.requires_grad for x in arguments[:differentiable]]
+        )
         if recorded or torch.autograd.forward_ad._current_level >= 0:
             return function.apply(*arguments)
         return _below_autograd(name, arguments)
@@ -209,11 +232,10 @@ def _register(name: str, parameters: str, results: int, implementation, fake) ->
     LIBRARY.define(f"{name}({parameters}) -> ({tensors})")
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softcl::{name}", fake, lib=LIBRARY)
-    operator = getattr(torch.ops.softcl, name).default
 
     def without_autocast(*arguments):
         with torch.autocast(device_type=arguments[0].device.type, enabled=False):
-            return operator(*arguments)
+            return _operator(name)(*arguments)
 
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, without_autocast, f"Autocast{device}")
