@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 
+from softcl.ops import trial
 from softcl.ops.call import Call
 
 # Name -> the device types on which backend="auto" tries it, in this order; None: on all. "cuda"
@@ -123,7 +124,7 @@ def choose(call: Call) -> BackendChoice:
     if backend == "auto":
         reasons: dict[str, str] = {}
         for name in preference(call):
-            reason = load_backend(name).unsupported(call)
+            reason = load_backend(name).unsupported(call) or trial.reason_against(name, call)
             if reason is None:
                 passed_over = "; ".join(f"{k}: {v}" for k, v in reasons.items())
                 first = f"the first choice for tensors on {call.query.device.type}"
