@@ -16,7 +16,17 @@ LONG_FILES = """
 """.split()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        # Named on the command line, a test runs whatever its mark.
+        named = any("::" in argument for argument in config.args)
+        for item in items:
+            if item.get_closest_marker("long") and not named:
+                item.add_marker(pytest.mark.skip(reason="long: make test-all, or --long"))
     if not hasattr(config, "workerinput"):
         return  # one process keeps the order that it was given: bench/gpu_check.sh's matters
     places = {f"test_{name}.py": place for place, name in enumerate(LONG_FILES)}
