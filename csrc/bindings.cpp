@@ -1,5 +1,6 @@
 // The module softcl._C: pointers and sizes in, status out. Knows no torch; releases the GIL while a
-// kernel runs. std::invalid_argument becomes ValueError, every other exception RuntimeError.
+// kernel runs. std::invalid_argument becomes ValueError, every other exception of a kernel
+// RuntimeError.
 
 #include "bindings.h"
 
@@ -10,11 +11,11 @@
 #include <string>
 #include <utility>
 
+#include "call_fields.h"
 #include "cpu/ceilings.h"
 #include "cpu/isa.h"
 #include "cpu/queue_pass.h"
 #include "softcl/enqueue.h"
-#include "softcl/params.h"
 #include "softcl/views.h"
 
 #if defined(_OPENMP)
@@ -32,35 +33,10 @@ namespace {
 using softcl::Address;
 using softcl::pointer_to;
 
-void cpu_queue_statistics(Address vectors, Address queue, int vector_type, int queue_type,
-                          std::int64_t num_vectors, std::int64_t queue_size, std::int64_t dim,
-                          std::int64_t num_neighbors, double temperature, int num_threads,
-                          Address lse, Address mean, Address entropy, Address neighbor_logits,
-                          Address neighbor_indices, Address excluded) {
-  softcl::QueueStatisticsParams params = softcl::statistics_params(
-      vectors, queue, vector_type, queue_type, num_vectors, queue_size, dim, num_neighbors,
-      temperature, lse, mean, entropy, neighbor_logits, neighbor_indices);
-  params.num_threads = num_threads;
-  params.excluded = pointer_to<const std::int64_t>(excluded);
+void cpu_run(const py::kwargs& fields) {
+  const softcl::Call call = softcl::call_of(fields);
   const py::gil_scoped_release release;
-  softcl::cpu::queue_statistics(params);
-}
-
-void cpu_soft_contrastive(Address query, Address key, Address queue, int vector_type,
-                          int queue_type, std::int64_t num_queries, std::int64_t queue_size,
-                          std::int64_t dim, int rule, std::int64_t num_neighbors,
-                          double positive_weight, double temperature, double teacher_temperature,
-                          bool positive, bool normalize, int num_threads, Address loss,
-                          Address dquery, Address confidence, Address entropy,
-                          Address positive_rank, Address neighbor_indices, Address excluded) {
-  softcl::SoftContrastiveParams params = softcl::loss_params(
-      query, key, queue, vector_type, queue_type, num_queries, queue_size, dim, rule, num_neighbors,
-      positive_weight, temperature, teacher_temperature, positive, normalize, loss, dquery,
-      confidence, entropy, positive_rank, neighbor_indices);
-  params.num_threads = num_threads;
-  params.excluded = pointer_to<const std::int64_t>(excluded);
-  const py::gil_scoped_release release;
-  softcl::cpu::soft_contrastive(params);
+  softcl::cpu::run(call);
 }
 
 std::int64_t cpu_enqueue(Address keys, Address queue, std::int64_t num_keys,
@@ -125,19 +101,9 @@ PYBIND11_MODULE(_C, module) {
       },
       "num_threads"_a, "seconds"_a,
       "Measures how many fp32 multiply-adds and exponentials a second the threads can do.");
-  module.def("cpu_queue_statistics", &cpu_queue_statistics, py::kw_only(), "vectors"_a, "queue"_a,
-             "vector_type"_a, "queue_type"_a, "num_vectors"_a, "queue_size"_a, "dim"_a,
-             "num_neighbors"_a, "temperature"_a, "num_threads"_a, "lse"_a, "mean"_a, "entropy"_a,
-             "neighbor_logits"_a, "neighbor_indices"_a, "excluded"_a = 0,
-             "Writes the softmax statistics of a queue; see QueueStatisticsParams in params.h.");
-  module.def("cpu_soft_contrastive", &cpu_soft_contrastive, py::kw_only(), "query"_a, "key"_a,
-             "queue"_a, "vector_type"_a, "queue_type"_a, "num_queries"_a, "queue_size"_a, "dim"_a,
-             "rule"_a, "num_neighbors"_a, "positive_weight"_a, "temperature"_a,
-             "teacher_temperature"_a, "positive"_a, "normalize"_a, "num_threads"_a, "loss"_a,
-             "dquery"_a, "confidence"_a, "entropy"_a, "positive_rank"_a, "neighbor_indices"_a,
-             "excluded"_a = 0,
-             "Writes the loss of a label rule and its gradient; see SoftContrastiveParams in "
-             "params.h.");
+  module.def("cpu_run", &cpu_run,
+             "Writes a loss and its gradient, or without a key the statistics of a queue. The "
+             "keyword arguments are the fields of Call in call.h; see call_fields.h.");
   module.def("cpu_keeps_weights", &softcl::cpu::keeps_weights, "num_queries"_a, "queue_size"_a,
              "dim"_a, "num_threads"_a,
              "Whether dense labels with a gradient take three products in place of four.");

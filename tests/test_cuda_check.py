@@ -30,7 +30,7 @@ def test_all_results_are_right(check, capability):
     answer = check(SOFTCL_HOST_CAPABILITY=capability)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     lines = [line for line in answer.stdout.splitlines() if line.startswith("ok ")]
-    assert len(lines) == 4 * 4 * 7  # shapes, types, rules and the statistics
+    assert len(lines) == 4 * 4 * 9  # shapes, types, rules and the statistics
     assert "all results are within their tolerances" in answer.stdout
     assert f"compute capability {capability[0]}.{capability[1]}" in answer.stdout
 
@@ -59,7 +59,7 @@ def test_times(check, capability, instruction):
     ceilings = {name: float(rate) for name, rate, _ in found}
     line = r"^time   N=5 K=50 D=40 (\S+)/(\S+) (\w+) +(\S+) us  (\S+) TFLOP/s  (\S+) % of the (\S+)"
     rows = re.findall(line, answer.stdout, re.M)
-    assert len(rows) == 4 * 6  # types, rules
+    assert len(rows) == 4 * 8  # types, rules
     products = {"hard": 4, "adaptive_neighbors": 6, "neighbors": 6}
     for row_type, queue_type, rule, time, rate, share, kind in rows:
         flop = products.get(rule, 8) * 5 * 50 * 40

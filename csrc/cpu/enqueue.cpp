@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "check.h"
 #include "convert.h"
+#include "softcl/checks.h"
 
 namespace softcl::cpu {
 

@@ -4,40 +4,21 @@
 #include <limits>
 
 #include "arena.h"
-#include "check.h"
 #include "isa.h"
 #include "parallel.h"
 #include "queue_pass.h"
 #include "search.h"
-#include "softcl/params.h"
+#include "softcl/checks.h"
 
 namespace softcl::cpu {
 
 namespace {
 
-constexpr std::int64_t kLargest = std::int64_t{1} << 48;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-void check(const QueueStatisticsParams& p) {
-  check_count("num_vectors", p.num_vectors, 1, kLargest);
-  check_count("queue_size", p.queue_size, 1, kLargest);
-  check_count("dim", p.dim, 1, kLargest);
-  check_count("num_neighbors", p.num_neighbors, 0, p.queue_size - (p.excluded != nullptr ? 1 : 0));
-  check_count("num_threads", p.num_threads, 1, 4096);
-  check_temperature("temperature", p.temperature);
-  check_type("vector_type", p.vector_type);
-  check_type("queue_type", p.queue_type);
-  check_pointer("vectors", p.vectors);
-  check_pointer("queue", p.queue);
-  if (p.num_neighbors > 0) {
-    check_pointer("neighbor_logits", p.neighbor_logits);
-    check_pointer("neighbor_indices", p.neighbor_indices);
-  }
-}
-
-void write_row(const QueueStatisticsParams& p, std::int64_t row, int lane, int lanes,
-               const StripResult& result, bool finite) {
-  const std::int64_t D = p.dim, k = p.num_neighbors;
+void write_row(const Call& p, std::int64_t row, int lane, int lanes, const StripResult& result,
+               bool finite) {
+  const std::int64_t D = p.dim, k = p.rule.num_neighbors;
   if (p.lse != nullptr) p.lse[row] = finite ? float(result.lse[lane]) : kNaN;
   if (p.entropy != nullptr) p.entropy[row] = finite ? float(result.entropy[lane]) : kNaN;
   if (p.mean != nullptr) {
@@ -58,12 +39,13 @@ void write_row(const QueueStatisticsParams& p, std::int64_t row, int lane, int l
 
 }  // namespace
 
-void queue_statistics(const QueueStatisticsParams& p) {
-  check(p);
+void queue_statistics(const Call& p) {
+  check_call(p, {});
+  check_count("num_threads", p.num_threads, 1, kMostThreads);
   const bool is_search = p.lse == nullptr && p.entropy == nullptr && p.mean == nullptr;
-  if (is_search && p.num_neighbors > 0 && p.excluded == nullptr && screened_search(p)) return;
+  if (is_search && p.rule.num_neighbors > 0 && p.excluded == nullptr && screened_search(p)) return;
   const int lanes = sweep_kernels().lanes;
-  const std::int64_t strips = (p.num_vectors + lanes - 1) / lanes;
+  const std::int64_t strips = (p.num_queries + lanes - 1) / lanes;
   Rows rows;
   std::int64_t* excluded = nullptr;  // (strips, lanes)
   float* scratch = nullptr;          // (threads, D)
@@ -79,15 +61,15 @@ void queue_statistics(const QueueStatisticsParams& p) {
   Arena arena(measure.used());
   lay_out(arena);
   parallel_for(p.num_threads, strips, [&](std::int64_t strip, int thread) {
-    read_strip(p.vectors, p.vector_type, p.num_vectors, p.dim, false, strip * lanes, lanes,
+    read_strip(p.query, p.vector_type, p.num_queries, p.dim, false, strip * lanes, lanes,
                scratch + thread * p.dim, rows);
-    if (p.excluded != nullptr) read_excluded(p.excluded, p.num_vectors, strip, lanes, excluded);
+    if (p.excluded != nullptr) read_excluded(p.excluded, p.num_queries, strip, lanes, excluded);
   });
 
   PassRequest request;
   request.queue = p.queue;
   request.queue_type = p.queue_type;
-  request.num_rows = p.num_vectors;
+  request.num_rows = p.num_queries;
   request.queue_size = p.queue_size;
   request.dim = p.dim;
   request.num_threads = p.num_threads;
@@ -97,11 +79,11 @@ void queue_statistics(const QueueStatisticsParams& p) {
   request.reductions[0].temperature = p.temperature;
   request.reductions[0].has_mean = p.mean != nullptr;
   request.reductions[0].has_softmax = p.lse != nullptr || p.entropy != nullptr || p.mean != nullptr;
-  request.reductions[0].num_neighbors = p.num_neighbors;
+  request.reductions[0].num_neighbors = p.rule.num_neighbors;
   run_pass(request, [&](std::int64_t strip, StripResult* results, bool finite, int) {
     for (int lane = 0; lane < lanes; ++lane) {
       const std::int64_t row = strip * lanes + lane;
-      if (row >= p.num_vectors) break;
+      if (row >= p.num_queries) break;
       write_row(p, row, lane, lanes, results[0], finite && rows.finite[row]);
     }
   });

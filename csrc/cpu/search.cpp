@@ -55,10 +55,10 @@ struct Workspace {
 
 class Search {
  public:
-  Search(const QueueStatisticsParams& params, const ScreenKernels& kernels)
-      : p_(params), kernels_(kernels), capacity_(3 * params.num_neighbors + 64) {
+  Search(const Call& call, const ScreenKernels& kernels)
+      : p_(call), kernels_(kernels), capacity_(3 * call.rule.num_neighbors + 64) {
     const std::int64_t threads = p_.num_threads, lanes = kernels_.lanes;
-    strips_ = divide_up(p_.num_vectors, lanes);
+    strips_ = divide_up(p_.num_queries, lanes);
     const std::int64_t strip_bytes = num_pairs(p_.dim) * lanes * std::int64_t{4};
     const std::int64_t list_bytes = capacity_ * lanes * std::int64_t{8};
     strips_per_block_ =
@@ -109,7 +109,7 @@ class Search {
     lists_.resize(splits_ == 1 ? p_.num_threads : blocks_ * splits_);
     workspaces_.resize(p_.num_threads);
     for (ScreenLists& lists : lists_) {
-      lists.k = p_.num_neighbors;
+      lists.k = p_.rule.num_neighbors;
       lists.capacity = capacity_;
       lists.margin = margin_of(D);
       lists.threshold = arena.take<std::int32_t>(rows);
@@ -140,8 +140,8 @@ class Search {
     ScreenTask task;
     task.strips = block_strips(block);
     // The block's rows as a matrix of its own: read_strip counts from its start.
-    const char* rows = static_cast<const char*>(p_.vectors) + first * D * size_of(p_.vector_type);
-    const std::int64_t num_rows = std::min(p_.num_vectors - first, task.strips * lanes);
+    const char* rows = static_cast<const char*>(p_.query) + first * D * size_of(p_.vector_type);
+    const std::int64_t num_rows = std::min(p_.num_queries - first, task.strips * lanes);
     for (std::int64_t i = 0; i < task.strips; ++i) {
       read_strip(rows, p_.vector_type, num_rows, D, false, i * lanes, kernels_.lanes, w.scratch,
                  w.rows);
@@ -167,15 +167,15 @@ class Search {
     for (int lane = 0; lane < kernels_.lanes; ++lane) {
       const std::int64_t in_block = local * kernels_.lanes + lane;
       const std::int64_t row = block * strips_per_block_ * kernels_.lanes + in_block;
-      if (row >= p_.num_vectors) return;
+      if (row >= p_.num_queries) return;
       finish_row(row, in_block, lists, w);
     }
   }
 
   void finish_row(std::int64_t row, std::int64_t in_block, const ScreenLists* lists,
                   Workspace& w) const {
-    const std::int64_t k = p_.num_neighbors;
-    read_row(p_.vectors, p_.vector_type, row, p_.dim, w.vector);
+    const std::int64_t k = p_.rule.num_neighbors;
+    read_row(p_.query, p_.vector_type, row, p_.dim, w.vector);
     const float *begin = w.vector, *end = w.vector + p_.dim;
     const bool finite = std::all_of(begin, end, [](float x) { return std::isfinite(x); });
     if (!finite || std::all_of(begin, end, [](float x) { return x == 0.0f; })) {
@@ -199,9 +199,10 @@ class Search {
       std::copy_n(lists[split].products + start, lists[split].count[in_block], w.gathered + found);
       found += lists[split].count[in_block];
     }
-    std::nth_element(w.gathered, w.gathered + (p_.num_neighbors - 1), w.gathered + found,
+    std::nth_element(w.gathered, w.gathered + (p_.rule.num_neighbors - 1), w.gathered + found,
                      std::greater<std::int32_t>());
-    const std::int64_t bound = std::int64_t{w.gathered[p_.num_neighbors - 1]} - lists[0].margin;
+    const std::int64_t bound =
+        std::int64_t{w.gathered[p_.rule.num_neighbors - 1]} - lists[0].margin;
     std::int64_t count = 0;
     for (std::int64_t split = 0; split < splits_; ++split) {
       const std::int64_t start = in_block * capacity_;
@@ -214,12 +215,12 @@ class Search {
   }
 
   void write(std::int64_t row, std::int64_t i, const Neighbor& neighbor) const {
-    const std::int64_t place = row * p_.num_neighbors + i;
+    const std::int64_t place = row * p_.rule.num_neighbors + i;
     p_.neighbor_logits[place] = float(double(neighbor.value) / p_.temperature);
     p_.neighbor_indices[place] = neighbor.index;
   }
 
-  const QueueStatisticsParams& p_;
+  const Call& p_;
   const ScreenKernels& kernels_;
   const std::int64_t capacity_;
   std::int64_t strips_, strips_per_block_, blocks_, split_rows_, splits_;
@@ -230,13 +231,13 @@ class Search {
 
 }  // namespace
 
-bool screened_search(const QueueStatisticsParams& params) {
+bool screened_search(const Call& call) {
   const ScreenKernels* kernels = screen_kernels();
-  if (kernels == nullptr || params.dim < kLeastDim || params.dim > kMostDim) return false;
-  const std::int64_t capacity = 3 * params.num_neighbors + 64;
-  if (params.queue_size < kLeastRowsPerCandidate * capacity) return false;
-  if (params.queue_size > std::numeric_limits<std::int32_t>::max()) return false;
-  return Search(params, *kernels).run();
+  if (kernels == nullptr || call.dim < kLeastDim || call.dim > kMostDim) return false;
+  const std::int64_t capacity = 3 * call.rule.num_neighbors + 64;
+  if (call.queue_size < kLeastRowsPerCandidate * capacity) return false;
+  if (call.queue_size > std::numeric_limits<std::int32_t>::max()) return false;
+  return Search(call, *kernels).run();
 }
 
 }  // namespace softcl::cpu

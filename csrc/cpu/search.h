@@ -3,13 +3,13 @@
 
 #pragma once
 
-#include "softcl/params.h"
+#include "softcl/call.h"
 
 namespace softcl::cpu {
 
 /// Writes neighbor_logits and neighbor_indices as queue_statistics does. False, and nothing is
 /// written, if this call or this processor is not for it: there is no screen, the queue is short or
 /// has rows that are longer than unit rows, or too many rows are too close to tell apart.
-bool screened_search(const QueueStatisticsParams& params);
+bool screened_search(const Call& call);
 
 }  // namespace softcl::cpu

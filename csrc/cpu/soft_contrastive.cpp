@@ -2,7 +2,7 @@
 //
 //     L  = logaddexp(LSE_s, z.t/tau_s)                 (LSE_s without the positive)
 //     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)     (g without the positive)
-//     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / max(|u|, 1e-12)
+//     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / |u|
 //
 // m = m' + b mu, where m' is of the positive and the neighbours: the gradient needs g and mu only
 // as exp(LSE_s - L) g - b mu, one mean where the pass can combine them, and the loss needs of mu
@@ -16,49 +16,29 @@
 #include <limits>
 
 #include "arena.h"
-#include "check.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
 #include "queue_pass.h"
-#include "softcl/params.h"
+#include "softcl/checks.h"
 
 namespace softcl::cpu {
 
 namespace {
 
-constexpr std::int64_t kLargest = std::int64_t{1} << 48;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-void check(const SoftContrastiveParams& p) {
-  check_count("num_queries", p.num_queries, 1, kLargest);
-  check_count("queue_size", p.queue_size, 1, kLargest);
-  check_count("dim", p.dim, 1, kLargest);
-  check_count("rule", static_cast<std::int64_t>(p.rule.kind), 0, kNumLabelKinds - 1);
-  check_count("num_neighbors", p.rule.num_neighbors, 0,
-              p.queue_size - (p.excluded != nullptr ? 1 : 0));
-  check_count("num_threads", p.num_threads, 1, 4096);
-  check_temperature("temperature", p.temperature);
-  check_temperature("teacher_temperature", p.teacher_temperature);
-  check_type("vector_type", p.vector_type);
-  check_type("queue_type", p.queue_type);
-  check_pointer("query", p.query);
-  check_pointer("key", p.key);
-  check_pointer("queue", p.queue);
-  check_pointer("loss", p.loss);
-}
 
 class SoftContrastive {
  public:
-  explicit SoftContrastive(const SoftContrastiveParams& params)
-      : p_(params),
+  explicit SoftContrastive(const Call& call)
+      : p_(call),
         kernels_(sweep_kernels()),
-        strips_((params.num_queries + kernels_.lanes - 1) / kernels_.lanes),
-        log_queue_size_(std::log(double(params.queue_size))),
-        log_queue_size_without_one_(std::log(double(params.queue_size - 1))),
-        num_neighbors_(neighbors_to_find(params)),
-        temperature_(sweep_temperature(params.temperature)),
-        teacher_temperature_(sweep_temperature(params.teacher_temperature)) {}
+        strips_((call.num_queries + kernels_.lanes - 1) / kernels_.lanes),
+        log_queue_size_(std::log(double(call.queue_size))),
+        log_queue_size_without_one_(std::log(double(call.queue_size - 1))),
+        num_neighbors_(neighbors_to_find(call)),
+        temperature_(sweep_temperature(call.temperature)),
+        teacher_temperature_(sweep_temperature(call.teacher_temperature)) {}
 
   void run() {
     Arena measure;
@@ -95,11 +75,15 @@ class SoftContrastive {
   }
 
  private:
-  // Clipped labels are all among the n - 1 nearest; the n-th is found only to be shown.
-  static std::int64_t neighbors_to_find(const SoftContrastiveParams& p) {
-    const std::int64_t n = p.rule.num_neighbors;
-    const bool clips = p.rule.kind == LabelKind::kAdaptiveSoft;
-    return clips && n > 0 && p.neighbor_indices == nullptr ? n - 1 : n;
+  // All n only to be shown, or where that many labels may be added or clipped: of a total mass of
+  // at most n positives, fewer than n labels are above the positive's.
+  static std::int64_t neighbors_to_find(const Call& call) {
+    const LabelRule& rule = call.rule;
+    const std::int64_t n = rule.num_neighbors;
+    if (call.neighbor_indices != nullptr) return n;
+    if (!adds_neighbors(rule)) return 0;
+    const double most = rule.mean + rule.confident_mean;
+    return rule.clip && most <= rule.positive * double(n) ? n - 1 : n;
   }
 
   void lay_out(Arena& arena) {
@@ -119,11 +103,6 @@ class SoftContrastive {
     similarities_ = arena.take<float>(p_.num_threads * tile_rows_ * kernels_.lanes);
   }
 
-  bool has_teacher_softmax() const {
-    return reads_softmax(p_.rule) ||
-           (has_softmax(p_.rule) && (p_.confidence != nullptr || p_.entropy != nullptr));
-  }
-
   PassRequest request() const {
     PassRequest request;
     request.queue = p_.queue;
@@ -133,7 +112,7 @@ class SoftContrastive {
     request.dim = p_.dim;
     request.num_threads = p_.num_threads;
     request.excluded = excluded_;
-    request.num_reductions = has_teacher_softmax() || num_neighbors_ > 0 ? 2 : 1;
+    request.num_reductions = needs_softmax(p_.rule) || num_neighbors_ > 0 ? 2 : 1;
     ReductionRequest& student = request.reductions[0];
     student.rows = &z_;
     student.positive = positive_;
@@ -143,9 +122,9 @@ class SoftContrastive {
     ReductionRequest& teacher = request.reductions[1];
     teacher.rows = &t_;
     teacher.temperature = p_.teacher_temperature;
-    teacher.has_softmax = has_teacher_softmax();
-    teacher.has_mean = reads_mean(p_.rule) && p_.dquery != nullptr;
-    teacher.has_alignment = reads_mean(p_.rule) && p_.dquery == nullptr;
+    teacher.has_softmax = needs_softmax(p_.rule);
+    teacher.has_mean = needs_mean(p_.rule) && p_.dquery != nullptr;
+    teacher.has_alignment = needs_mean(p_.rule) && p_.dquery == nullptr;
     teacher.num_neighbors = num_neighbors_;
     return request;
   }
@@ -171,50 +150,69 @@ class SoftContrastive {
   // Per lane: all that follows from a strip's sums without a mean.
   struct Sums {
     double confidence[kMaxLanes];
-    double logit[kMaxLanes];           // z . t / temperature
     double total[kMaxLanes];           // L
     double queue_share[kMaxLanes];     // exp(LSE_s - L)
     double positive_share[kMaxLanes];  // exp(z . t / temperature - L); 0 without the positive
-    double labels[kMaxLanes];          // p + a + sum_j w_j
-    double mean_label[kMaxLanes];      // b = a / labels
+    LabelWeights weights[kMaxLanes];
+    double labels[kMaxLanes];      // the sum of all weights
+    double mean_label[kMaxLanes];  // b = weights.mean / labels
   };
 
   Sums sums_of(std::int64_t strip, const StripResult* results) const {
     const int lanes = kernels_.lanes;
-    const std::int64_t D = p_.dim;
-    const float* z = z_.strips + strip * lanes * D;
-    const float* t = t_.strips + strip * lanes * D;
+    const std::int64_t first = strip * lanes;
+    const float* z = z_.strips + first * p_.dim;
+    const float* t = t_.strips + first * p_.dim;
     Sums sums;
-    double positive[kMaxLanes] = {};
-    for (std::int64_t d = 0; d < D; ++d) {
-      for (int lane = 0; lane < lanes; ++lane) {
-        const std::int64_t x = d * lanes + lane;
-        positive[lane] += double(z[x]) * double(t[x]);
-      }
-    }
+    double positive[kMaxLanes];
+    products(z, t, positive);
     for (int lane = 0; lane < lanes; ++lane) {
       const double lse = results[0].lse[lane], logit = positive[lane] / temperature_;
       const double total =
           p_.positive ? std::max(lse, logit) + std::log1p(std::exp(-std::abs(lse - logit))) : lse;
-      sums.logit[lane] = logit;
       sums.total[lane] = total;
       sums.queue_share[lane] = p_.positive ? std::exp(lse - total) : 1.0;
       sums.positive_share[lane] = p_.positive ? std::exp(logit - total) : 0.0;
-      sums.confidence[lane] =
-          has_teacher_softmax()
-              ? label_confidence(results[1].entropy[lane], log_queue_size(strip * lanes + lane))
-              : 0.0;
-      const double mean_weight =
-          reads_mean(p_.rule) ? label_mean_weight(p_.rule, sums.confidence[lane]) : 0.0;
-      sums.labels[lane] = label_positive<double>(p_.rule) + mean_weight;
+    }
+    weigh_labels(first, t, results[1], sums);
+    return sums;
+  }
+
+  // a . b of every lane of two strips (D, lanes).
+  void products(const float* a, const float* b, double* out) const {
+    const int lanes = kernels_.lanes;
+    std::fill_n(out, lanes, 0.0);
+    for (std::int64_t d = 0; d < p_.dim; ++d) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const std::int64_t x = d * lanes + lane;
+        out[lane] += double(a[x]) * double(b[x]);
+      }
+    }
+  }
+
+  // The part of `sums` that the rule says, for the keys t (D, lanes) of rows first, first + 1, ...
+  void weigh_labels(std::int64_t first, const float* t, const StripResult& teacher,
+                    Sums& sums) const {
+    const LabelRule& rule = p_.rule;
+    double own[kMaxLanes] = {};  // t . t
+    if (rule.teacher_positive == TeacherPositive::kSelf) products(t, t, own);
+    for (int lane = 0; lane < kernels_.lanes; ++lane) {
+      double confidence = 0.0, margin = 0.0;
+      if (needs_softmax(rule)) {
+        confidence = label_confidence(teacher.entropy[lane], log_queue_size(first + lane));
+        margin = teacher.lse[lane] - own[lane] / teacher_temperature_;
+      }
+      const LabelWeights weights = label_weights(rule, confidence, margin);
+      sums.confidence[lane] = confidence;
+      sums.weights[lane] = weights;
+      sums.labels[lane] = weights.positive + weights.mean;
       if (num_neighbors_ > 0) {
-        for (std::int64_t i = 0; i < results[1].num_neighbors[lane]; ++i) {
-          sums.labels[lane] += neighbor_label(results[1], lane, i, sums.confidence[lane]);
+        for (std::int64_t i = 0; i < teacher.num_neighbors[lane]; ++i) {
+          sums.labels[lane] += weight_of(teacher, lane, i, sums);
         }
       }
-      sums.mean_label[lane] = mean_weight / sums.labels[lane];
+      sums.mean_label[lane] = weights.mean / sums.labels[lane];
     }
-    return sums;
   }
 
   double log_queue_size(std::int64_t row) const {
@@ -223,15 +221,14 @@ class SoftContrastive {
   }
 
   // w_j of the lane's i-th neighbour.
-  double neighbor_label(const StripResult& teacher, int lane, std::int64_t i,
-                        double confidence) const {
+  double weight_of(const StripResult& teacher, int lane, std::int64_t i, const Sums& sums) const {
     const Neighbor& neighbor = teacher.neighbors[lane * teacher.neighbor_stride + i];
-    // The teacher's softmax, which only rules that have one read.
+    // Of the teacher's softmax, which not every rule has.
     const double probability =
-        reads_softmax(p_.rule)
+        p_.rule.clip && needs_softmax(p_.rule)
             ? std::exp(double(neighbor.value) / teacher_temperature_ - teacher.lse[lane])
             : 0.0;
-    return label_neighbor(p_.rule, confidence, probability);
+    return neighbor_weight(p_.rule, sums.weights[lane], sums.confidence[lane], probability);
   }
 
   // m (D, lanes): scratch for the label means.
@@ -255,7 +252,7 @@ class SoftContrastive {
     }
     double loss[kMaxLanes];
     for (int lane = 0; lane < lanes; ++lane) {
-      if (reads_mean(p_.rule)) {
+      if (needs_mean(p_.rule)) {
         const double along = teacher_mean != nullptr ? aligned[lane] : results[1].alignment[lane];
         labelled[lane] += sums.mean_label[lane] * along;
       }
@@ -270,17 +267,19 @@ class SoftContrastive {
     }
   }
 
-  // m' (D, lanes) = (p t + sum_j w_j Q_j) / labels from the keys t (D, lanes).
+  // m' (D, lanes) = (weights.positive t + sum_j w_j Q_j) / labels from the keys t (D, lanes).
   void own_labels(const float* t, const StripResult& teacher, const Sums& sums, double* m) const {
     const int lanes = kernels_.lanes;
     const std::int64_t D = p_.dim;
-    double inverse[kMaxLanes];
-    for (int lane = 0; lane < lanes; ++lane) inverse[lane] = 1.0 / sums.labels[lane];
-    const double weight = label_positive<double>(p_.rule);
+    double own[kMaxLanes], inverse[kMaxLanes];
+    for (int lane = 0; lane < lanes; ++lane) {
+      inverse[lane] = 1.0 / sums.labels[lane];
+      own[lane] = sums.weights[lane].positive * inverse[lane];
+    }
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
         const std::int64_t x = d * lanes + lane;
-        m[x] = weight * inverse[lane] * double(t[x]);
+        m[x] = own[lane] * double(t[x]);
       }
     }
     if (num_neighbors_ == 0) return;
@@ -288,8 +287,7 @@ class SoftContrastive {
     for (int lane = 0; lane < lanes; ++lane) {
       const Neighbor* neighbors = teacher.neighbors + lane * teacher.neighbor_stride;
       for (std::int64_t i = 0; i < teacher.num_neighbors[lane]; ++i) {
-        const double share =
-            neighbor_label(teacher, lane, i, sums.confidence[lane]) * inverse[lane];
+        const double share = weight_of(teacher, lane, i, sums) * inverse[lane];
         if (share == 0.0) continue;
         const void* row = queue + neighbors[i].index * D * size_of(p_.queue_type);
         for (std::int64_t d = 0; d < D; ++d) {
@@ -327,7 +325,10 @@ class SoftContrastive {
     }
     if (!p_.normalize) return;
     double inverse_norm[kMaxLanes];
-    for (int lane = 0; lane < lanes; ++lane) inverse_norm[lane] = 1.0 / norm[lane];
+    for (int lane = 0; lane < lanes; ++lane) {
+      // A row that short has no direction that a gradient could turn.
+      inverse_norm[lane] = norm[lane] > kNormFloor ? 1.0 / norm[lane] : 0.0;
+    }
     for (std::int64_t d = 0; d < D; ++d) {
       for (int lane = 0; lane < lanes; ++lane) {
         const std::int64_t x = d * lanes + lane;
@@ -347,10 +348,10 @@ class SoftContrastive {
         p_.dquery[row * D + d] = finite ? float(results[0].mean[d * lanes + lane]) : kNaN;
       }
     }
-    if (p_.confidence != nullptr && has_softmax(p_.rule)) {
+    if (p_.confidence != nullptr && needs_softmax(p_.rule)) {
       p_.confidence[row] = finite ? float(confidence) : kNaN;
     }
-    if (p_.entropy != nullptr && has_softmax(p_.rule)) {
+    if (p_.entropy != nullptr && needs_softmax(p_.rule)) {
       p_.entropy[row] = finite ? float(results[1].entropy[lane]) : kNaN;
     }
     if (p_.positive_rank != nullptr) p_.positive_rank[row] = finite ? results[0].rank[lane] : 0;
@@ -362,7 +363,7 @@ class SoftContrastive {
     }
   }
 
-  const SoftContrastiveParams& p_;
+  const Call& p_;
   const SweepKernels& kernels_;
   const std::int64_t strips_;
   const double log_queue_size_, log_queue_size_without_one_;
@@ -382,9 +383,10 @@ class SoftContrastive {
 
 }  // namespace
 
-void soft_contrastive(const SoftContrastiveParams& params) {
-  check(params);
-  SoftContrastive(params).run();
+void soft_contrastive(const Call& call) {
+  check_call(call, {});
+  check_count("num_threads", call.num_threads, 1, kMostThreads);
+  SoftContrastive(call).run();
 }
 
 }  // namespace softcl::cpu

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "arena.h"
-#include "check.h"
 #include "isa.h"
 #include "parallel.h"
+#include "softcl/checks.h"
 #include "views.h"
 
 namespace softcl::cpu {
@@ -27,7 +27,7 @@ void check(const ViewsParams& p) {
   check_count("height", p.height, 1, kLargestSide);
   check_count("width", p.width, 1, kLargestSide);
   check_count("size", p.size, 1, kLargestSize);
-  check_count("num_threads", p.num_threads, 1, 4096);
+  check_count("num_threads", p.num_threads, 1, kMostThreads);
   if (p.num_images == 0) return;
   check_pointer("images", p.images);
   check_pointer("table", p.table);

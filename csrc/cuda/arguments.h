@@ -3,12 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
-#include <string>
 
 #include "launch.h"
 #include "plan.h"
 #include "select.h"
+#include "softcl/checks.h"
 #include "softcl/cuda.h"
 
 namespace softcl::cuda {
@@ -18,45 +19,22 @@ inline constexpr double kLog2E = 1.44269504088896340736;
 // 2^x of unit rows stays in fp32's range for |x| <= log2(e) / temperature <= 63.
 inline constexpr double kColdestWithoutMaximum = 0.023;
 
-template <typename Value>
-[[noreturn]] void refuse(const char* name, Value value, const std::string& rule) {
-  throw std::invalid_argument(std::string(name) + "=" + std::to_string(value) + ", must be " +
-                              rule);
-}
+inline constexpr std::int64_t kMostRows = std::int64_t(1) << 30;
 
-inline void check_count(const char* name, std::int64_t value, std::int64_t least,
-                        std::int64_t most) {
-  if (value < least || value > most) {
-    refuse(name, value, "in [" + std::to_string(least) + ", " + std::to_string(most) + "]");
+inline void check_arguments(const Call& call, int device) {
+  check_type("vector_type", call.vector_type);
+  check_type("queue_type", call.queue_type);
+  check_call(call, {kMostRows, most_dimensions(call.vector_type, call.queue_type, device),
+                    kMostNeighbors});
+  if (call.excluded != nullptr) {
+    throw std::invalid_argument("excluded is given: these kernels leave no row out");
   }
 }
-
-inline void check_temperature(const char* name, double value) {
-  if (!(value > 0.0 && value < 1e30)) refuse(name, value, "positive and finite");
-}
-
-inline void check_pointer(const char* name, const void* pointer) {
-  if (pointer == nullptr) throw std::invalid_argument(std::string(name) + " is a null pointer");
-}
-
-inline void check_type(const char* name, ElementType type) {
-  const auto value = static_cast<std::int32_t>(type);
-  if (value < 0 || value > 2) refuse(name, value, "0 (float32), 1 (bfloat16) or 2 (float16)");
-}
-
-inline void check_types(ElementType vector_type, ElementType queue_type) {
-  check_type("vector_type", vector_type);
-  check_type("queue_type", queue_type);
-}
-
-inline constexpr std::int64_t kMostRows = std::int64_t(1) << 30;
 
 inline void check_launch(const Launch& launch, std::int64_t workspace_bytes) {
   check_pointer("workspace", launch.workspace);
-  if (launch.workspace_bytes < workspace_bytes) {
-    refuse("workspace_bytes", launch.workspace_bytes,
-           "at least " + std::to_string(workspace_bytes));
-  }
+  check_count("workspace_bytes", launch.workspace_bytes, workspace_bytes,
+              std::numeric_limits<std::int64_t>::max());
 }
 
 inline bool is_aligned(const void* pointer, int dim) {

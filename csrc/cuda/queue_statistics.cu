@@ -81,73 +81,61 @@ __global__ void __launch_bounds__(kFinishThreads) statistics_kernel(const Statis
   }
 }
 
-bool has_sums(const QueueStatisticsParams& p) {
-  return p.lse != nullptr || p.mean != nullptr || p.entropy != nullptr;
+bool has_sums(const Call& call) {
+  return call.lse != nullptr || call.mean != nullptr || call.entropy != nullptr;
 }
 
-Work work_of(const QueueStatisticsParams& p, int device) {
-  check_count("num_vectors", p.num_vectors, 1, kMostRows);
-  check_count("queue_size", p.queue_size, 1, kMostRows);
-  check_types(p.vector_type, p.queue_type);
-  check_count("dim", p.dim, 1, most_dimensions(p.vector_type, p.queue_type, device));
-  check_count("num_neighbors", p.num_neighbors, 0,
-              p.queue_size < kMostNeighbors ? p.queue_size : kMostNeighbors);
-  check_temperature("temperature", p.temperature);
+Work work_of(const Call& call, int device) {
+  check_arguments(call, device);
   Work work = {};
-  work.num_rows = p.num_vectors;
-  work.queue_size = p.queue_size;
-  work.dim = static_cast<int>(p.dim);
+  work.num_rows = call.num_queries;
+  work.queue_size = call.queue_size;
+  work.dim = static_cast<int>(call.dim);
   work.pairing = Pairing::kSingle;
-  work.mean_rows = p.mean != nullptr ? 1 : 0;
-  work.num_neighbors = p.num_neighbors;
-  work.kernel_type = kernel_type(p.vector_type, p.queue_type);
+  work.mean_rows = call.mean != nullptr ? 1 : 0;
+  work.num_neighbors = call.rule.num_neighbors;
+  work.kernel_type = kernel_type(call.vector_type, call.queue_type);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  work.hopper = can_stream_hopper(device, p.queue, p.queue_size, work.dim, work.kernel_type,
-                                  p.temperature < kColdestWithoutMaximum);
+  work.hopper = can_stream_hopper(device, call.queue, call.queue_size, work.dim, work.kernel_type,
+                                  call.temperature < kColdestWithoutMaximum);
   return work;
 }
 
 }  // namespace
 
-std::int64_t workspace_bytes(const QueueStatisticsParams& params, int device) {
-  return make_plan(work_of(params, device)).workspace_bytes;
+std::int64_t queue_statistics_workspace(const Call& call, int device) {
+  return make_plan(work_of(call, device)).workspace_bytes;
 }
 
-void queue_statistics(const QueueStatisticsParams& params, const Launch& where) {
-  const Work work = work_of(params, where.device);
+void queue_statistics(const Call& call, const Launch& where) {
+  const Work work = work_of(call, where.device);
   const Plan plan = make_plan(work);
   check_launch(where, plan.workspace_bytes);
-  check_pointer("vectors", params.vectors);
-  check_pointer("queue", params.queue);
-  if (work.num_neighbors > 0) {
-    check_pointer("neighbor_logits", params.neighbor_logits);
-    check_pointer("neighbor_indices", params.neighbor_indices);
-  }
-  if (!has_sums(params) && work.num_neighbors == 0) return;
+  if (!has_sums(call) && work.num_neighbors == 0) return;
   const DeviceGuard guard(where.device);
 
   StreamParams stream = stream_params(work, plan, where.workspace);
-  stream.rows[0] = params.vectors;
-  stream.queue = params.queue;
-  stream.scale[0] = stream.scale[1] = static_cast<float>(kLog2E / params.temperature);
-  stream.row_type = params.vector_type;
-  stream.queue_type = params.queue_type;
+  stream.rows[0] = call.query;
+  stream.queue = call.queue;
+  stream.scale[0] = stream.scale[1] = static_cast<float>(kLog2E / call.temperature);
+  stream.row_type = call.vector_type;
+  stream.queue_type = call.queue_type;
   stream.weight_parts = 2;
-  stream.aligned = is_aligned(params.vectors, work.dim) && is_aligned(params.queue, work.dim);
-  stream.softmax = has_sums(params);
-  stream.entropy = params.entropy != nullptr;
-  stream.running_maximum = params.temperature < kColdestWithoutMaximum || always_has_maximum(work);
+  stream.aligned = is_aligned(call.query, work.dim) && is_aligned(call.queue, work.dim);
+  stream.softmax = has_sums(call);
+  stream.entropy = call.entropy != nullptr;
+  stream.running_maximum = call.temperature < kColdestWithoutMaximum || always_has_maximum(work);
   launch_planned_stream(stream, work, plan, where.stream);
 
   StatisticsParams finish = {};
   finish.finish = finish_params(work, plan, stream, where.workspace);
-  finish.finish.temperature[0] = params.temperature;
-  finish.vectors = params.vectors;
-  finish.lse = params.lse;
-  finish.mean = params.mean;
-  finish.entropy = params.entropy;
-  finish.neighbor_logits = params.neighbor_logits;
-  finish.neighbor_indices = params.neighbor_indices;
+  finish.finish.temperature[0] = call.temperature;
+  finish.vectors = call.query;
+  finish.lse = call.lse;
+  finish.mean = call.mean;
+  finish.entropy = call.entropy;
+  finish.neighbor_logits = call.neighbor_logits;
+  finish.neighbor_indices = call.neighbor_indices;
   launch(&statistics_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(finish.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
          finish, can_launch_early(where.device));

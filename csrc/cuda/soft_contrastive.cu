@@ -3,7 +3,7 @@
 //
 //     L  = logaddexp(LSE_s, z.t/tau_s)                 (LSE_s without the positive)
 //     g+ = g exp(LSE_s - L) + t exp(z.t/tau_s - L)     (g without the positive)
-//     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / max(|u|, 1e-12)
+//     loss = L - z.m/tau_s      dz = (g+ - m)/tau_s      du = (dz - z (z.dz)) / |u|
 //
 // With the positive g+ - m is computed as (g - t) exp(LSE_s - L) + (t - m), free of cancellation
 // for hard labels (m = t). z.m takes its z.mu from a sum in fp32, not from mu, whose weights are
@@ -49,20 +49,33 @@ struct LabelMean {
   double total;
 };
 
-/// p t + sum_j w_j Q_j of labels.h, and the weights.
+/// LSE_t - x0 of labels.h, where the rule has a teacher_positive.
+SOFTCL_DEVICE double margin_of(const LossParams& p, const float (&t)[kElements], double log_sum,
+                               std::uint32_t scratch) {
+  double own[1] = {};  // t.t
+  if (p.rule.teacher_positive == TeacherPositive::kSelf) {
+    SOFTCL_UNROLL
+    for (int i = 0; i < kElements; ++i) own[0] += static_cast<double>(t[i]) * t[i];
+    block_sum(own, scratch);
+  }
+  return (log_sum - own[0] * p.finish.scale[1]) * kLn2;
+}
+
+/// What labels.h gives the positive and the neighbours, and the weights.
 SOFTCL_DEVICE void add_labels(LabelMean& m, const LossParams& p, const SelectMemory& memory,
-                              const float (&t)[kElements], double confidence, double log_sum) {
+                              const float (&t)[kElements], double confidence, double log_sum,
+                              double margin) {
   const FinishParams& f = p.finish;
-  const double positive_weight = label_positive<double>(p.rule);
-  m.mean_weight = label_mean_weight(p.rule, confidence);
-  m.total = positive_weight + m.mean_weight;
+  const LabelWeights weights = label_weights(p.rule, confidence, margin);
+  m.mean_weight = weights.mean;
+  m.total = weights.positive + weights.mean;
   SOFTCL_UNROLL
-  for (int i = 0; i < kElements; ++i) m.partial[i] = static_cast<float>(positive_weight) * t[i];
+  for (int i = 0; i < kElements; ++i) m.partial[i] = static_cast<float>(weights.positive) * t[i];
+  const bool reads_probability = p.rule.clip && p.teacher_softmax;
   for (int j = 0; j < f.num_neighbors; ++j) {
     const auto key = ptx::load_shared<std::uint64_t>(memory.sorted() + j * 8);
-    const double probability =
-        reads_softmax(p.rule) ? exp2(value_of(key) * f.scale[1] - log_sum) : 0.0;
-    const double weight = label_neighbor(p.rule, confidence, probability);
+    const double probability = reads_probability ? exp2(value_of(key) * f.scale[1] - log_sum) : 0.0;
+    const double weight = neighbor_weight(p.rule, weights, confidence, probability);
     if (weight == 0.0) continue;
     m.total += weight;
     float q[kElements];
@@ -134,6 +147,8 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
   double inverse_norm = 1.0;
   if (p.normalize) {
     inverse_norm = normalize(z, f.row_type, scratch);
+    // A row that short has no direction that a gradient could turn.
+    if (inverse_norm >= 1.0 / kNormFloor) inverse_norm = 0.0;
     normalize(t, f.row_type, scratch);
   }
   if (f.num_neighbors > 0) find_neighbors(f, memory, n, t);
@@ -148,7 +163,8 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
     confidence = label_confidence(teacher.entropy, p.log_queue_size);
   }
   LabelMean labels;
-  add_labels(labels, p, memory, t, confidence, teacher.log_sum);
+  add_labels(labels, p, memory, t, confidence, teacher.log_sum,
+             margin_of(p, t, teacher.log_sum, scratch));
   double products[2] = {};  // z.t and what is known of z.m
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
@@ -180,100 +196,83 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const LossParams
   for (std::int64_t n = blockIdx.x; n < p.finish.num_rows; n += gridDim.x) finish_row(p, n);
 }
 
-// The rule's own softmax, and the diagnostics'.
-bool has_teacher_softmax(const SoftContrastiveParams& p) {
-  return reads_softmax(p.rule) ||
-         (has_softmax(p.rule) && (p.confidence != nullptr || p.entropy != nullptr));
+bool needs_maximum(const Call& call) {
+  return call.temperature < kColdestWithoutMaximum ||
+         (needs_softmax(call.rule) && call.teacher_temperature < kColdestWithoutMaximum);
 }
 
-bool needs_maximum(const SoftContrastiveParams& p) {
-  return p.temperature < kColdestWithoutMaximum ||
-         (has_teacher_softmax(p) && p.teacher_temperature < kColdestWithoutMaximum);
-}
-
-Work work_of(const SoftContrastiveParams& p, int device) {
-  check_count("num_queries", p.num_queries, 1, kMostRows);
-  check_count("queue_size", p.queue_size, 1, kMostRows);
-  check_types(p.vector_type, p.queue_type);
-  check_count("dim", p.dim, 1, most_dimensions(p.vector_type, p.queue_type, device));
-  check_count("rule", static_cast<std::int64_t>(p.rule.kind), 0, kNumLabelKinds - 1);
-  check_count("num_neighbors", p.rule.num_neighbors, 0,
-              p.queue_size < kMostNeighbors ? p.queue_size : kMostNeighbors);
-  check_temperature("temperature", p.temperature);
-  check_temperature("teacher_temperature", p.teacher_temperature);
+Work work_of(const Call& call, int device) {
+  check_arguments(call, device);
   Work work = {};
-  work.num_rows = p.num_queries;
-  work.queue_size = p.queue_size;
-  work.dim = static_cast<int>(p.dim);
-  const bool visits_teacher = has_teacher_softmax(p) || p.rule.num_neighbors > 0;
+  work.num_rows = call.num_queries;
+  work.queue_size = call.queue_size;
+  work.dim = static_cast<int>(call.dim);
+  // All n also where fewer would do for the labels: the same plan, and bits, shown or not.
+  const bool finds = adds_neighbors(call.rule) || call.neighbor_indices != nullptr;
+  work.num_neighbors = finds ? call.rule.num_neighbors : 0;
+  const bool visits_teacher = needs_softmax(call.rule) || work.num_neighbors > 0;
   work.pairing = visits_teacher ? Pairing::kPaired : Pairing::kSingle;
-  work.mean_rows = p.dquery == nullptr ? 0 : reads_mean(p.rule) ? 2 : 1;
-  work.num_neighbors = p.rule.num_neighbors;
-  work.ranks = p.positive_rank != nullptr;
-  work.kernel_type = kernel_type(p.vector_type, p.queue_type);
+  work.mean_rows = call.dquery == nullptr ? 0 : needs_mean(call.rule) ? 2 : 1;
+  work.ranks = call.positive_rank != nullptr;
+  work.kernel_type = kernel_type(call.vector_type, call.queue_type);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  work.hopper = can_stream_hopper(device, p.queue, p.queue_size, work.dim, work.kernel_type,
-                                  needs_maximum(p));
+  work.hopper = can_stream_hopper(device, call.queue, call.queue_size, work.dim, work.kernel_type,
+                                  needs_maximum(call));
   return work;
 }
 
-LossParams loss_params(const SoftContrastiveParams& p, const Work& work, const Plan& plan,
+LossParams loss_params(const Call& call, const Work& work, const Plan& plan,
                        const StreamParams& stream, void* workspace) {
   LossParams loss = {};
   loss.finish = finish_params(work, plan, stream, workspace);
-  loss.finish.temperature[0] = p.temperature;
-  loss.finish.temperature[1] = p.teacher_temperature;
-  loss.query = p.query;
-  loss.key = p.key;
-  loss.rule = p.rule;
-  loss.positive = p.positive;
-  loss.normalize = p.normalize;
-  loss.teacher_softmax = has_teacher_softmax(p);
-  loss.log_queue_size = std::log(static_cast<double>(p.queue_size));
+  loss.finish.temperature[0] = call.temperature;
+  loss.finish.temperature[1] = call.teacher_temperature;
+  loss.query = call.query;
+  loss.key = call.key;
+  loss.rule = call.rule;
+  loss.positive = call.positive;
+  loss.normalize = call.normalize;
+  loss.teacher_softmax = needs_softmax(call.rule);
+  loss.log_queue_size = std::log(static_cast<double>(call.queue_size));
   loss.ranks = stream.ranks;
-  loss.loss = p.loss;
-  loss.dquery = p.dquery;
-  loss.confidence = has_softmax(p.rule) ? p.confidence : nullptr;
-  loss.entropy = has_softmax(p.rule) ? p.entropy : nullptr;
-  loss.positive_rank = p.positive_rank;
-  loss.neighbor_indices = p.neighbor_indices;
+  loss.loss = call.loss;
+  loss.dquery = call.dquery;
+  loss.confidence = needs_softmax(call.rule) ? call.confidence : nullptr;
+  loss.entropy = needs_softmax(call.rule) ? call.entropy : nullptr;
+  loss.positive_rank = call.positive_rank;
+  loss.neighbor_indices = call.neighbor_indices;
   return loss;
 }
 
 }  // namespace
 
-std::int64_t workspace_bytes(const SoftContrastiveParams& params, int device) {
-  return make_plan(work_of(params, device)).workspace_bytes;
+std::int64_t soft_contrastive_workspace(const Call& call, int device) {
+  return make_plan(work_of(call, device)).workspace_bytes;
 }
 
-void soft_contrastive(const SoftContrastiveParams& params, const Launch& where) {
-  const Work work = work_of(params, where.device);
+void soft_contrastive(const Call& call, const Launch& where) {
+  const Work work = work_of(call, where.device);
   const Plan plan = make_plan(work);
   check_launch(where, plan.workspace_bytes);
-  check_pointer("query", params.query);
-  check_pointer("key", params.key);
-  check_pointer("queue", params.queue);
-  check_pointer("loss", params.loss);
   const DeviceGuard guard(where.device);
 
-  const bool has_softmax = has_teacher_softmax(params);
   StreamParams stream = stream_params(work, plan, where.workspace);
-  stream.rows[0] = params.query;
-  stream.rows[1] = params.key;
-  stream.queue = params.queue;
-  stream.scale[0] = static_cast<float>(kLog2E / params.temperature);
-  stream.scale[1] = static_cast<float>(kLog2E / params.teacher_temperature);
-  stream.row_type = params.vector_type;
-  stream.queue_type = params.queue_type;
+  stream.rows[0] = call.query;
+  stream.rows[1] = call.key;
+  stream.queue = call.queue;
+  stream.scale[0] = static_cast<float>(kLog2E / call.temperature);
+  stream.scale[1] = static_cast<float>(kLog2E / call.teacher_temperature);
+  stream.row_type = call.vector_type;
+  stream.queue_type = call.queue_type;
   stream.weight_parts = work.mean_rows == 2 || work.queue_size < kFewRows ? 2 : 1;
-  stream.aligned = is_aligned(params.query, work.dim) && is_aligned(params.key, work.dim) &&
-                   is_aligned(params.queue, work.dim);
-  stream.normalize = params.normalize;
-  stream.softmax = work.pairing == Pairing::kSingle || has_softmax;
-  stream.running_maximum = needs_maximum(params) || always_has_maximum(work);
+  stream.aligned = is_aligned(call.query, work.dim) && is_aligned(call.key, work.dim) &&
+                   is_aligned(call.queue, work.dim);
+  stream.normalize = call.normalize;
+  stream.softmax = work.pairing == Pairing::kSingle || needs_softmax(call.rule);
+  stream.running_maximum = needs_maximum(call) || always_has_maximum(work);
   launch_planned_stream(stream, work, plan, where.stream);
 
-  const LossParams loss = loss_params(params, work, plan, stream, where.workspace);
+  const LossParams loss = loss_params(call, work, plan, stream, where.workspace);
   launch(&finish_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(loss.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
          loss, can_launch_early(where.device));

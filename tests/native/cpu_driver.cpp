@@ -14,14 +14,15 @@
 #include <random>
 #include <vector>
 
+#include "softcl/call.h"
 #include "softcl/enqueue.h"
-#include "softcl/params.h"
 #include "softcl/views.h"
 
 namespace {
 
 using softcl::ElementType;
-using softcl::LabelKind;
+using softcl::LabelRule;
+using softcl::TeacherPositive;
 
 constexpr double kTemperature = 0.1, kTeacherTemperature = 0.05;
 
@@ -85,13 +86,38 @@ std::unique_ptr<T[]> unwritten(std::int64_t count) {
   return array;
 }
 
-void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, LabelKind kind,
-                std::int64_t n, bool excludes, int threads) {
-  const std::int64_t N = query.rows, K = queue.rows, D = query.dim;
+// Rules that between them take every path: no teacher, its mean, neighbours, both, clipped, and a
+// teacher's positive. The first one is of hard labels.
+std::vector<LabelRule> rules(std::int64_t n) {
+  LabelRule dense;
+  dense.positive = 0.0;
+  dense.mean = 1.0;
+  dense.teacher_positive = TeacherPositive::kSelf;
+  LabelRule clipped;
+  clipped.confident_mean = double(n);
+  clipped.clip = true;
+  clipped.num_neighbors = n;
+  LabelRule nearest;
+  nearest.neighbor = 1.0;
+  nearest.num_neighbors = n;
+  LabelRule every;
+  every.positive = 0.3;
+  every.mean = 0.7;
+  every.confident_mean = 0.5;
+  every.neighbor = 0.2;
+  every.confident_neighbor = 0.4;
+  every.num_neighbors = n;
+  every.teacher_positive = TeacherPositive::kZero;
+  return {LabelRule(), dense, clipped, nearest, every};
+}
+
+void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, const LabelRule& rule,
+                bool is_hard, bool excludes, int threads) {
+  const std::int64_t N = query.rows, K = queue.rows, D = query.dim, n = rule.num_neighbors;
   const auto loss = unwritten<float>(N), dquery = unwritten<float>(N * D);
   const auto confidence = unwritten<float>(N), entropy = unwritten<float>(N);
   const auto rank = unwritten<std::int64_t>(N), neighbors = unwritten<std::int64_t>(N * n);
-  softcl::SoftContrastiveParams p;
+  softcl::Call p;
   p.query = query.data();
   p.key = key.data();
   p.queue = queue.data();
@@ -100,7 +126,7 @@ void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, Lab
   p.num_queries = N;
   p.queue_size = K;
   p.dim = D;
-  p.rule = {kind, n, 0.3};
+  p.rule = rule;
   p.temperature = kTemperature;
   p.teacher_temperature = kTeacherTemperature;
   p.normalize = true;
@@ -114,14 +140,14 @@ void check_loss(const Matrix& query, const Matrix& key, const Matrix& queue, Lab
   p.entropy = entropy.get();
   p.positive_rank = rank.get();
   p.neighbor_indices = neighbors.get();
-  softcl::cpu::soft_contrastive(p);
+  softcl::cpu::run(p);
   for (std::int64_t i = 0; i < N * D; ++i) require(std::isfinite(dquery[i]), "gradient written");
   for (std::int64_t i = 0; i < N * n; ++i) {
     require(neighbors[i] >= 0 && neighbors[i] < K, "neighbours are rows of the queue");
   }
   for (std::int64_t i = 0; i < N; ++i) {
     require(rank[i] >= 0 && rank[i] <= K, "rank");
-    if (kind != LabelKind::kHard) {
+    if (!is_hard) {
       require(std::isfinite(loss[i]), "loss written");
       continue;
     }
@@ -142,15 +168,15 @@ void check_statistics(const Matrix& vectors, const Matrix& queue, std::int64_t k
   const auto lse = unwritten<float>(N), mean = unwritten<float>(N * D);
   const auto entropy = unwritten<float>(N), logits = unwritten<float>(N * k);
   const auto indices = unwritten<std::int64_t>(N * k);
-  softcl::QueueStatisticsParams p;
-  p.vectors = vectors.data();
+  softcl::Call p;
+  p.query = vectors.data();
   p.queue = queue.data();
   p.vector_type = vectors.type;
   p.queue_type = queue.type;
-  p.num_vectors = N;
+  p.num_queries = N;
   p.queue_size = K;
   p.dim = D;
-  p.num_neighbors = k;
+  p.rule.num_neighbors = k;
   p.temperature = kTemperature;
   p.num_threads = threads;
   if (sums) {
@@ -160,7 +186,7 @@ void check_statistics(const Matrix& vectors, const Matrix& queue, std::int64_t k
   }
   p.neighbor_logits = logits.get();
   p.neighbor_indices = indices.get();
-  softcl::cpu::queue_statistics(p);
+  softcl::cpu::run(p);
   std::vector<double> exact(K);
   for (std::int64_t i = 0; i < N; ++i) {
     double sum = 0.0;
@@ -279,10 +305,12 @@ int main() {
   for (const auto& [N, K, D] : shapes) {
     for (const ElementType type : types) {
       const Matrix query(N, D, type, 1), key(N, D, type, 2), queue(K, D, type, 3);
-      for (int kind = 0; kind < softcl::kNumLabelKinds; ++kind) {
-        for (const std::int64_t n : {std::int64_t{0}, std::min<std::int64_t>(K, 20)}) {
-          check_loss(query, key, queue, LabelKind(kind), n, false, 3);
-          if (n < K && K > 1) check_loss(query, key, queue, LabelKind(kind), n, true, 3);
+      for (const std::int64_t n : {std::int64_t{0}, std::min<std::int64_t>(K, 20)}) {
+        bool is_hard = true;
+        for (const LabelRule& rule : rules(n)) {
+          check_loss(query, key, queue, rule, is_hard, false, 3);
+          if (n < K && K > 1) check_loss(query, key, queue, rule, is_hard, true, 3);
+          is_hard = false;
         }
       }
       for (const std::int64_t k : {0, 1, 5, 90}) {

@@ -12,7 +12,7 @@ namespace softcl::check {
 /// FLOP of a loss and its gradient, as performance is counted: 4 N K D for hard labels, 6 with
 /// neighbours, 8 with the teacher's mean.
 inline double loss_flop(std::int64_t N, std::int64_t K, std::int64_t D, const LabelRule& rule) {
-  const double products = reads_mean(rule) ? 8.0 : rule.num_neighbors > 0 ? 6.0 : 4.0;
+  const double products = needs_mean(rule) ? 8.0 : rule.num_neighbors > 0 ? 6.0 : 4.0;
   return products * static_cast<double>(N) * static_cast<double>(K) * static_cast<double>(D);
 }
 

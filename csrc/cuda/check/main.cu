@@ -71,15 +71,29 @@ Problem make_problem(std::int64_t N, std::int64_t K, std::int64_t D, ElementType
   return Problem(std::move(query), std::move(key), std::move(queue));
 }
 
+/// The inputs that both operators have.
+Call call_on(const Problem& p) {
+  Call call;
+  call.query = p.query_on.get();
+  call.queue = p.queue_on.get();
+  call.vector_type = p.query.type;
+  call.queue_type = p.queue.type;
+  call.num_queries = p.query.count;
+  call.queue_size = p.queue.count;
+  call.dim = p.query.dim;
+  call.temperature = kTemperature;
+  return call;
+}
+
 struct LossCall {
-  SoftContrastiveParams params;
+  Call call;
   Device<float> loss, dquery, confidence, entropy;
   Device<std::int64_t> rank, indices;
   Device<unsigned char> workspace;
   cuda::Launch launch;
 
   LossCall(const Problem& p, const LabelRule& rule, int device)
-      : params(make_params(p, rule)),
+      : call(make_call(p, rule)),
         loss(p.query.count),
         dquery(p.query.count * p.query.dim),
         confidence(p.query.count),
@@ -89,32 +103,24 @@ struct LossCall {
         workspace(cuda::workspace_bytes(with_outputs(), device)) {
     launch = {device, nullptr, workspace.get(), static_cast<std::int64_t>(workspace.bytes())};
   }
-  void run() { cuda::soft_contrastive(params, launch); }
+  void run() { cuda::run(call, launch); }
 
  private:
-  static SoftContrastiveParams make_params(const Problem& p, const LabelRule& rule) {
-    SoftContrastiveParams params;
-    params.query = p.query_on.get();
-    params.key = p.key_on.get();
-    params.queue = p.queue_on.get();
-    params.vector_type = p.query.type;
-    params.queue_type = p.queue.type;
-    params.num_queries = p.query.count;
-    params.queue_size = p.queue.count;
-    params.dim = p.query.dim;
-    params.rule = rule;
-    params.temperature = kTemperature;
-    params.teacher_temperature = kTeacherTemperature;
-    return params;
+  static Call make_call(const Problem& p, const LabelRule& rule) {
+    Call call = call_on(p);
+    call.key = p.key_on.get();
+    call.rule = rule;
+    call.teacher_temperature = kTeacherTemperature;
+    return call;
   }
-  const SoftContrastiveParams& with_outputs() {
-    params.loss = loss.get();
-    params.dquery = dquery.get();
-    params.confidence = confidence.get();
-    params.entropy = entropy.get();
-    params.positive_rank = rank.get();
-    params.neighbor_indices = indices.get();
-    return params;
+  const Call& with_outputs() {
+    call.loss = loss.get();
+    call.dquery = dquery.get();
+    call.confidence = confidence.get();
+    call.entropy = entropy.get();
+    call.positive_rank = rank.get();
+    call.neighbor_indices = indices.get();
+    return call;
   }
 };
 
@@ -130,7 +136,7 @@ void check_loss_row(Errors& errors, const Problem& p, const LabelRule& rule, std
   const double least = 1.0 / (std::sqrt(static_cast<double>(D)) * kTemperature);
   note(errors, "gradient", gradient_error(&dquery[n * D], want.dquery, least),
        p.gradient_tolerance());
-  if (has_softmax(rule)) {
+  if (needs_softmax(rule)) {
     note(errors, "entropy", relative(entropy[n], want.entropy), kEntropyTolerance);
     note(errors, "confidence", relative(confidence[n], want.confidence), kEntropyTolerance);
   }
@@ -160,8 +166,8 @@ Errors check_loss(const Problem& p, const LabelRule& rule, int device) {
   const bool again = call.loss.download() == loss && call.dquery.download() == dquery;
   note(errors, "same bits", again ? 0.0 : INFINITY, 1.0);
   // Without what is not asked for, perhaps by another variant of the kernel.
-  call.params.dquery = nullptr;
-  call.params.positive_rank = call.params.neighbor_indices = nullptr;
+  call.call.dquery = nullptr;
+  call.call.positive_rank = call.call.neighbor_indices = nullptr;
   call.run();
   const auto alone = call.loss.download();
   for (std::int64_t n = 0; n < p.query.count; ++n) {
@@ -174,24 +180,15 @@ Errors check_statistics(const Problem& p, std::int64_t neighbors, int device) {
   const std::int64_t N = p.query.count, D = p.query.dim;
   Device<float> lse(N), mean(N * D), entropy(N), logits(N * neighbors);
   Device<std::int64_t> indices(N * neighbors);
-  QueueStatisticsParams params;
-  params.vectors = p.query_on.get();
-  params.queue = p.queue_on.get();
-  params.vector_type = p.query.type;
-  params.queue_type = p.queue.type;
-  params.num_vectors = N;
-  params.queue_size = p.queue.count;
-  params.dim = D;
-  params.num_neighbors = neighbors;
-  params.temperature = kTemperature;
-  params.lse = lse.get();
-  params.mean = mean.get();
-  params.entropy = entropy.get();
-  params.neighbor_logits = logits.get();
-  params.neighbor_indices = indices.get();
-  const Device<unsigned char> workspace(cuda::workspace_bytes(params, device));
-  cuda::queue_statistics(
-      params, {device, nullptr, workspace.get(), static_cast<std::int64_t>(workspace.bytes())});
+  Call call = call_on(p);
+  call.rule.num_neighbors = neighbors;
+  call.lse = lse.get();
+  call.mean = mean.get();
+  call.entropy = entropy.get();
+  call.neighbor_logits = logits.get();
+  call.neighbor_indices = indices.get();
+  const Device<unsigned char> workspace(cuda::workspace_bytes(call, device));
+  cuda::run(call, {device, nullptr, workspace.get(), static_cast<std::int64_t>(workspace.bytes())});
   SOFTCL_CUDA_CHECK(cudaDeviceSynchronize());
   const auto own_lse = lse.download(), own_mean = mean.download(), own_entropy = entropy.download();
   const auto own_logits = logits.download();
@@ -235,30 +232,63 @@ bool report(const Problem& p, const char* what, const Errors& errors, double tol
   return good;
 }
 
-constexpr const char* kRuleNames[] = {"hard",          "relational",         "mixed",
-                                      "adaptive_soft", "adaptive_neighbors", "neighbors"};
+struct NamedRule {
+  const char* name;
+  LabelRule rule;
+};
 
-LabelRule make_rule(int kind, std::int64_t neighbors) {
-  return {static_cast<LabelKind>(kind), kind >= 3 ? neighbors : 0, kind == 2 ? 0.3 : 1.0};
+/// The published rules, and one that uses every number at once.
+std::vector<NamedRule> named_rules(std::int64_t neighbors) {
+  LabelRule relational;
+  relational.positive = 0.0;
+  relational.mean = 1.0;
+  LabelRule distillation = relational;
+  distillation.teacher_positive = TeacherPositive::kSelf;
+  LabelRule mixed;
+  mixed.positive = 0.3;
+  mixed.mean = 0.7;
+  LabelRule adaptive_soft;
+  adaptive_soft.confident_mean = static_cast<double>(neighbors);
+  adaptive_soft.clip = true;
+  adaptive_soft.num_neighbors = neighbors;
+  LabelRule adaptive_neighbors;
+  adaptive_neighbors.confident_neighbor = 1.0;
+  adaptive_neighbors.num_neighbors = neighbors;
+  LabelRule nearest;
+  nearest.neighbor = 1.0;
+  nearest.num_neighbors = neighbors;
+  LabelRule every = mixed;
+  every.confident_mean = 0.5;
+  every.neighbor = 0.2;
+  every.confident_neighbor = 0.4;
+  every.num_neighbors = neighbors;
+  every.teacher_positive = TeacherPositive::kZero;
+  return {{"hard", {}},
+          {"relational", relational},
+          {"distillation", distillation},
+          {"mixed", mixed},
+          {"adaptive_soft", adaptive_soft},
+          {"adaptive_neighbors", adaptive_neighbors},
+          {"neighbors", nearest},
+          {"every_number", every}};
 }
 
 /// Loss and gradient alone, of every rule, beside the ceiling of the products that they take.
 void time_rules(const Problem& p, const Ceilings& ceilings, const Options& options) {
   const bool in_parts = p.in_parts();
   const Ceiling& ceiling = in_parts ? ceilings.fp16 : ceilings.of(p.query.type);
-  for (int kind = 0; kind < kNumLabelKinds; ++kind) {
-    const LabelRule rule = make_rule(kind, options.neighbors);
+  for (const auto& [name, rule] : named_rules(std::min(options.neighbors, p.queue.count))) {
     LossCall call(p, rule, options.device);
-    call.params.confidence = call.params.entropy = nullptr;
-    call.params.positive_rank = call.params.neighbor_indices = nullptr;
+    call.call.confidence = call.call.entropy = nullptr;
+    call.call.positive_rank = call.call.neighbor_indices = nullptr;
     const double time = microseconds([&] { call.run(); }, options.repeat);
     const double flop = loss_flop(p.query.count, p.queue.count, p.query.dim, rule);
     std::printf(
         "time   N=%lld K=%lld D=%lld %s/%s %-18s  %.1f us  %.4g TFLOP/s  %.3g %% of the %s "
         "ceiling%s\n",
         static_cast<long long>(p.query.count), static_cast<long long>(p.queue.count),
-        static_cast<long long>(p.query.dim), name_of(p.query.type), name_of(p.queue.type),
-        kRuleNames[kind], time, flop / time * 1e-6,
+        static_cast<long long>(p.query.dim), name_of(p.query.type), name_of(p.queue.type), name,
+        time, flop / time * 1e-6,
         100.0 * flop * products_of_one(in_parts) / (time * 1e-6) / ceiling.flop_per_second,
         ceiling.instruction, in_parts ? ", three products for one" : "");
   }
@@ -281,9 +311,8 @@ Ceilings measure_and_print(int device) {
 bool check_all(const Problem& p, const Options& options) {
   const std::int64_t neighbors = std::min(options.neighbors, p.queue.count);
   bool good = true;
-  for (int kind = 0; kind < kNumLabelKinds; ++kind) {
-    const Errors errors = check_loss(p, make_rule(kind, neighbors), options.device);
-    good &= report(p, kRuleNames[kind], errors, options.tolerance);
+  for (const auto& [name, rule] : named_rules(neighbors)) {
+    good &= report(p, name, check_loss(p, rule, options.device), options.tolerance);
   }
   const Errors errors = check_statistics(p, neighbors, options.device);
   return report(p, "queue_statistics", errors, options.tolerance) && good;

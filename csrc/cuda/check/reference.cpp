@@ -101,6 +101,37 @@ std::vector<std::int64_t> nearest(const std::vector<double>& cosines, std::int64
   return order;
 }
 
+namespace {
+
+// The labels y of [positive, queue rows], by the definition in labels.h, divided by their sum.
+std::vector<double> labels_of(const double* t, const Softmax& teacher, double confidence,
+                              const LabelRule& rule, std::int64_t dim, double temperature) {
+  std::vector<double> y = {rule.positive};
+  double share = 1.0;
+  if (rule.teacher_positive != TeacherPositive::kNone) {
+    const bool is_self = rule.teacher_positive == TeacherPositive::kSelf;
+    const double own = is_self ? dot(t, t, dim) / temperature : 0.0;
+    share = 1.0 / (1.0 + std::exp(own - teacher.lse));
+  }
+  const double a = rule.mean + rule.confident_mean * confidence;
+  y[0] += a * (1.0 - share);
+  for (const double cosine : teacher.cosines) {
+    y.push_back(a * share * std::exp(cosine / temperature - teacher.lse));
+  }
+  for (const std::int64_t j : nearest(teacher.cosines, rule.num_neighbors)) {
+    if (rule.clip) {
+      y[1 + j] = std::min(rule.positive, y[1 + j]);
+    } else {
+      y[1 + j] += rule.neighbor + rule.confident_neighbor * confidence;
+    }
+  }
+  const double total = std::accumulate(y.begin(), y.end(), 0.0);
+  for (double& label : y) label /= total;
+  return y;
+}
+
+}  // namespace
+
 Loss loss_of(const double* z, const double* t, const Rows& queue, const LabelRule& rule,
              double temperature, double teacher_temperature, bool positive) {
   const std::int64_t D = queue.dim;
@@ -109,32 +140,22 @@ Loss loss_of(const double* z, const double* t, const Rows& queue, const LabelRul
   out.teacher = softmax_over(t, queue, teacher_temperature);
   out.entropy = out.teacher.entropy;
   out.confidence = label_confidence(out.entropy, std::log(static_cast<double>(queue.count)));
-
-  const double positive_weight = label_positive<double>(rule);
-  const double mean_weight = label_mean_weight(rule, out.confidence);
-  double total = positive_weight + mean_weight;
-  std::vector<double> m(D);
-  for (std::int64_t d = 0; d < D; ++d) {
-    m[d] = positive_weight * t[d] + mean_weight * out.teacher.mean[d];
-  }
-  for (const std::int64_t j : nearest(out.teacher.cosines, rule.num_neighbors)) {
-    const double p = std::exp(out.teacher.cosines[j] / teacher_temperature - out.teacher.lse);
-    const double weight = label_neighbor(rule, out.confidence, p);
-    total += weight;
-    for (std::int64_t d = 0; d < D; ++d) m[d] += weight * queue.row(j)[d];
-  }
-  for (double& element : m) element /= total;
-
   out.positive_cosine = dot(z, t, D);
+  const std::vector<double> y =
+      labels_of(t, out.teacher, out.confidence, rule, D, teacher_temperature);
+
   const double lse = out.student.lse, logit = out.positive_cosine / temperature;
-  const double all =
+  const double total =
       positive ? std::max(lse, logit) + std::log1p(std::exp(-std::fabs(lse - logit))) : lse;
-  const double queue_share = std::exp(lse - all),
-               own_share = positive ? std::exp(logit - all) : 0.0;
-  out.loss = all - dot(z, m.data(), D) / temperature;
-  for (std::int64_t d = 0; d < D; ++d) {
-    const double g = out.student.mean[d] * queue_share + t[d] * own_share;
-    out.dquery.push_back((g - m[d]) / temperature);
+  out.loss = 0.0;
+  out.dquery.resize(D);
+  // The labelled rows one by one: v is the positive, then the queue.
+  for (std::int64_t j = 0; j <= queue.count; ++j) {
+    const double* v = j == 0 ? t : queue.row(j - 1);
+    const double s = j == 0 ? logit : out.student.cosines[j - 1] / temperature;
+    const double probability = j == 0 && !positive ? 0.0 : std::exp(s - total);
+    out.loss += y[j] * (total - s);
+    for (std::int64_t d = 0; d < D; ++d) out.dquery[d] += (probability - y[j]) / temperature * v[d];
   }
   return out;
 }

@@ -47,7 +47,7 @@ struct Loss {
   Softmax student, teacher;
 };
 
-/// The loss of one row by the formulas of softcl/ops/reference.py.
+/// The cross-entropy of one row, from the labels of the positive and of every queue row.
 Loss loss_of(const double* z, const double* t, const Rows& queue, const LabelRule& rule,
              double temperature, double teacher_temperature, bool positive);
 

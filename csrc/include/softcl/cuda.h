@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "softcl/params.h"
+#include "softcl/call.h"
 
 namespace softcl::cuda {
 
@@ -22,20 +22,28 @@ struct Launch {
 /// may.
 void allow_hopper(bool allowed);
 
-/// Bytes of workspace that the same call needs, with the same pointers; reads no memory.
-std::int64_t workspace_bytes(const QueueStatisticsParams& params, int device);
-std::int64_t workspace_bytes(const SoftContrastiveParams& params, int device);
-
 /// The largest D that the device's shared memory has room for: 256, or 128 with fp32 on some.
 std::int64_t most_dimensions(ElementType vector_type, ElementType queue_type, int device);
 
-// Rows and queue of any types, D <= most_dimensions, at most 1024 neighbours. num_threads is not
-// read. Both throw std::invalid_argument that names the argument and its value, or
-// std::runtime_error with CUDA's words. A row that is not finite gives NaN in its own results, a
-// queue row that is not finite gives NaN losses, gradients and sums; among the neighbours it comes
-// last. No allocation and no synchronisation: may be captured in a CUDA graph.
-// Same inputs, same device: same bits.
-void queue_statistics(const QueueStatisticsParams& params, const Launch& launch);
-void soft_contrastive(const SoftContrastiveParams& params, const Launch& launch);
+std::int64_t queue_statistics_workspace(const Call& call, int device);
+std::int64_t soft_contrastive_workspace(const Call& call, int device);
+void queue_statistics(const Call& call, const Launch& launch);
+void soft_contrastive(const Call& call, const Launch& launch);
+
+/// Bytes of workspace that the same call needs, with the same pointers; reads no memory.
+inline std::int64_t workspace_bytes(const Call& call, int device) {
+  return call.key == nullptr ? queue_statistics_workspace(call, device)
+                             : soft_contrastive_workspace(call, device);
+}
+
+/// Rows and queue of any types, D <= most_dimensions, at most 1024 neighbours, none excluded.
+/// num_threads is not read. Throws std::invalid_argument that names the argument and its value, or
+/// std::runtime_error with CUDA's words. A row that is not finite gives NaN in its own results, a
+/// queue row that is not finite gives NaN losses, gradients and sums; among the neighbours it comes
+/// last. No allocation and no synchronisation: may be captured in a CUDA graph.
+/// Same inputs, same device: same bits.
+inline void run(const Call& call, const Launch& launch) {
+  call.key == nullptr ? queue_statistics(call, launch) : soft_contrastive(call, launch);
+}
 
 }  // namespace softcl::cuda

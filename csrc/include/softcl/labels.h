@@ -1,23 +1,23 @@
-// The label rules: what share of a row's label mass goes where. Host and device, no torch.
+// The label rule: which share of a row's label mass goes where. Host and device, no torch.
 //
-// Every rule's label mean is one weighted average over the positive t, the teacher's mean mu and
-// the neighbours Q_j, j in N_n (the n queue rows nearest to t):
+// A rule is numbers. The label mean is one weighted average over the positive t, the teacher's mean
+// mu and the n queue rows Q_j nearest to t:
 //
-//     m = (p t + a mu + sum_j w_j Q_j) / (p + a + sum_j w_j)
+//     m = [(p + a (1 - r)) t + a r mu + sum_j w_j Q_j] / [p + a + sum_j w_j]
 //
-//     rule                 p     a       w_j                   with
-//     hard                 1     0       -
-//     relational           0     1       -
-//     mixed                w     1 - w   -
-//     adaptive_soft        1     c n     min(0, 1 - c n q_j)   q_j the teacher's softmax
-//     adaptive_neighbors   1     0       c                     c   its confidence
-//     neighbors            1     0       1
+//     p    positive
+//     a    mean + confident_mean c, c the teacher's confidence
+//     r    1; with a teacher_positive the queue's share of the teacher's softmax when the positive
+//          enters it with logit x0 = 0 (kZero) or t.t / teacher_temperature (kSelf)
+//     w_j  neighbor + confident_neighbor c; with clip min(0, p - a r q_j), q the teacher's softmax
+//          over the queue
 //
-// adaptive_soft: labels min(1, a q_j) differ from a q_j only where a q_j > 1, that is for fewer
-// than n rows, all among the n nearest; w_j takes their excess away.
+// clip: the labels of the nearest rows are min(p, a r q_j). No other label is above p if n >= a /
+// p: a r q_j > p holds for fewer than a / p rows, and those are the nearest.
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -29,85 +29,64 @@
 namespace softcl {
 
 /// The values are those that Python passes.
-enum class LabelKind : std::int32_t {
-  kHard = 0,
-  kRelational = 1,
-  kMixed = 2,
-  kAdaptiveSoft = 3,
-  kAdaptiveNeighbors = 4,
-  kNeighbors = 5,
-};
-
-inline constexpr std::int32_t kNumLabelKinds = 6;
+enum class TeacherPositive : std::int32_t { kNone = 0, kZero = 1, kSelf = 2 };
 
 struct LabelRule {
-  LabelKind kind;
-  std::int64_t num_neighbors;  // n; 0 where the rule has none
-  double positive_weight;      // w of `mixed`
+  double positive = 1.0;
+  double mean = 0.0;
+  double confident_mean = 0.0;
+  double neighbor = 0.0;
+  double confident_neighbor = 0.0;
+  bool clip = false;
+  std::int64_t num_neighbors = 0;  // n
+  TeacherPositive teacher_positive = TeacherPositive::kNone;
 };
 
-/// The rule defines a confidence and an entropy: the teacher's softmax sums are wanted.
-SOFTCL_HOST_DEVICE inline bool has_softmax(const LabelRule& rule) {
-  return rule.kind != LabelKind::kHard && rule.kind != LabelKind::kNeighbors;
-}
-
 /// m depends on the teacher's mean mu: a second product over the queue.
-SOFTCL_HOST_DEVICE inline bool reads_mean(const LabelRule& rule) {
-  return rule.kind == LabelKind::kRelational || rule.kind == LabelKind::kMixed ||
-         (rule.kind == LabelKind::kAdaptiveSoft && rule.num_neighbors > 0);
+SOFTCL_HOST_DEVICE inline bool needs_mean(const LabelRule& rule) {
+  return rule.mean > 0.0 || rule.confident_mean > 0.0;
 }
 
-/// m depends on the teacher's softmax sums, through mu, c or q_j.
-SOFTCL_HOST_DEVICE inline bool reads_softmax(const LabelRule& rule) {
-  return reads_mean(rule) || (rule.kind == LabelKind::kAdaptiveNeighbors && rule.num_neighbors > 0);
+/// m depends on the teacher's softmax; entropy and confidence are results of such rules alone.
+SOFTCL_HOST_DEVICE inline bool needs_softmax(const LabelRule& rule) {
+  return needs_mean(rule) || (rule.confident_neighbor > 0.0 && rule.num_neighbors > 0);
+}
+
+/// m depends on the neighbours.
+SOFTCL_HOST_DEVICE inline bool adds_neighbors(const LabelRule& rule) {
+  return rule.num_neighbors > 0 &&
+         (rule.neighbor > 0.0 || rule.confident_neighbor > 0.0 || (rule.clip && needs_mean(rule)));
 }
 
 /// c = clamp(1 - H / log K, 0, 1); a queue of one row says nothing about relations: 0.
-template <typename T>
-SOFTCL_HOST_DEVICE T label_confidence(T entropy, T log_queue_size) {
-  if (!(log_queue_size > T(0))) return T(0);
-  const T confidence = T(1) - entropy / log_queue_size;
+SOFTCL_HOST_DEVICE inline double label_confidence(double entropy, double log_queue_size) {
+  if (!(log_queue_size > 0.0)) return 0.0;
+  const double confidence = 1.0 - entropy / log_queue_size;
   // In this order NaN passes through.
-  return confidence < T(0) ? T(0) : confidence > T(1) ? T(1) : confidence;
+  return confidence < 0.0 ? 0.0 : confidence > 1.0 ? 1.0 : confidence;
 }
 
-/// p, before the division by the sum of all weights.
-template <typename T>
-SOFTCL_HOST_DEVICE T label_positive(const LabelRule& rule) {
-  if (rule.kind == LabelKind::kRelational) return T(0);
-  return rule.kind == LabelKind::kMixed ? T(rule.positive_weight) : T(1);
+/// The weights before the division by their sum, without the neighbours'.
+struct LabelWeights {
+  double positive;  // p + a (1 - r)
+  double mean;      // a r
+};
+
+/// margin: LSE_t - x0; read where the rule has a teacher_positive.
+SOFTCL_HOST_DEVICE inline LabelWeights label_weights(const LabelRule& rule, double confidence,
+                                                     double margin) {
+  const double mean = needs_mean(rule) ? rule.mean + rule.confident_mean * confidence : 0.0;
+  if (rule.teacher_positive == TeacherPositive::kNone) return {rule.positive, mean};
+  // Each share by itself: their difference from 1 would lose the smaller one.
+  return {rule.positive + mean / (1.0 + exp(margin)), mean / (1.0 + exp(-margin))};
 }
 
-/// a, before the division by the sum of all weights.
-template <typename T>
-SOFTCL_HOST_DEVICE T label_mean_weight(const LabelRule& rule, T confidence) {
-  switch (rule.kind) {
-    case LabelKind::kRelational:
-      return T(1);
-    case LabelKind::kMixed:
-      return T(1) - T(rule.positive_weight);
-    case LabelKind::kAdaptiveSoft:
-      return confidence * T(rule.num_neighbors);
-    default:
-      return T(0);
-  }
-}
-
-/// w_j of a neighbour whose teacher softmax is `probability`, before the division.
-template <typename T>
-SOFTCL_HOST_DEVICE T label_neighbor(const LabelRule& rule, T confidence, T probability) {
-  switch (rule.kind) {
-    case LabelKind::kAdaptiveSoft: {
-      const T excess = T(1) - confidence * T(rule.num_neighbors) * probability;
-      return excess > T(0) ? T(0) : excess;
-    }
-    case LabelKind::kAdaptiveNeighbors:
-      return confidence;
-    case LabelKind::kNeighbors:
-      return T(1);
-    default:
-      return T(0);
-  }
+/// w_j of a neighbour whose teacher softmax is `probability`, which clip alone reads.
+SOFTCL_HOST_DEVICE inline double neighbor_weight(const LabelRule& rule, const LabelWeights& weights,
+                                                 double confidence, double probability) {
+  if (!rule.clip) return rule.neighbor + rule.confident_neighbor * confidence;
+  const double excess = rule.positive - weights.mean * probability;
+  return excess > 0.0 ? 0.0 : excess;
 }
 
 }  // namespace softcl
