@@ -79,7 +79,9 @@ class ShardedQueue(Ring):
         for start in range(0, max(self.size // _PIECE_ROWS, 1) * _PIECE_ROWS, _PIECE_ROWS):
             left = self.size - start
             count = left if left < 2 * _PIECE_ROWS else _PIECE_ROWS
-            rows = torch.randn(count, self.dim, generator=generator, device="cpu")
+            rows = torch.randn(
+                count, self.dim, generator=generator, dtype=torch.float32, device="cpu"
+            )
             rows /= rows.norm(dim=1, keepdim=True)
             yield rows[(self.world.rank - start) % self.world.size :: self.world.size].clone()
 
@@ -145,11 +147,11 @@ class ShardedQueue(Ring):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         name = prefix.rstrip(".") or "ShardedQueue"
-        rows, state = state_dict.get(prefix + "rows"), state_dict.get(prefix + "_extra_state")
-        if rows is None or state is None:
-            names = (prefix + entry for entry in ("rows", "_extra_state"))
+        names = [prefix + "rows", prefix + "_extra_state"]
+        if not all(entry in state_dict for entry in names):
             missing_keys.extend(entry for entry in names if entry not in state_dict)
             return
+        rows, state = (state_dict[entry] for entry in names)
         shard, assign = self.shard, local_metadata.get("assign_to_params_buffers", False)
         reason = refuse_rows(rows, (self.size, self.dim)) or refuse_state(state, self.size)
         reason = reason or shard._refuse_assignment(rows, assign)

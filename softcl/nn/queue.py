@@ -82,6 +82,10 @@ class MemoryQueue(Ring):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         if init not in ("random", "empty"):
             raise ValueError(f'init must be "random" or "empty", got {init!r}')
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be a device of PyTorch, got {device!r}") from error
         self._seed = as_seed(seed)
         self._starts_full = init == "random"
         self.register_buffer("rows", torch.empty(size, dim, dtype=dtype, device=device))
@@ -96,7 +100,9 @@ class MemoryQueue(Ring):
         """
         if not self.rows.is_meta:
             generator = torch.Generator().manual_seed(self._seed)
-            rows = torch.randn(self.size, self.dim, generator=generator, device="cpu")
+            rows = torch.randn(
+                self.size, self.dim, generator=generator, dtype=torch.float32, device="cpu"
+            )
             rows /= rows.norm(dim=1, keepdim=True)
             with torch.no_grad():
                 self.rows.copy_(rows)
