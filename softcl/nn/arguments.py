@@ -38,11 +38,13 @@ def as_float(name: str, value: Any) -> float:
     Raises:
         TypeError: it is none of these; a bool is none.
     """
+    if isinstance(value, float):  # torch.compile can follow this line, not the next ones
+        return value
     if isinstance(value, torch.Tensor):
         real = value.dtype != torch.bool and not value.is_complex()
         if real and _is_number_at_hand(value):
             return float(value.detach())
-    elif isinstance(value, float | int | numbers.Real) and not _bool(value):
+    elif isinstance(value, numbers.Real) and not _bool(value):
         return float(value)
     raise TypeError(f"{name} must be a number (a tensor: 0-dim, on the CPU), got {value!r}")
 
