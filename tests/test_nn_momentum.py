@@ -12,6 +12,7 @@ from torch import nn
 from softcl.nn import (
     Encoder,
     Projector,
+    build_head,
     convert_split_batch_norm,
     make_teacher,
     shuffled,
@@ -312,13 +313,44 @@ def test_projector_is_linear_relu_linear():
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     hidden = (x @ projector[0].weight.T + projector[0].bias).clamp_min(0)
     torch.testing.assert_close(projector(x), hidden @ projector[2].weight.T + projector[2].bias)
-    for arguments, name in (
-        ((0, 1, 1), "in_dim"),
-        ((1, 0, 1), "hidden_dim"),
-        ((1, 1, 0), "out_dim"),
+
+
+HEADS = [
+    Projector,
+    lambda *widths: build_head(*widths, layers=3),
+    lambda *widths: build_head(*widths, norm="all"),
+]
+
+
+@pytest.mark.parametrize("place, name", [(0, "in_dim"), (1, "hidden_dim"), (2, "out_dim")])
+@pytest.mark.parametrize("head", HEADS)
+def test_wrong_widths(head, place, name):
+    for value, error, message in (
+        (0, ValueError, f"{name} must be at least 1, got 0"),
+        (2.0, TypeError, f"{name} must be an int, got 2.0"),
+        (True, TypeError, f"{name} must be an int, got True"),
+        ("4", TypeError, f"{name} must be an int, got '4'"),
     ):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            Projector(*arguments)
+        widths = [3, 3, 3]
+        widths[place] = value
+        with pytest.raises(error, match=message):
+            head(*widths)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_widths_of_numpy_and_of_tensors(head):
+    built = head(np.int64(4), torch.tensor(7), np.int32(3))
+    assert built(torch.ones(5, 4)).shape == (5, 3)
+
+
+def test_wrong_layers_and_parts():
+    for layers, error in ((0, ValueError), (1.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"layers must be .*, got {layers}"):
+            build_head(2, 2, 2, layers=layers)
+    assert len(build_head(2, 0, 3, layers=1)) == 1  # the hidden width is unused
+    for parts, name in (((None, nn.Identity()), "backbone"), ((nn.Identity(), 3), "projector")):
+        with pytest.raises(TypeError, match=f"{name} must be a module, got"):
+            Encoder(*parts)
 
 
 def test_encoder_is_projector_of_features():
