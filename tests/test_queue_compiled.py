@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.library import opcheck
 
-from softcl import AdaptiveSoftLabels, soft_contrastive_loss
+from softcl import AdaptiveSoftLabels, HardLabels, soft_contrastive_loss
+from softcl.methods.losses import MoCoLoss
 from softcl.nn import MemoryQueue
 
 K, N, D = 64, 8, 16
@@ -72,6 +74,40 @@ def test_a_queue_that_fills_is_compiled_twice(size):
     (seen, graphs), (expected, _) = results
     assert_same(seen, expected)
     assert graphs[-1] <= 2 and graphs[2:] == graphs[2:3] * 28, graphs
+
+
+class Trained(nn.Module):
+    """A queue that is a child of what is compiled, and a loss that asks whether it is empty."""
+
+    def __init__(self, queue: MemoryQueue) -> None:
+        super().__init__()
+        self.queues = nn.ModuleDict({"queue": queue})
+        self.loss = MoCoLoss()
+
+    def forward(self, query, key):
+        queue = self.queues["queue"]
+        loss = self.loss(query, key, queue)
+        loss = loss + soft_contrastive_loss(
+            query, key, queue.rows, HardLabels(), filled=queue.filled, normalize=True,
+            temperature=0.1, teacher_temperature=0.1,
+        )  # fmt: skip
+        queue.enqueue(key)
+        return loss
+
+
+def test_a_queue_inside_a_compiled_module():
+    modules = [Trained(MemoryQueue(K, D, init="empty")) for _ in range(2)]
+    backend = Counting()
+    compiled = torch.compile(modules[0], fullgraph=True, backend=backend)
+    for module in modules:
+        module.queues["queue"].enqueue(batches(1)[0])
+    for key in batches(20):
+        query = (key + 1).requires_grad_()
+        torch.testing.assert_close(compiled(query, key), modules[1](query, key))
+    one, two = (module.queues["queue"] for module in modules)
+    assert torch.equal(one.rows, two.rows)
+    assert (one.pointer, one.filled) == (two.pointer, two.filled) == (21 * N % K, K)
+    assert backend.graphs <= 2
 
 
 def test_a_full_queue_is_compiled_once():
