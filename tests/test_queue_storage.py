@@ -90,6 +90,18 @@ def test_a_queue_on_the_meta_device_takes_no_keys():
     assert state["rows"].is_meta and state["_extra_state"].tolist() == [0, 4, 0]
 
 
+@pytest.mark.parametrize("kind", [MemoryQueue, sharded])
+def test_a_queue_works_under_another_default_device(kind):
+    queue, plain = used(kind, init="empty"), used(kind, init="empty")
+    keys = torch.ones(3, 3)
+    with torch.device("meta"):
+        queue.enqueue(keys)
+        state = queue.state_dict()
+    plain.enqueue(keys)
+    assert state["_extra_state"].tolist() == [5, 5, 1]
+    assert torch.equal(state["rows"], plain.state_dict()["rows"])
+
+
 def test_the_rows_do_not_depend_on_the_default_dtype():
     expected = MemoryQueue(6, 3).rows
     try:

@@ -139,7 +139,8 @@ class ShardedQueue(Ring):
         if parts is not None:
             rows = torch.stack(parts, 1).flatten(0, 1)[: self.size]
         destination[prefix + "rows"] = rows
-        state = torch.tensor([self.pointer, self.filled, refused], dtype=torch.int64)
+        state = [self.pointer, self.filled, refused]
+        state = torch.tensor(state, dtype=torch.int64, device="cpu")
         destination[prefix + "_extra_state"] = state
         return destination
 

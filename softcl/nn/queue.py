@@ -201,7 +201,8 @@ class MemoryQueue(Ring):
         return self
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.pointer, self.filled, self.refused], dtype=torch.int64)
+        state = [self.pointer, self.filled, self.refused]
+        return torch.tensor(state, dtype=torch.int64, device="cpu")  # whatever torch.device() says
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.pointer, self.filled, refused = state.tolist()
