@@ -161,10 +161,20 @@ def test_an_unknown_name_gets_a_suggestion(name, guess):
         build_backbone(name, 32)
 
 
-@pytest.mark.parametrize("image_size", [0, 7, 32.0, True])
-def test_wrong_image_size(image_size):
-    with pytest.raises(ValueError, match="image_size must be an int of at least 8"):
+@pytest.mark.parametrize(
+    ("image_size", "error", "message"),
+    [
+        (0, ValueError, "image_size must be at least 8, got 0"),
+        (7, ValueError, "image_size must be at least 8, got 7"),
+        (32.0, TypeError, "image_size must be an int, got 32.0"),
+        (True, TypeError, "image_size must be an int, got True"),
+    ],
+)
+def test_wrong_image_size(image_size, error, message):
+    with pytest.raises(error, match=message):
         build_backbone("resnet18", image_size)
+    with pytest.raises(TypeError, match="name must be a string, got 18"):
+        build_backbone(18, 32)
 
 
 def test_images_a_model_cannot_take():

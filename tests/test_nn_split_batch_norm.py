@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -162,12 +163,49 @@ def test_a_batch_that_does_not_split_is_an_error():
     assert split.eval()(images(12)).shape == (12, 3, 4, 4)
 
 
-@pytest.mark.parametrize("num_splits", [0, -1, 2.0, True])
+@pytest.mark.parametrize("num_splits", [0, -1, 2.0, True, None, np.float32(2), torch.tensor([2])])
 def test_wrong_num_splits(num_splits):
-    with pytest.raises(ValueError, match="num_splits must be an int of at least 1"):
+    message = "num_splits must be (at least 1|an int), got "
+    with pytest.raises((TypeError, ValueError), match=message):
         SplitBatchNorm2d(3, num_splits)
-    with pytest.raises(ValueError, match="num_splits must be an int of at least 1"):
+    with pytest.raises((TypeError, ValueError), match=message):
         convert_split_batch_norm(nn.Identity(), num_splits)
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_num_splits_of_numpy_and_of_tensors(number):
+    assert SplitBatchNorm2d(3, number(4)).num_splits == 4
+    assert type(convert_split_batch_norm(nn.BatchNorm2d(3), number(2)).num_splits) is int
+
+
+def test_a_norm_in_two_places_stays_one_norm():
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(norm, nn.ReLU(), nn.Sequential(norm), norm)
+    convert_split_batch_norm(model, 2)
+    assert type(model[0]) is SplitBatchNorm2d
+    assert model[0] is model[2][0] is model[3]
+
+
+def test_a_module_that_cannot_be_converted_is_left_alone():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    split = SplitBatchNorm2d(3, 2)
+    model = nn.Sequential(nn.BatchNorm2d(3), split, Own(3))
+    children = list(model)
+    with pytest.raises(TypeError, match="cannot convert .*Own to split batch norm"):
+        convert_split_batch_norm(model, 4)
+    assert list(model) == children and split.num_splits == 2
+    with pytest.raises(TypeError, match="module must be a module, got None"):
+        convert_split_batch_norm(None, 4)
+
+
+def test_a_norm_without_a_bias_gets_none():
+    norm = nn.BatchNorm2d(3)
+    norm.bias = None
+    split = convert_split_batch_norm(norm, SPLITS)
+    assert split.bias is None and split.weight is norm.weight
+    assert split(images()).isfinite().all()
 
 
 def test_wrong_input_dimension():

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softcl.distributed.shards import ShardedRows, local_count
 from softcl.distributed.world import World
 from softcl.nn import MemoryQueue
+from softcl.nn.arguments import as_int
+from softcl.nn.enqueue import refuse_capture
+from softcl.nn.queue import refuse_rows, refuse_state
+from softcl.nn.ring import Ring
 
 _PIECE_ROWS = 1 << 16  # of initial rows drawn at a time
 
 
-class ShardedQueue(nn.Module):
+class ShardedQueue(Ring):
     """A `MemoryQueue` of K rows whose row j is row j // W of process j % W.
 
     It is called as a `MemoryQueue` is, by all processes together, and holds what that would hold:
@@ -43,28 +47,41 @@ class ShardedQueue(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(world, World):
+            raise TypeError(f"world must be a World, got {world!r}")
+        size = as_int("size", size)
         if size < world.size:
             raise ValueError(f"size must be at least {world.size}, a row per process, got {size}")
-        self.size, self.dim, self.world = size, dim, world
-        self._seed = seed
         shard = MemoryQueue(1, dim, dtype=dtype, init=init, seed=seed, device=device)
-        rows = torch.cat([piece for piece in self._initial_rows()])
-        shard.rows = rows.to(device=device, dtype=dtype)
+        self.size, self.dim, self.world = size, shard.dim, world
+        shard.rows = shard.rows.new_empty((local_count(size, world), shard.dim))
         # Not a child: its entries in the state_dict would be those of one process.
         self._held = (shard,)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start afresh, as a `MemoryQueue` does; nothing is exchanged."""
+        shard = self.shard
+        if not shard.rows.is_meta:
+            with torch.no_grad():
+                shard.rows.copy_(torch.cat(list(self._initial_rows())))
+        shard.refused_rows.zero_()
+        shard._warned = False
         self.pointer = 0
-        self.filled = size if init == "random" else 0
-        shard.filled = local_count(self.filled, world)
+        self.filled = self.size if shard._starts_full else 0
+        self._place_shard()
 
     def _initial_rows(self) -> Iterator[Tensor]:
         """This process's rows among those that one process would draw, never all at once."""
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(self.shard._seed)
         # PyTorch draws normal numbers by 16, the last 16 apart: pieces of 16 rows, the last of them
         # not short, give the numbers of one large draw.
         for start in range(0, max(self.size // _PIECE_ROWS, 1) * _PIECE_ROWS, _PIECE_ROWS):
             left = self.size - start
             count = left if left < 2 * _PIECE_ROWS else _PIECE_ROWS
-            rows = torch.randn(count, self.dim, generator=generator)
+            rows = torch.randn(
+                count, self.dim, generator=generator, dtype=torch.float32, device="cpu"
+            )
             rows /= rows.norm(dim=1, keepdim=True)
             yield rows[(self.world.rank - start) % self.world.size :: self.world.size].clone()
 
@@ -87,7 +104,10 @@ class ShardedQueue(nn.Module):
         return f"size={self.size}, dim={self.dim}, {self.world}, filled={self.filled}"
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedQueue:
+        undrawn = self.shard.rows.is_meta
         self.shard._apply(function)
+        if undrawn and not self.shard.rows.is_meta:
+            self.reset_parameters()
         return self
 
     def enqueue(self, keys: Tensor, normalize: bool = True) -> None:
@@ -95,9 +115,11 @@ class ShardedQueue(nn.Module):
 
         A key travels to the process that keeps it, and to no other.
         """
-        self.shard._check(keys)
+        self.shard._check(keys, normalize)
+        refuse_capture("ShardedQueue")  # before the others are waited for
         world, count = self.world, keys.shape[0] * self.world.size
-        owners = (torch.arange(self.pointer, self.pointer + count) % self.size) % world.size
+        slots = torch.arange(self.pointer, self.pointer + count, device="cpu") % self.size
+        owners = slots % world.size
         wanted = [(owners == rank).nonzero().flatten() for rank in range(world.size)]
         self.shard.enqueue(world.distribute(keys, wanted), normalize)
         self.pointer = (self.pointer + count) % self.size
@@ -117,7 +139,8 @@ class ShardedQueue(nn.Module):
         if parts is not None:
             rows = torch.stack(parts, 1).flatten(0, 1)[: self.size]
         destination[prefix + "rows"] = rows
-        state = torch.tensor([self.pointer, self.filled, refused], dtype=torch.int64)
+        state = [self.pointer, self.filled, refused]
+        state = torch.tensor(state, dtype=torch.int64, device="cpu")
         destination[prefix + "_extra_state"] = state
         return destination
 
@@ -125,29 +148,26 @@ class ShardedQueue(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         name = prefix.rstrip(".") or "ShardedQueue"
-        rows, state = state_dict.get(prefix + "rows"), state_dict.get(prefix + "_extra_state")
-        if rows is None or state is None:
-            names = (prefix + entry for entry in ("rows", "_extra_state"))
+        names = [prefix + "rows", prefix + "_extra_state"]
+        if not all(entry in state_dict for entry in names):
             missing_keys.extend(entry for entry in names if entry not in state_dict)
             return
-        if tuple(rows.shape) != (self.size, self.dim):
-            saved, here = tuple(rows.shape), (self.size, self.dim)
-            error_msgs.append(
-                f"{name}: the saved queue has shape (size, dim) = {saved}, not {here}"
-            )
+        rows, state = (state_dict[entry] for entry in names)
+        shard, assign = self.shard, local_metadata.get("assign_to_params_buffers", False)
+        reason = refuse_rows(rows, (self.size, self.dim)) or refuse_state(state, self.size)
+        reason = reason or shard._refuse_assignment(rows, assign)
+        if reason is not None:
+            error_msgs.append(f"{name}: {reason}")
             return
-        mine, (pointer, filled, refused) = rows[self.world.rank :: self.world.size], state.tolist()
-        if not mine.isfinite().all():
-            error_msgs.append(f"{name}: the saved queue has non-finite rows")
-            return
-        if not (0 <= pointer < self.size and 0 <= filled <= self.size and refused >= 0):
-            error_msgs.append(f"{name}: the saved [pointer, filled, refused] is out of range")
-            return
-        self.pointer, self.filled = pointer, filled
-        self.shard.rows.copy_(mine)
+        mine = rows.detach()[self.world.rank :: self.world.size]
+        if assign:
+            shard.rows = mine.clone(memory_format=torch.contiguous_format)
+        else:
+            shard.rows.copy_(mine)
+        self.pointer, self.filled, refused = state.tolist()
         self._place_shard()
-        self.shard.refused_rows.fill_(refused if self.world.is_first else 0)
-        self.shard._warned = refused > 0
+        shard._set_refused(refused if self.world.is_first else 0)
+        shard._warned = refused > 0
 
     def _place_shard(self) -> None:
         """Pointer and fill count of this process's ring, which follow from those of the whole."""

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from softcl.nn.arguments import as_int
+
 SMALL_IMAGE = 64  # at most this: 3x3 stem, small patches
 TINY_IMAGE = 32  # at most this: no max-pool after the stem either
 
@@ -67,10 +69,12 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
 
     Raises:
         ImportError: timm is not installed.
+        TypeError: name is no string, or image_size no int.
         ValueError: the name is unknown, or the model cannot take images of this size.
     """
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8:
-        raise ValueError(f"image_size must be an int of at least 8, got {image_size!r}")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
+    image_size = as_int("image_size", image_size, least=8)
     try:
         import timm
     except ImportError as error:

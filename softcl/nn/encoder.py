@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from softcl.nn.arguments import as_int
+
 
 class Projector(nn.Sequential):
     """Linear(in_dim, hidden_dim), ReLU, Linear(hidden_dim, out_dim); no batch norm.
 
     The head of MoCo v2 and ASCL (arXiv 2207.11163, released code). Its output is not normalised:
     the operator does that with ``normalize=True``.
+
+    Raises:
+        TypeError, ValueError: a width is no int, or below 1; the message names it.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
-        for name, value in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        in_dim = as_int("in_dim", in_dim, least=1)
+        hidden_dim = as_int("hidden_dim", hidden_dim, least=1)
+        out_dim = as_int("out_dim", out_dim, least=1)
         super().__init__(
             nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
         )
@@ -37,17 +42,18 @@ def build_head(
             batch norm without weight and bias (MoCo v3).
 
     Raises:
-        ValueError: a width or the number of layers is below 1, or ``norm`` is unknown.
+        TypeError: a width or the number of layers is no int.
+        ValueError: it is below 1, or ``norm`` is unknown.
     """
     if norm not in HEAD_NORMS:
         raise ValueError(f"norm must be one of {', '.join(HEAD_NORMS)}, got {norm!r}")
-    if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}")
+    layers = as_int("layers", layers, least=1)
     if norm == "none" and layers == 2:
         return Projector(in_dim, hidden_dim, out_dim)
+    in_dim, out_dim = as_int("in_dim", in_dim, least=1), as_int("out_dim", out_dim, least=1)
+    if layers > 1:
+        hidden_dim = as_int("hidden_dim", hidden_dim, least=1)
     widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
-    if min(widths) < 1:
-        raise ValueError(f"widths must be at least 1, got {widths}")
     head = nn.Sequential()
     for number, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
         last = number == layers
@@ -73,6 +79,9 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
+        for name, module in (("backbone", backbone), ("projector", projector)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a module, got {module!r}")
         self.backbone = backbone
         self.projector = projector
 

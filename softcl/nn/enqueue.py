@@ -2,6 +2,9 @@
 
 The same operation as csrc/include/softcl/enqueue.h, whose CPU code runs where it is built, and as
 kernels/enqueue.py, which runs on GPUs where Triton is installed; PyTorch otherwise.
+
+``torch.ops.softcl.enqueue`` is the operation as PyTorch knows it: its schema says what it changes,
+and torch.compile calls it without looking inside.
 """
 
 from __future__ import annotations
@@ -19,7 +22,47 @@ SMALLEST_NORM = 1e-12  # below it the operator's normalisation no longer gives u
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+LIBRARY = torch.library.Library("softcl", "FRAGMENT")
+LIBRARY.define(
+    "enqueue(Tensor keys, Tensor(a!) rows, Tensor(b!) refused, Tensor(c!) pointer, bool normalize) "
+    "-> ()",
+    # torch.compile(mode="reduce-overhead") then leaves it out of its CUDA graphs.
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
 def enqueue(
+    keys: torch.Tensor,  # (N, D)
+    rows: torch.Tensor,  # (K, D)
+    refused: torch.Tensor,  # () int64, where the rows are
+    pointer: torch.Tensor,  # () int64, on the CPU
+    normalize: bool,
+) -> None:
+    """`write` the keys from row ``pointer`` on, and move it on by N, mod K.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured. The host moves the pointer, and takes no part
+            in a replay: every replay would write the same rows.
+    """
+    refuse_capture("MemoryQueue")
+    start = int(pointer)
+    write(keys, rows, refused, start, normalize)
+    pointer.fill_((start + keys.shape[0]) % rows.shape[0])
+
+
+def refuse_capture(kind: str) -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kind}.enqueue cannot be captured in a CUDA graph, whose replays would all write the "
+            "same rows: enqueue after the replay, outside the graph"
+        )
+
+
+LIBRARY.impl("enqueue", enqueue, "CompositeExplicitAutograd")
+torch.library.register_fake("softcl::enqueue", lambda *arguments: None, lib=LIBRARY)
+
+
+def write(
     keys: torch.Tensor,  # (N, D)
     rows: torch.Tensor,  # (K, D)
     refused: torch.Tensor,  # () int64

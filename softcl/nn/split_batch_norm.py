@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from softcl.nn.arguments import as_int
+
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose batch statistics are taken over ``num_splits`` interleaved parts of the
@@ -22,12 +24,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     H, W). channels_last input is copied there and back, and comes out as channels_last.
 
     Raises:
+        TypeError: num_splits is no int.
         ValueError: num_splits < 1, or in train mode N is no multiple of num_splits.
     """
 
     def __init__(self, num_features: int, num_splits: int, **options) -> None:
         super().__init__(num_features, **options)
-        self.num_splits = _checked_splits(num_splits)
+        self.num_splits = as_int("num_splits", num_splits, least=1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
@@ -86,16 +89,36 @@ def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
 
     Raises:
         ValueError: num_splits < 1.
-        TypeError: a subclass of nn.BatchNorm2d that is not known, or nn.SyncBatchNorm.
+        TypeError: num_splits is no int; or a module inside is a subclass of nn.BatchNorm2d that is
+            not known, or nn.SyncBatchNorm. Nothing is replaced then.
     """
-    _checked_splits(num_splits)
-    if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-        return _convert_one(module, num_splits)
-    for name, child in module.named_children():
-        converted = convert_split_batch_norm(child, num_splits)
-        if converted is not child:
-            setattr(module, name, converted)
-    return module
+    num_splits = as_int("num_splits", num_splits, least=1)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a module, got {module!r}")
+    norms = [x for x in module.modules() if isinstance(x, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    for norm in norms:
+        _check_kind(norm)
+    converted = {norm: _convert_one(norm, num_splits) for norm in norms}
+    for parent in list(module.modules()):
+        # Not named_children(), which leaves out a module that stands in a second place.
+        for name, child in list(parent._modules.items()):
+            if child in converted:
+                setattr(parent, name, converted[child])
+    return converted.get(module, module)
+
+
+def _is_timms(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+
+
+def _check_kind(norm: nn.Module) -> None:
+    kind = type(norm)
+    if not (kind is nn.BatchNorm2d or isinstance(norm, SplitBatchNorm2d) or _is_timms(norm)):
+        raise TypeError(
+            f"cannot convert {kind.__module__}.{kind.__name__} to split batch norm; "
+            "only nn.BatchNorm2d and timm's BatchNormAct2d are supported"
+        )
 
 
 def _convert_one(norm: nn.BatchNorm2d, num_splits: int) -> nn.Module:
@@ -109,24 +132,10 @@ def _convert_one(norm: nn.BatchNorm2d, num_splits: int) -> nn.Module:
         "track_running_stats": norm.track_running_stats,
         "device": "meta",  # no memory: the tensors are replaced below
     }
-    kind = type(norm)
-    if kind is nn.BatchNorm2d:
-        split = SplitBatchNorm2d(norm.num_features, num_splits, **options)
-    elif kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+    if _is_timms(norm):
         split = SplitBatchNormAct2d(norm.num_features, num_splits, norm.drop, norm.act, **options)
     else:
-        raise TypeError(
-            f"cannot convert {kind.__module__}.{kind.__name__} to split batch norm; "
-            "only nn.BatchNorm2d and timm's BatchNormAct2d are supported"
-        )
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(split, name, parameter)
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(split, name, buffer)
+        split = SplitBatchNorm2d(norm.num_features, num_splits, **options)
+    for name in [*split._parameters, *split._buffers]:  # None where the norm has none
+        setattr(split, name, getattr(norm, name))
     return split.train(norm.training)
-
-
-def _checked_splits(num_splits: int) -> int:
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1:
-        raise ValueError(f"num_splits must be an int of at least 1, got {num_splits!r}")
-    return num_splits
