@@ -128,7 +128,7 @@ def coldest(call: Call) -> float:
 
 # ---------------------------------------------------------------------------------- torch.library
 
-# Temperatures travel as 0-dim tensors, so that one that changes every step is no constant of a
+# Temperatures travel as tensors, so that one that changes every step is no constant of a
 # compiled graph; a rule as its numbers.
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -152,12 +152,12 @@ def annotation(hint) -> str:
     return getattr(hint, "__forward_arg__", hint)
 
 
-_ONE = torch.ones((), dtype=torch.float64)
+_ONE = torch.ones(1, dtype=torch.float64)  # of one dimension: a 0-dim tensor becomes a symbol
 _scalars: dict[float, Tensor] = {}
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number as a 0-dim tensor on the CPU; a tensor is one already."""
+    """A number as a tensor of one element on the CPU; a tensor is one already."""
     if isinstance(value, Tensor):
         return value
     if torch.compiler.is_compiling():
