@@ -143,3 +143,32 @@ def test_auto_asks_before_it_takes_a_backend(monkeypatch):
     assert choice.name == "cpu" and choice.reasons == {"triton": "it was wrong here"}
     asked.clear()
     assert backends.choose(call._replace(backend="triton")).name == "triton" and not asked
+
+
+def test_the_enqueue_falls_back_to_pytorch(monkeypatch):
+    """On a GPU whose trial failed; here the rows are on the CPU and said to be elsewhere."""
+    from softcl.nn import enqueue
+
+    class Elsewhere:
+        device, dtype, shape = GPU, torch.float32, (64, 16)
+
+    monkeypatch.setattr(enqueue, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(enqueue, "_triton", lambda: "the kernel")
+    for verdict, kernel in ((None, "the kernel"), ("it was wrong", None)):
+        monkeypatch.setattr(trust, "reason_against", lambda *a, v=verdict, **facts: v)
+        assert enqueue.kernel_for(Elsewhere, Elsewhere) == kernel
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_trial_of_the_enqueue(wrong, monkeypatch):
+    from softcl.nn import enqueue
+
+    def stand_in(kernel, keys, rows, refused, pointer, normalize):
+        enqueue.enqueue_torch(keys, rows, refused, pointer + wrong, normalize)
+
+    monkeypatch.setattr(enqueue, "enqueue_triton", stand_in)
+    facts = dict(device="cpu", D=16, key_dtype="bfloat16", row_dtype="float32")
+    if not wrong:
+        return enqueue.try_kernel(**facts)
+    with pytest.raises(AssertionError, match="rows are off by"):
+        enqueue.try_kernel(**facts)

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from softcl import trust
+
 SMALLEST_NORM = 1e-12  # below it the operator's normalisation no longer gives unit rows
 
 # The values of ElementType in csrc/include/softcl/element_type.h.
@@ -78,7 +80,7 @@ def write(
     """
     known = keys.dtype in ELEMENT_TYPES and rows.dtype in ELEMENT_TYPES and len(keys) > 0
     native = _native() if rows.device.type == "cpu" else None
-    kernel = _triton() if known and native is None and _runs_triton(rows.device) else None
+    kernel = kernel_for(keys, rows) if known and native is None else None
     if known and native:
         enqueue_native(native, keys, rows, refused, pointer, normalize)
     elif kernel:
@@ -191,3 +193,46 @@ def _round(
     if normalize:
         wide = wide * norms.reciprocal()
     return wide.float().to(dtype), accepted
+
+
+# ------------------------------------------------------------------------------------------- trial
+
+
+def kernel_for(keys: torch.Tensor, rows: torch.Tensor) -> ModuleType | None:
+    """The Triton kernel where it runs and, on a GPU, was right once (softcl/trust.py)."""
+    kernel = _triton() if _runs_triton(rows.device) else None
+    if kernel is None or rows.device.type == "cpu":
+        return kernel
+    reason = trust.reason_against(
+        "softcl.nn.enqueue:try_kernel",
+        "the enqueue kernel",
+        rows.device,
+        D=rows.shape[1],
+        key_dtype=str(keys.dtype).removeprefix("torch."),
+        row_dtype=str(rows.dtype).removeprefix("torch."),
+    )
+    return kernel if reason is None else None
+
+
+def try_kernel(device: str, D: int, key_dtype: str, row_dtype: str) -> None:
+    """Enqueue keys over the ring's end, a bad one among them, with the kernel and with PyTorch.
+
+    Raises:
+        AssertionError: the two differ by more than a rounding.
+        Exception: the kernel fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(48, D, generator=generator)
+    keys[5, 0] = torch.nan
+    keys = keys.to(device, getattr(torch, key_dtype))
+    rows = torch.zeros(64, D, dtype=getattr(torch, row_dtype), device=device)
+    results = []
+    for function in (functools.partial(enqueue_triton, _triton()), enqueue_torch):
+        ring, refused = rows.clone(), torch.zeros((), dtype=torch.int64, device=device)
+        for normalize in (True, False):
+            function(keys, ring, refused, 32, normalize)
+        results.append((ring.double().cpu(), int(refused)))
+    (found, counted), (expected, known) = results
+    assert counted == known, f"{counted} keys were refused in place of {known}"
+    error = float((found - expected).abs().max())
+    assert error <= 0.01, f"rows are off by {error:.2e}"
