@@ -85,7 +85,7 @@ def preference(call: Call) -> tuple[str, ...]:
     names = [x for x, types in BACKENDS.items() if types is None or device in types]
     if device == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
         return ("cuda", *names)
-    return names
+    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(f"softcl.ops.{name}")
 
 
+def reason_against(name: str, call: Call) -> str | None:
+    """Why backend="auto" does not take a backend for ``call``, or None."""
+    return load_backend(name).unsupported(call) or trial.reason_against(name, call)
+
+
 def choose(call: Call) -> BackendChoice:
     """The backend that runs ``call``.
 
@@ -124,7 +129,7 @@ def choose(call: Call) -> BackendChoice:
     if backend == "auto":
         reasons: dict[str, str] = {}
         for name in preference(call):
-            reason = load_backend(name).unsupported(call) or trial.reason_against(name, call)
+            reason = reason_against(name, call)
             if reason is None:
                 passed_over = "; ".join(f"{k}: {v}" for k, v in reasons.items())
                 first = f"the first choice for tensors on {call.query.device.type}"
@@ -138,6 +143,15 @@ def choose(call: Call) -> BackendChoice:
     if reason is not None:
         raise UnsupportedBackendError(f"backend {backend!r} cannot run this call: {reason}")
     return BackendChoice(backend, {}, "asked for by name")
+
+
+def load_chosen(call: Call) -> ModuleType:
+    """The module of the backend that `choose` would name; without its words where the first runs."""
+    if call.backend == "auto":
+        first = preference(call)[0]
+        if reason_against(first, call) is None:
+            return load_backend(first)
+    return load_backend(choose(call).name)
 
 
 def check_backend_name(backend: str) -> None:

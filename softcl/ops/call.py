@@ -40,8 +40,6 @@ class StatisticsCall(NamedTuple):
     backend: str = "auto"
 
     operation = "queue_statistics"
-    tensors = ("query", "queue")
-    temperatures = ("temperature",)
 
     def empty_results(self) -> dict[str, Tensor]:
         """lse (N,), mean (N, D), entropy (N,), neighbor_logits and neighbor_indices (N, k).
@@ -90,8 +88,6 @@ class LossCall(NamedTuple):
     backend: str = "auto"
 
     operation = "soft_contrastive"
-    tensors = ("query", "key", "queue")
-    temperatures = ("temperature", "teacher_temperature")
 
     @property
     def num_neighbors(self) -> int:
@@ -176,8 +172,13 @@ def pack(call: Call) -> tuple:
     query = call.query
     if isinstance(call, StatisticsCall):
         return (*call[:2], scalar(call.temperature, query), *call[3:])
-    temperatures = (scalar(x, query) for x in (call.temperature, call.teacher_temperature))
-    return (*call[:3], call.rule.to_numbers(), *temperatures, *call[6:])
+    return (
+        *call[:3],
+        call.rule.to_numbers(),
+        scalar(call.temperature, query),
+        scalar(call.teacher_temperature, query),
+        *call[6:],
+    )
 
 
 def unpack(kind: type[Call], arguments: tuple) -> Call:
@@ -189,10 +190,18 @@ def unpack(kind: type[Call], arguments: tuple) -> Call:
 
 def read(call: Call) -> Call:
     """The call with its temperatures as numbers, checked once more, and contiguous tensors."""
-    read = {name: getattr(call, name).contiguous() for name in call.tensors}
-    for name in call.temperatures:
-        read[name] = value = float(getattr(call, name))
-        check_temperature(name, value)
-    if call.excluded is not None:
-        read["excluded"] = call.excluded.contiguous()
-    return call._replace(**read)
+    values = [
+        x.contiguous() if name in _TENSORS and x is not None else x
+        for name, x in zip(call._fields, call, strict=True)
+    ]
+    for place in _TEMPERATURES[type(call)]:
+        values[place] = value = float(values[place])
+        check_temperature(call._fields[place], value)
+    return type(call)(*values)
+
+
+_TENSORS = frozenset({"query", "key", "queue", "excluded"})
+_TEMPERATURES = {
+    kind: [place for place, name in enumerate(kind._fields) if "temperature" in name]
+    for kind in (StatisticsCall, LossCall)
+}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softcl.ops import algebra
-from softcl.ops.backends import choose, load_backend
+from softcl.ops.backends import load_chosen
 from softcl.ops.call import Call, LossCall, StatisticsCall, pack, read, schema, unpack
 
 LIBRARY = torch.library.Library("softcl", "DEF")
@@ -33,7 +33,7 @@ def run(call: Call) -> tuple[Tensor, ...]:
 def _implementation(kind: type[Call]):
     def implementation(*arguments):
         call = read(unpack(kind, arguments))
-        return load_backend(choose(call).name).run(call)
+        return load_chosen(call).run(call)
 
     return implementation
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor  # torch first: its OpenMP runtime then serves softcl._C too
 
 from softcl.labels import TEACHER_POSITIVES, LabelRule
-from softcl.ops.call import Call, LossCall
+from softcl.ops.call import Call
 
 # The values of ElementType in csrc/include/softcl/element_type.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,28 +35,28 @@ def unsupported_types(call: Call) -> str | None:
     return None
 
 
+# Fields that say what is wanted: C++ sees it by which results have an address.
+_WANTED = frozenset({"sums", "gradient", "diagnostics", "backend", "num_neighbors"})
+
+
 def fields_of(call: Call, results: dict[str, Tensor]) -> dict[str, object]:
     """``call`` and its results as the fields of struct Call in csrc/include/softcl/call.h."""
     n, d = call.query.shape
-    fields = {
-        "query": call.query.data_ptr(),
-        "queue": call.queue.data_ptr(),
+    fields: dict[str, object] = {
         "vector_type": ELEMENT_TYPES[call.query.dtype],
         "queue_type": ELEMENT_TYPES[call.queue.dtype],
         "num_queries": n,
         "queue_size": call.queue.shape[0],
         "dim": d,
-        "temperature": call.temperature,
-        "excluded": 0 if call.excluded is None else call.excluded.data_ptr(),
+        "rule": {"num_neighbors": call.num_neighbors},
     }
-    if isinstance(call, LossCall):
-        fields["key"] = call.key.data_ptr()
-        fields["rule"] = rule_fields(call.rule)
-        fields["teacher_temperature"] = call.teacher_temperature
-        fields["positive"] = call.positive
-        fields["normalize"] = call.normalize
-    else:
-        fields["rule"] = {"num_neighbors": call.num_neighbors}
+    for name, value in zip(call._fields, call, strict=True):
+        if isinstance(value, Tensor):
+            fields[name] = value.data_ptr()
+        elif isinstance(value, LabelRule):
+            fields[name] = rule_fields(value)
+        elif value is not None and name not in _WANTED:
+            fields[name] = value
     for name, result in results.items():
         fields[name] = result.data_ptr()
     return fields
