@@ -146,7 +146,7 @@ def choose(call: Call) -> BackendChoice:
 
 
 def load_chosen(call: Call) -> ModuleType:
-    """The module of the backend that `choose` would name; without its words where the first runs."""
+    """The module of the backend that `choose` names, without its words where the first runs."""
     if call.backend == "auto":
         first = preference(call)[0]
         if reason_against(first, call) is None:
