@@ -69,7 +69,7 @@ class SNCLR(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("positiveness_scale", self.positiveness_scale > 0.0, "above 0")
+        self.check("positiveness_scale", self.positiveness_scale > 0.0, "above 0")
         if self.threshold and self.form == "paper":
             raise ValueError("threshold belongs to the code form, got form='paper'")
 
