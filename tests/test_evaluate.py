@@ -131,6 +131,8 @@ def test_few_rows_all_vote_and_numbers_of_numpy_are_numbers():
         ({"features": [1.0]}, TypeError, "features must be a tensor, got list"),
         ({"bank": torch.ones(40, 3)}, ValueError, r"bank must have features's dimension 12, got"),
         ({"bank": torch.ones(0, 12)}, ValueError, "bank must not be empty"),
+        ({"bank": torch.ones(40, 12).log().log(), "bank_piece": 8}, ValueError, "bank has 40 row"),
+        ({"features": torch.full((2, 12), torch.nan)}, ValueError, r"features has 2 row\(s\) that"),
     ],
 )  # fmt: skip
 def test_an_unusable_argument_of_the_vote_is_named(changes: dict, error: type, message: str):

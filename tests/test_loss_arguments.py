@@ -28,6 +28,7 @@ from softcl.nn import MemoryQueue
 ROWS = torch.randn(6, N, D, generator=torch.Generator().manual_seed(0))
 U, V, W, X, Y, Z = ROWS
 QUEUE = normalize(torch.randn(K, D, generator=torch.Generator().manual_seed(1)), dim=1)
+NAN = U.where(torch.arange(N)[:, None] != 3, torch.nan)
 ORDER = torch.arange(N).flip(0)
 
 
@@ -201,6 +202,18 @@ REFUSED = {
     "one vector": (
         lambda: MSFLoss()(U[0], V[0], QUEUE),
         r"query must be a matrix of row vectors, got shape \(6,\)",
+    ),
+    "nan in a key of msf": (
+        lambda: MSFLoss()(U, NAN, QUEUE),
+        r"key has 1 row\(s\) that are not finite, the first is row 3",
+    ),
+    "infinity in a projection": (
+        lambda: NNCLRLoss()((U, NAN / 0.0), (V, W), QUEUE),
+        r"projections\[1\] has 8 row\(s\) that are not finite, the first is row 0",
+    ),
+    "nan in a prediction": (
+        lambda: SNCLRLoss(form="code")((U, V), (W, NAN), (Y, Z), QUEUE),
+        r"predictions\[1\] has 1 row\(s\) that are not finite, the first is row 3",
     ),
     "an empty batch": (
         lambda: NNCLRLoss()((U[:0],) * 2, (U[:0],) * 2, QUEUE),

@@ -9,17 +9,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softcl.ops.checks import check_rows, shape_of
+from softcl.ops.checks import (
+    all_finite,
+    check_rows,
+    explain_non_finite,
+    shape_of,
+    values_are_at_hand,
+)
 
 
 def check_vectors(name: str, vectors: Tensor, other_name: str, others: Tensor) -> None:
-    """Refuse what are not rows (N, F) and rows (M, F); they may be on two devices."""
+    """Refuse what are not rows (N, F) and rows (M, F); they may be on two devices.
+
+    NaN and infinity are looked for where that waits for no device.
+    """
     check_rows(name, vectors)
     check_rows(other_name, others)
     if others.shape[1] != vectors.shape[1]:
         raise ValueError(
             f"{other_name} must have {name}'s dimension {vectors.shape[1]}, got {shape_of(others)}"
         )
+    given = {name: vectors, other_name: others}
+    if not all(all_finite(rows) for rows in given.values() if values_are_at_hand(rows)):
+        explain_non_finite(**given)
 
 
 def check_whole(name: str, value: int, most: int | None = None, limit: str = "{}") -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softcl.distributed import ALONE, World
 from softcl.methods import METHODS
 from softcl.methods.method import Batch, Method
-from softcl.methods.vectors import check_queue, check_same, vectors_of
+from softcl.methods.vectors import check_finite, check_queue, check_same, vectors_of
 from softcl.nn import MemoryQueue
 from softcl.ops import REDUCTIONS
 
@@ -109,7 +109,9 @@ class MethodLoss(nn.Module):
     ) -> Tensor:
         """The reduced loss of vectors in the order of the views, by their names in messages."""
         method = self.method
-        check_same({**student, **(predicted or {}), **teacher})
+        every = {**student, **(predicted or {}), **teacher}
+        check_same(every)
+        check_finite(every)
         queues = self._queues(queue)
         for name, rows in queues.items():
             check_queue(_argument(name), rows, *next(iter(student.items())))

@@ -12,7 +12,14 @@ from torch import Tensor
 from softcl.distributed import ShardedQueue, ShardedRows, World
 from softcl.methods.method import Method
 from softcl.nn import MemoryQueue
-from softcl.ops.checks import check_rows, check_rows_like, shape_of, values_are_at_hand
+from softcl.ops.checks import (
+    all_finite,
+    check_rows,
+    check_rows_like,
+    explain_non_finite,
+    shape_of,
+    values_are_at_hand,
+)
 
 
 def vectors_of(method: Method, argument: str, given: Any, sees: tuple[str, ...]) -> dict[str, Any]:
@@ -66,6 +73,12 @@ def check_same(vectors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{name} must have {first}'s shape {shape_of(like)}, got {shape_of(rows)}"
             )
+
+
+def check_finite(vectors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity, where looking for them waits for no device."""
+    if not all(all_finite(rows) for rows in vectors.values() if values_are_at_hand(rows)):
+        explain_non_finite(**vectors)
 
 
 def check_queue(name: str, queue: Any, like_name: str, like: Tensor) -> None:
