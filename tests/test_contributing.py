@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 from test_methods_step import batch_of, make_state, noisy
+from torch.nn.functional import cross_entropy, normalize
 
-from softcl.labels import LabelRule
 from softcl.methods import METHODS, Batch
 from softcl.methods.losses import MethodLoss
 from softcl.nn import MemoryQueue
@@ -29,9 +30,6 @@ def example() -> str:
     """The section's block of Python, to the letter."""
     section = CONTRIBUTING.read_text().partition("## Adding a method")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    if not dataclasses.fields(LabelRule):  # rules that are no numbers yet
-        code = re.sub(r"return LabelRule\(.*\)", "return MixedLabels(0.5)", code)
-        code = code.replace("import LabelRule\n", "import LabelRule, MixedLabels\n")
     return code
 
 
@@ -57,6 +55,24 @@ def test_the_example_trains(near):
         assert bool(torch.isfinite(measures[:3]).all()), "loss, confidence, entropy"
     assert state.step == 4 and state.queues["queue"].pointer == 4 * 8 % 24
     assert not any(map(torch.equal, before, state.student.parameters()))
+
+
+def test_the_example_is_its_formula(near):
+    method = near.Near(trust=0.8, num_neighbors=3, **SMALL)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, 8, 6, generator=generator, dtype=torch.float64)
+    queue = normalize(torch.randn(24, 6, generator=generator, dtype=torch.float64), dim=1)
+    z, t = normalize(vectors, dim=2)
+    d = t @ queue.T
+    q = (d / method.teacher_temperature).softmax(1)
+    c = 1 + torch.special.xlogy(q, q).sum(1, keepdim=True) / math.log(24)
+    near_rows = torch.zeros_like(d).scatter(1, d.topk(3, dim=1).indices, 1.0)
+    labels = torch.cat([torch.full((8, 1), 0.5), 0.25 * q + 0.8 * c * near_rows], 1)
+    logits = torch.cat([(z * t).sum(1, keepdim=True), z @ queue.T], 1) / method.temperature
+    expected = cross_entropy(logits, labels / labels.sum(1, keepdim=True), reduction="none")
+    query, key = ({name: rows} for name, rows in zip(("query", "key"), vectors, strict=True))
+    rows = method.loss(Batch(query, query, key, {"queue": queue})).rows
+    torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_the_example_has_settings(near):

@@ -27,6 +27,8 @@ method checks it and is used from then on. A schedule of the temperature:
         criterion.temperature = 0.2 - 0.1 * step / len(batches)
         loss = criterion(query, key, queue)
 
+torch.compile makes one more graph when the temperature first changes, and then no more.
+
 Any other method has its module as well: ``MethodLoss(YourMethod, temperature=0.2)``.
 """
 
