@@ -7,6 +7,8 @@ Importing it needs torch and numpy alone. The training commands live in ``softcl
 the extra ``softcl[train]``.
 """
 
+from typing import Any
+
 from softcl.labels import (
     AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
@@ -47,8 +49,17 @@ __all__ = [
     "RelationalLabels",
     "UnsupportedBackendError",
     "choose_backend",
+    "knn_predict",
     "label_mean",
     "merge_statistics",
     "queue_statistics",
     "soft_contrastive_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "knn_predict":  # with what reads images, which the losses do without
+        from softcl.evaluation import knn_predict
+
+        return knn_predict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import softcl
 from softcl.data import ImageSet
 from softcl.evaluation import KNN, eval_mode, extract, knn_predict, nearest_rows, thinned, vote
 from softcl.evaluation import knn as knn_module
@@ -67,6 +69,90 @@ def test_vote_cannot_overflow_and_breaks_ties_by_lowest_class():
     labels = torch.tensor([[3, 1, 3], [2, 2, 0]])
     assert vote(logits, labels, 4).tolist() == [3, 2]
     assert vote(torch.zeros(1, 2), torch.tensor([[2, 1]]), 4).tolist() == [1]
+
+
+def test_classes_are_ranked_by_their_votes():
+    queries, bank = unit_rows(37, 12, 0), unit_rows(101, 12, 1)
+    labels = torch.arange(101) % 5
+    votes = predict_densely(queries, bank, labels, 7, 50, 0.1)  # classes 5 and 6 have none
+    wanted = votes.sort(dim=1, descending=True, stable=True)
+    clear = (wanted.values[:, :4] - wanted.values[:, 1:5]).amin(1) > 1e-4 * wanted.values[:, 0]
+    assert clear.float().mean() > 0.8
+    options = dict(num_neighbors=50, temperature=0.1)
+    ranked = knn_predict(queries, bank, labels, 7, top=7, **options)
+    assert torch.equal(ranked[clear], wanted.indices[clear])
+    assert torch.equal(ranked[:, 0], knn_predict(queries, bank, labels, 7, **options))
+    assert torch.equal(ranked[:, :3], knn_predict(queries, bank, labels, 7, top=3, **options))
+
+
+def test_ties_and_classes_without_votes_are_ranked_by_class():
+    labels = torch.tensor([[4, 2, 2, 4], [5, 5, 5, 1]])
+    # In the second row the last neighbour's weight is rounded to 0, and is a vote all the same.
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -1.0, -2.0, -1000.0]])
+    assert vote(logits, labels, 6, top=6).tolist() == [[2, 4, 0, 1, 3, 5], [5, 1, 0, 2, 3, 4]]
+    assert vote(logits, labels, 6).tolist() == [2, 5]
+
+
+def test_few_rows_all_vote_and_numbers_of_numpy_are_numbers():
+    queries, bank = unit_rows(9, 12, 0), unit_rows(40, 12, 1)
+    labels = torch.arange(40) % 5
+    found = knn_predict(queries, bank, labels, 5)
+    assert torch.equal(found, knn_predict(queries, bank, labels, 5, num_neighbors=40))
+    again = knn_predict(
+        queries, bank, labels.to(torch.uint8), np.int64(5), num_neighbors=np.int32(40),
+        temperature=np.float32(0.1),
+    )  # fmt: skip
+    assert torch.equal(found, again)
+    assert softcl.knn_predict is knn_predict
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_classes": 4}, ValueError, r"bank_labels must be in \[0, num_classes=4\), got 4"),
+        ({"bank_labels": torch.arange(40) - 1}, ValueError, "bank_labels must be in .* got -1"),
+        ({"bank_labels": torch.zeros(40)}, TypeError, "bank_labels must be integers, got .*32"),
+        ({"bank_labels": torch.ones(40) > 0}, TypeError, "must be integers, got dtype torch.bool"),
+        ({"bank_labels": [0] * 40}, TypeError, "bank_labels must be a tensor, got list"),
+        ({"bank_labels": torch.arange(39)}, ValueError, r"have shape \(40,\), got \(39,\)"),
+        ({"bank_labels": torch.ones(40, 1).long()}, ValueError, r"shape \(40,\), got \(40, 1\)"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 5.0}, TypeError, "num_classes must be an integer, got 5.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
+        ({"num_neighbors": 0}, ValueError, "num_neighbors must be between 1 and .*40 rows, got 0"),
+        ({"num_neighbors": 41}, ValueError, "between 1 and the bank's 40 rows, got 41"),
+        ({"num_neighbors": 1.5}, TypeError, "num_neighbors must be an integer, got 1.5"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": True}, TypeError, "temperature must be a number, got True"),
+        ({"top": 0}, ValueError, "top must be between 1 and num_classes=5, got 0"),
+        ({"top": 6}, ValueError, "top must be between 1 and num_classes=5, got 6"),
+        ({"bank_piece": 0}, ValueError, "bank_piece must be at least 1, got 0"),
+        ({"features": torch.ones(12)}, ValueError, r"features must be a matrix .* got shape \(12,"),
+        ({"features": [1.0]}, TypeError, "features must be a tensor, got list"),
+        ({"bank": torch.ones(40, 3)}, ValueError, r"bank must have features's dimension 12, got"),
+        ({"bank": torch.ones(0, 12)}, ValueError, "bank must not be empty"),
+        ({"bank": torch.ones(40, 12).log().log(), "bank_piece": 8}, ValueError, "bank has 40 row"),
+        ({"features": torch.full((2, 12), torch.nan)}, ValueError, r"features has 2 row\(s\) that"),
+    ],
+)  # fmt: skip
+def test_an_unusable_argument_of_the_vote_is_named(changes: dict, error: type, message: str):
+    given = {"features": unit_rows(9, 12, 0), "bank": unit_rows(40, 12, 1), "num_classes": 5,
+             "bank_labels": torch.arange(40) % 5, **changes}  # fmt: skip
+    with pytest.raises(error, match=message) as refusal:
+        knn_predict(**given)
+    assert "\n" not in str(refusal.value)
+
+
+def test_unusable_votes_and_neighbors_are_named():
+    rows = unit_rows(6, 4, 0)
+    with pytest.raises(ValueError, match=r"neighbor_labels must be in .*num_classes=3\), got 3"):
+        vote(torch.zeros(1, 2), torch.tensor([[1, 3]]), 3)
+    with pytest.raises(ValueError, match=r"neighbor_labels must have shape \(1, 2\), got \(2,\)"):
+        vote(torch.zeros(1, 2), torch.tensor([1, 3]), 4)
+    with pytest.raises(ValueError, match="top must be between 1 and num_classes=4, got 5"):
+        vote(torch.zeros(1, 2), torch.tensor([[1, 3]]), 4, top=5)
+    with pytest.raises(ValueError, match="num_neighbors must be between 1 and .* 6 rows, got 7"):
+        nearest_rows(rows, rows, 7)
 
 
 def test_queries_go_in_pieces(monkeypatch):

@@ -61,6 +61,66 @@ def test_the_best_epoch_is_reported_beside_the_last():
     assert found["best_top1"] >= found["top1"] and 1 <= found["best_epoch"] <= 20
 
 
+@pytest.mark.parametrize("probe", [sgd_probe, lbfgs_probe])
+@pytest.mark.parametrize(
+    ("train", "test", "classes", "message"),
+    [
+        (([0, 1, 2, 3], 4), ([0], 4), 3, r"train.labels must be in .*num_classes=3\), got 3"),
+        (([0, 1, -1], 4), ([0], 4), 2, r"train.labels must be in .*num_classes=2\), got -1"),
+        (([0, 1, 1], 4), ([0, 2], 4), 2, r"test.labels must be in .*num_classes=2\), got 2"),
+        (([0, 1, 1], 4), ([0, 1], 5), 2, r"test.rows must have train.rows's dimension 4, got"),
+        (([0, 1, 1], 4), ([0, 1], 4), 0, "num_classes must be at least 1, got 0"),
+    ],
+)
+def test_sets_that_do_not_fit_a_probe_are_refused(probe, train, test, classes, message):
+    sets = [Labelled(torch.ones(len(x), F), torch.tensor(x)) for x, F in (train, test)]
+    with pytest.raises(ValueError, match=message) as refusal:
+        probe(*sets, classes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_unusable_numbers_of_a_probe_are_named():
+    rows = torch.randn(8, 3)
+    some = Labelled(rows, torch.arange(8) % 2)
+    for call, message in (
+        (lambda: sgd_probe(some, some, 2, epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: sgd_probe(some, some, 2, rate=-1.0), "rate must be positive and finite, got -1"),
+        (lambda: lbfgs_probe(some, some, 2, iterations=0), "iterations must be at least 1, got 0"),
+        (lambda: Labelled(rows, torch.arange(7)), r"labels must have shape \(8,\), got \(7,\)"),
+        (lambda: Labelled(rows[0], torch.arange(3)), r"rows must be a matrix of row vectors"),
+        (
+            lambda: lbfgs_probe(Labelled(rows[:1], some.labels[:1]), some, 2),
+            "train.rows must be 2 or more: a tenth is held out, got 1",
+        ),
+        (
+            lambda: sgd_probe(some, Labelled(rows.double(), some.labels), 2),
+            "test.rows must have train.rows' dtype torch.float32, got torch.float64",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("probe", [sgd_probe, lbfgs_probe])
+def test_a_probe_takes_rows_in_double_and_labels_in_bytes(probe):
+    train, test = blobs(60, 0), blobs(60, 1)
+    train, test = (Labelled(x.rows.double(), x.labels.to(torch.uint8)) for x in (train, test))
+    assert probe(train, test, 4)["top1"] > 0.8
+
+
+def test_unusable_arguments_of_retrieval_are_named():
+    rows, labels = F.normalize(torch.randn(8, 3), dim=1), torch.arange(8) % 2
+    for changes, message in (
+        ({"query_labels": labels[:3]}, r"query_labels must have shape \(8,\), got \(3,\)"),
+        ({"bank_labels": labels[:3]}, r"bank_labels must have shape \(8,\), got \(3,\)"),
+        ({"depths": (0, 1)}, "depths must be at least 1, got 0"),
+        ({"bank": rows[:, :2]}, r"bank must have queries's dimension 3, got \(8, 2\)"),
+    ):
+        given = {"queries": rows, "query_labels": labels, "bank": rows, "bank_labels": labels}
+        with pytest.raises(ValueError, match=message):
+            retrieval_precision(**{**given, **changes})
+
+
 def test_retrieval_precision_is_the_share_of_the_class():
     generator = torch.Generator().manual_seed(0)
     bank = F.normalize(torch.randn(60, 5, generator=generator), dim=1)

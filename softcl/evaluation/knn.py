@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softcl.data import ImageSet
+from softcl.evaluation.checks import check_labels, check_positive, check_vectors, check_whole
 from softcl.evaluation.features import FeatureFunction, eval_mode, extract, thinned
 from softcl.ops import queue_statistics
 
@@ -41,7 +42,14 @@ def nearest_rows(
     """The nearest rows of the bank: logits (N, k) = cosine / temperature, descending; rows (N, k).
 
     The k of each piece of the bank are merged into the k of all; equal logits go by lowest row.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
     """
+    check_vectors("queries", queries, "bank", bank)
+    num_neighbors = check_whole("num_neighbors", num_neighbors, len(bank), "the bank's {} rows")
+    bank_piece = check_whole("bank_piece", bank_piece)
+    temperature = check_positive("temperature", temperature)
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in queries.split(_PIECE)]
     for start in range(0, len(bank), bank_piece):
         piece = bank[start : start + bank_piece].to(queries.device)
@@ -65,28 +73,80 @@ def nearest_rows(
 
 def vote(
     neighbor_logits: Tensor,  # (N, k) cosine / temperature, descending
-    neighbor_labels: Tensor,  # (N, k) int64
+    neighbor_labels: Tensor,  # (N, k) integers
     num_classes: int,
+    *,
+    top: int | None = None,
 ) -> Tensor:
-    """The class with the largest sum of exp(neighbor_logits), (N,) int64; ties by lowest class."""
+    """The class with the largest sum of exp(neighbor_logits), (N,) int64; ties by lowest class.
+
+    Args:
+        top: the so many classes with the largest sums, best first, in its place: (N, top). Classes
+            that no neighbour has come last, lowest first.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
+    """
+    num_classes = check_whole("num_classes", num_classes)
+    check_labels("neighbor_labels", neighbor_labels, neighbor_logits.shape, num_classes)
+    if top is not None:
+        top = check_whole("top", top, num_classes, "num_classes={}")
+    return _voted(neighbor_logits, neighbor_labels, num_classes, top)
+
+
+def _voted(logits: Tensor, labels: Tensor, num_classes: int, top: int | None) -> Tensor:
     # Dividing all weights of a row by the largest changes no vote and cannot overflow.
-    weights = (neighbor_logits - neighbor_logits[:, :1]).exp()
-    votes = weights.new_zeros(weights.shape[0], num_classes)
-    return votes.scatter_add_(1, neighbor_labels, weights).argmax(1)
+    weights = (logits - logits[:, :1]).exp()
+    labels = labels.to(torch.int64)
+    votes = weights.new_zeros(weights.shape[0], num_classes).scatter_add_(1, labels, weights)
+    if top is None:
+        return votes.argmax(1)
+    # A far neighbour's weight may be rounded to 0, and is a vote all the same.
+    has_votes = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, labels, True)
+    ranked = votes.masked_fill(~has_votes, -1.0).sort(dim=1, descending=True, stable=True)
+    return ranked.indices[:, :top]
 
 
 def knn_predict(
     features: Tensor,  # (N, F) unit rows
     bank: Tensor,  # (M, F) unit rows
-    bank_labels: Tensor,  # (M,) int64
+    bank_labels: Tensor,  # (M,) integers in [0, num_classes)
     num_classes: int,
     *,
-    num_neighbors: int = NUM_NEIGHBORS,
+    num_neighbors: int | None = None,
     temperature: float = TEMPERATURE,
+    top: int | None = None,
     bank_piece: int = BANK_PIECE,
     backend: str = "auto",
 ) -> Tensor:
-    """Predicted classes (N,) by the weighted vote of the nearest rows of the bank."""
+    """Predicted classes by the weighted vote of the nearest rows of the bank.
+
+        predicted = knn_predict(features, bank, bank_labels, 10)                  # (N,)
+        ranked = knn_predict(features, bank, bank_labels, 1000, top=5)            # (N, 5)
+        top5 = (ranked == labels[:, None]).any(1).float().mean()
+
+    Args:
+        features, bank: unit rows; the bank may be on another device.
+        num_neighbors: k, the rows that vote; None for 200, or all of a smaller bank.
+        temperature: a neighbour's vote is exp(cosine / temperature).
+        top: how many classes to return for each row; None for the best alone.
+        bank_piece: rows of the bank per call of the operator.
+        backend: of the operator.
+
+    Returns:
+        (N,) int64; with ``top``, (N, top): best first, ties by lowest class, and classes without a
+        vote after those with, lowest first.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
+    """
+    check_vectors("features", features, "bank", bank)
+    num_classes = check_whole("num_classes", num_classes)
+    check_labels("bank_labels", bank_labels, bank.shape[:1], num_classes)
+    if top is not None:
+        top = check_whole("top", top, num_classes, "num_classes={}")
+    if num_neighbors is None:
+        num_neighbors = min(NUM_NEIGHBORS, len(bank))
     logits, rows = nearest_rows(
         features,
         bank,
@@ -95,7 +155,7 @@ def knn_predict(
         bank_piece=bank_piece,
         backend=backend,
     )
-    return vote(logits, bank_labels.to(rows.device)[rows], num_classes)
+    return _voted(logits, bank_labels.to(rows.device)[rows], num_classes, top)
 
 
 @dataclass

@@ -20,16 +20,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softcl.evaluation.checks import check_labels, check_positive, check_vectors, check_whole
+from softcl.ops.checks import check_rows
+
 EPOCHS, BATCH, RATE, DROPS = 100, 256, 10.0, (60, 80)
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Feature rows (N, F) float32 and their classes (N,) int64, on one device."""
+    """Feature rows (N, F) and their classes (N,), integers, on one device.
+
+    Raises:
+        TypeError, ValueError: the one or the other is not; the message names it.
+    """
 
     rows: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        check_rows("rows", self.rows)
+        check_labels("labels", self.labels, self.rows.shape[:1])
+        if self.labels.device != self.rows.device:
+            raise ValueError(f"labels are on {self.labels.device}, rows on {self.rows.device}")
+        object.__setattr__(self, "labels", self.labels.to(torch.int64))
+
+
+def _check(train: Labelled, test: Labelled, num_classes: int) -> None:
+    """Refuse sets that one classifier does not fit."""
+    check_whole("num_classes", num_classes)
+    check_vectors("train.rows", train.rows, "test.rows", test.rows)
+    for what in ("dtype", "device"):
+        wanted, found = getattr(train.rows, what), getattr(test.rows, what)
+        if found != wanted:
+            raise ValueError(f"test.rows must have train.rows' {what} {wanted}, got {found}")
+    for name, part in (("train", train), ("test", test)):
+        check_labels(f"{name}.labels", part.labels, part.rows.shape[:1], num_classes)
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -49,10 +75,16 @@ def sgd_probe(
 
     Returns:
         top1 and train_top1 after the last epoch; best_top1 and best_epoch by test accuracy.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
     """
+    _check(train, test, num_classes)
+    check_whole("epochs", epochs)
+    check_positive("rate", rate)
     generator = torch.Generator().manual_seed(seed)
     device, dim = train.rows.device, train.rows.shape[1]
-    classifier = nn.Linear(dim, num_classes, device=device)
+    classifier = nn.Linear(dim, num_classes, device=device, dtype=train.rows.dtype)
     with torch.no_grad():
         weight = 0.01 * torch.randn(num_classes, dim, generator=generator)
         classifier.weight.copy_(weight)
@@ -90,7 +122,14 @@ def lbfgs_probe(
 
     Returns:
         top1, train_top1, and the penalty taken.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
     """
+    _check(train, test, num_classes)
+    check_whole("iterations", iterations)
+    if len(train.rows) < 2:
+        raise ValueError("train.rows must be 2 or more: a tenth is held out, got 1")
     mean, std = train.rows.mean(0), train.rows.std(0).clamp(min=1e-6)
     rows, test_rows = (train.rows - mean) / std, (test.rows - mean) / std
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from softcl.evaluation.checks import check_labels, check_vectors, check_whole
 from softcl.evaluation.knn import BANK_PIECE, nearest_rows
 
 DEPTHS = (1, 5, 10, 50)
@@ -21,7 +22,14 @@ def retrieval_precision(
     """Precision at each depth k: the mean share of the k nearest that are of the query's class.
 
     Depths beyond the bank are left out.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
     """
+    check_vectors("queries", queries, "bank", bank)
+    check_labels("query_labels", query_labels, queries.shape[:1])
+    check_labels("bank_labels", bank_labels, bank.shape[:1])
+    depths = tuple(check_whole("depths", depth) for depth in depths)
     depths = tuple(depth for depth in depths if depth <= len(bank))
     if not depths:
         return {}

@@ -126,6 +126,7 @@ class ASCL(QueueMethod):
             h = normalize(batch.predicted[view], dim=1)
             t = normalize(batch.teacher[other], dim=1)
             own, everyones = batch.own(t), batch.everyones(t)
+            self.check_batch(everyones.shape[0])
             labels = label_mean(
                 self.rule(), t, everyones, teacher_temperature=self.teacher_temperature,
                 excluded=own if self.excludes else None, backend=batch.backend,
@@ -133,6 +134,16 @@ class ASCL(QueueMethod):
             rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
             shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))
         return Result(torch.cat(rows), shown[0])
+
+    def check_batch(self, size: int) -> None:
+        """Refuse a batch (of all processes) too small for its rows to have relations."""
+        least = max(self.num_neighbors, 1) + 1
+        if self.labels == "soft" and size < least:
+            raise ValueError(
+                f"query must have at least {least} rows in the byol form with "
+                f"num_neighbors={self.num_neighbors}, each row's neighbours being other rows, "
+                f"got {size}"
+            )
 
 
 def _small(arch: str, image_size: int, **changes: Any) -> Defaults:

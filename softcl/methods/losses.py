@@ -19,6 +19,17 @@ the method's page), and
     queue        used when forward gets none
     world        ``softcl.distributed.World.joined()`` in a DDP program: methods that compare within
                  the batch then compare with that of all processes
+
+The numbers are attributes too: reading one gives its value, and a new value is checked as the
+method checks it and is used from then on. A schedule of the temperature:
+
+    for step, (query, key) in enumerate(batches):
+        criterion.temperature = 0.2 - 0.1 * step / len(batches)
+        loss = criterion(query, key, queue)
+
+torch.compile makes one more graph when the temperature first changes, and then no more.
+
+Any other method has its module as well: ``MethodLoss(YourMethod, temperature=0.2)``.
 """
 
 from __future__ import annotations
@@ -27,18 +38,19 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from softcl.distributed import ALONE, World
 from softcl.methods.ascl import ASCL
-from softcl.methods.method import Batch, Method
+from softcl.methods.method import Method
 from softcl.methods.moco import MoCo
+from softcl.methods.module import MethodLoss, Queue
 from softcl.methods.msf import MSF
 from softcl.methods.nnclr import NNCLR
 from softcl.methods.reco import ReCo
 from softcl.methods.ressl import ReSSL
 from softcl.methods.sce import SCE
 from softcl.methods.snclr import SNCLR
+from softcl.methods.vectors import check_order, check_share
 from softcl.nn import MemoryQueue
-from softcl.ops import REDUCTIONS
+from softcl.ops.checks import check_rows, shape_of
 
 __all__ = [
     "ASCLLoss",
@@ -52,72 +64,19 @@ __all__ = [
     "SNCLRLoss",
 ]
 
-Queue = MemoryQueue | Tensor
 Pair = tuple[Tensor, Tensor]
 
 
-class MethodLoss(nn.Module):
-    """Base of the loss modules: numbers, queue, reduction."""
+class _NamedLoss(MethodLoss):
+    """A method's module whose arguments have the method's own words."""
 
     method_class: ClassVar[type[Method]]
 
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        backend: str = "auto",
-        queue: MemoryQueue | None = None,
-        world: World = ALONE,
-        **numbers: Any,
-    ) -> None:
-        super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-        # The queue's real length is known in forward; the operator checks there.
-        numbers.setdefault("queue_size", 1 << 40)
-        self.method = self.method_class(**numbers)
-        self.reduction = reduction
-        self.backend = backend
-        self.queue = queue
-        self.world = world
-
-    def extra_repr(self) -> str:
-        default = type(self.method)(queue_size=self.method.queue_size)
-        changed = {
-            name: getattr(self.method, name)
-            for name in self.method.__dataclass_fields__
-            if getattr(self.method, name) != getattr(default, name)
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
-
-    def _rows_of(self, queue: Queue | None, name: str = "queue") -> Queue:
-        queue = self.queue if queue is None else queue
-        if queue is None:
-            raise ValueError(f"{name} is missing: give one to forward or to the constructor")
-        if isinstance(queue, MemoryQueue) and queue.filled == 0:
-            raise ValueError(f"{name} is empty: enqueue keys first, or make it with init='random'")
-        return queue
-
-    def _reduced(
-        self,
-        student: dict[str, Tensor],
-        teacher: dict[str, Tensor],
-        queues: dict[str, Queue],
-        predicted: dict[str, Tensor] | None = None,
-        **rest: Any,
-    ) -> Tensor:
-        teacher = {name: rows.detach() for name, rows in teacher.items()}
-        predicted = student if predicted is None else predicted
-        batch = Batch(
-            student, predicted, teacher, queues, backend=self.backend, world=self.world, **rest
-        )
-        rows = self.method.loss(batch).rows
-        if self.reduction == "none":
-            return rows
-        return rows.mean() if self.reduction == "mean" else rows.sum()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(self.method_class, **options)
 
 
-class _QueueLoss(MethodLoss):
+class _QueueLoss(_NamedLoss):
     """Query against key and queue."""
 
     def forward(
@@ -128,11 +87,11 @@ class _QueueLoss(MethodLoss):
         With ``symmetric=True`` query and key are pairs: what the student and what the teacher make
         of the first and of the second view; the keys of both enter the queue.
         """
-        queues = {"queue": self._rows_of(queue)} if self.method.queues() else {}
-        if not self.method.symmetric:
-            return self._reduced({"query": query}, {"key": key}, queues)
-        student, teacher = (dict(zip(("query", "key"), x, strict=True)) for x in (query, key))
-        return self._reduced(student, teacher, queues)
+        student = self._vectors("query", query, self.method.student_sees())
+        return self._loss(student, self._keys(key), queue=queue)
+
+    def _keys(self, key: Tensor | Pair) -> dict[str, Tensor]:
+        return self._vectors("key", key, self.method.teacher_sees())
 
 
 class ASCLLoss(_QueueLoss):
@@ -196,34 +155,37 @@ class ReSSLLoss(_QueueLoss):
     def forward(
         self, query: Tensor | Pair, key: Tensor | Pair, queue: Queue | None = None
     ) -> Tensor:
-        if self.method.symmetric:
+        crops = self.method.crops
+        if crops == 1 or not isinstance(query, Tensor):
             return super().forward(query, key, queue)
-        names = self.method.student_sees()
-        crops = dict(zip(names, query.chunk(len(names)), strict=True))
-        return self._reduced(crops, {"key": key}, {"queue": self._rows_of(queue)})
+        keys = self._keys(key)
+        check_rows("query", query)
+        check_rows("key", key)
+        if query.shape[0] != crops * key.shape[0]:
+            raise ValueError(
+                f"query must have crops={crops} times key's {key.shape[0]} rows, "
+                f"got shape {shape_of(query)}"
+            )
+        student = {f"query[{n}]": rows for n, rows in enumerate(query.chunk(crops))}
+        return self._loss(student, keys, queue=queue)
 
 
-class NNCLRLoss(MethodLoss):
+class NNCLRLoss(_NamedLoss):
     """NNCLR's loss (``softcl.methods.nnclr``), both directions."""
 
     method_class = NNCLR
 
-    def forward(
-        self,
-        projections: tuple[Tensor, Tensor],
-        predictions: tuple[Tensor, Tensor],
-        queue: Queue | None = None,
-    ) -> Tensor:
+    def forward(self, projections: Pair, predictions: Pair, queue: Queue | None = None) -> Tensor:
         """The loss of the projections and predictions of two views; gradient to predictions.
 
         Enqueue ``projections[0]`` afterwards.
         """
-        student = dict(zip(("query", "key"), projections, strict=True))
-        predicted = dict(zip(("query", "key"), predictions, strict=True))
-        return self._reduced(student, {}, {"queue": self._rows_of(queue)}, predicted)
+        sees = self.method.student_sees()
+        student = self._vectors("projections", projections, sees)
+        return self._loss(student, {}, self._vectors("predictions", predictions, sees), queue=queue)
 
 
-class SNCLRLoss(MethodLoss):
+class SNCLRLoss(_NamedLoss):
     """SNCLR's loss (``softcl.methods.snclr``), both directions.
 
     With ``form="paper"`` it also owns the attention's two maps f1 and f2, which must be trained
@@ -232,34 +194,34 @@ class SNCLRLoss(MethodLoss):
 
     method_class = SNCLR
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.attention = nn.ModuleDict(self.method.heads())
+    @property
+    def attention(self) -> nn.ModuleDict:
+        """The maps f1 and f2; empty with ``form="code"``."""
+        return self.heads
 
     def forward(
-        self,
-        projections: tuple[Tensor, Tensor],
-        predictions: tuple[Tensor, Tensor],
-        keys: tuple[Tensor, Tensor],
-        queue: Queue | None = None,
+        self, projections: Pair, predictions: Pair, keys: Pair, queue: Queue | None = None
     ) -> Tensor:
         """The loss of two views' projections, predictions and teacher's projections.
 
         Enqueue ``keys[1]`` afterwards.
         """
-        student, predicted, teacher = (
-            dict(zip(("first", "second"), pair, strict=True))
-            for pair in (projections, predictions, keys)
+        sees = self.method.student_sees()
+        return self._loss(
+            self._vectors("projections", projections, sees),
+            self._vectors("keys", keys, self.method.teacher_sees()),
+            self._vectors("predictions", predictions, sees),
+            queue=queue,
         )
-        queues = {"queue": self._rows_of(queue)}
-        return self._reduced(student, teacher, queues, predicted, heads=self.attention)
 
 
-class ReCoLoss(MethodLoss):
+class ReCoLoss(_NamedLoss):
     """ReCo's loss (``softcl.methods.reco``).
 
     ``order`` and ``share`` say how the mixed images were made: a share of image i of the query's
-    view, the rest from image order[i] of the key's view (see ``softcl.methods.mixing``).
+    view, the rest from image order[i] of the key's view (see ``softcl.methods.mixing``). Without
+    the local term ``mixed``, ``order`` and ``share`` may be None, without the global one
+    ``weak_key`` and its queue.
     """
 
     method_class = ReCo
@@ -271,11 +233,11 @@ class ReCoLoss(MethodLoss):
     def forward(
         self,
         query: Tensor,
-        mixed: Tensor,
+        mixed: Tensor | None,
         key: Tensor,
-        weak_key: Tensor,
-        order: Tensor,
-        share: float,
+        weak_key: Tensor | None,
+        order: Tensor | None,
+        share: float | None,
         queue: Queue | None = None,
         weak_queue: Queue | None = None,
     ) -> Tensor:
@@ -283,16 +245,15 @@ class ReCoLoss(MethodLoss):
 
         Enqueue ``key`` and ``weak_key`` afterwards, each in its queue.
         """
+        student, teacher = {"query": query}, {"key": key}
+        if self.method.local_weight:
+            student["mixed"] = mixed
+            check_rows("query", query)
+            check_order(order, query, self.world)
+            check_share(share)
+        if self.method.global_weight:
+            teacher["weak_key"] = weak_key
         weak_queue = self.weak_queue if weak_queue is None else weak_queue
-        if weak_queue is None:
-            raise ValueError("weak_queue is missing: give one to forward or to the constructor")
-        queues = {
-            "queue": self._rows_of(queue),
-            "weak queue": self._rows_of(weak_queue, "weak_queue"),
-        }
-        return self._reduced(
-            {"query": query, "mixed": mixed},
-            {"key": key, "weak": weak_key},
-            queues,
-            notes={"order": order, "share": share},
-        )
+        queues = {"queue": self.queue if queue is None else queue, "weak queue": weak_queue}
+        notes = {"order": order, "share": share}
+        return self._loss(student, teacher, queue=queues, notes=notes)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 from softcl.distributed import ALONE, ShardedRows, World
 from softcl.labels import LabelRule
+from softcl.methods.values import plain_value
 from softcl.ops import Diagnostics, soft_contrastive_loss
 
 NORMS = ("none", "hidden", "all", "plain")
@@ -145,25 +146,32 @@ class Method:
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value = plain_value(each.name, getattr(self, each.name), each.type)
+            object.__setattr__(self, each.name, value)
         for name, allowed in self.choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("queue_size", "projection_dim", "projector_hidden", "num_splits"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("projector_layers", 1 <= self.projector_layers <= 8, "in [1, 8]")
-        self._check("predictor_hidden", self.predictor_hidden >= 0, "at least 0")
-        self._check("momentum", 0.0 <= self.momentum <= 1.0, "in [0, 1]")
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
+            self.check(name, getattr(self, name) >= 1, "at least 1")
+        self.check("projector_layers", 1 <= self.projector_layers <= 8, "in [1, 8]")
+        self.check("predictor_hidden", self.predictor_hidden >= 0, "at least 0")
+        self.check("momentum", 0.0 <= self.momentum <= 1.0, "in [0, 1]")
+        for name, value in vars(self).items():
             if name.endswith("temperature"):
-                self._check(name, 0.0 < value < math.inf, "positive and finite")
+                self.check(name, 0.0 < value < math.inf, "positive and finite")
             elif name.endswith("weight"):
-                self._check(name, 0.0 <= value < math.inf, "at least 0 and finite")
+                self.check(name, 0.0 <= value < math.inf, "at least 0 and finite")
             elif name == "num_neighbors":
                 allowed = f"in [0, queue_size={self.queue_size}]"
-                self._check(name, 0 <= value <= self.queue_size, allowed)
+                self.check(name, 0 <= value <= self.queue_size, allowed)
 
-    def _check(self, name: str, good: bool, allowed: str) -> None:
+    def check(self, name: str, good: bool, allowed: str) -> None:
+        """Refuse the value of a field, in the line that every number of a method gets.
+
+        Raises:
+            ValueError: it is not good.
+        """
         if not good:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 

@@ -41,6 +41,10 @@ class MSF(SymmetricMethod):
 
     enqueue = "before"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("num_neighbors", self.num_neighbors >= 1, "at least 1: it is a mean over them")
+
     def loss(self, batch: Batch) -> Result:
         queue = batch.rows()
         with torch.no_grad():

@@ -44,6 +44,10 @@ class NNCLR(Method):
     projector_norm: str = "all"
     predictor_hidden: int = 2048
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("num_neighbors", self.num_neighbors >= 1, "at least 1: they stand in for a view")
+
     def student_sees(self) -> tuple[str, ...]:
         return ("query", "key")
 

@@ -45,7 +45,7 @@ class ReSSL(RelationalMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("crops", 1 <= self.crops <= len(SHARES), f"in [1, {len(SHARES)}]")
+        self.check("crops", 1 <= self.crops <= len(SHARES), f"in [1, {len(SHARES)}]")
         if self.crops > 1 and self.symmetric:
             raise ValueError("symmetric needs one crop for each view, got crops > 1")
 

@@ -32,6 +32,7 @@ a term that it multiplies by 0, and a ring that drops the rest of a batch at its
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ class SNCLR(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("positiveness_scale", self.positiveness_scale > 0.0, "above 0")
+        self.check("positiveness_scale", self.positiveness_scale > 0.0, "above 0")
         if self.threshold and self.form == "paper":
             raise ValueError("threshold belongs to the code form, got form='paper'")
 
@@ -106,6 +107,7 @@ class SNCLR(Method):
         z, y, candidates = (x.to(lse.dtype) for x in (z, y, candidates))
         own = torch.einsum("nd,nrd->nr", z, candidates) / self.temperature
         below = lse[:, None] - own  # - log p_r, (N, n + 1)
+        check_attention(batch.heads, batch.student[view], y)
         log_w = self.log_positiveness(y, candidates[:, 1:], batch.heads)  # (N, n)
         if self.form == "paper":
             log_w = torch.cat([torch.zeros_like(below[:, :1]), log_w], 1)  # w_0 = 1
@@ -127,12 +129,35 @@ class SNCLR(Method):
         )
         return torch.cat([key[:, None], queue[found.neighbor_indices].to(key.dtype)], 1)
 
-    def log_positiveness(self, y: Tensor, neighbors: Tensor, heads) -> Tensor:
+    def log_positiveness(self, y: Tensor, neighbors: Tensor, heads: Mapping) -> Tensor:
         """log w (N, n) of unit rows y (N, D) and neighbors (N, n, D), differentiable."""
         if self.form == "code":
             return torch.einsum("nd,nrd->nr", y, neighbors).log_softmax(1)
-        attention = torch.einsum("nd,nrd->nr", heads["f1"](y), heads["f2"](neighbors))
+        dtype = heads["f1"].weight.dtype
+        f1, f2 = heads["f1"](y.to(dtype)), heads["f2"](neighbors.to(dtype))
+        attention = torch.einsum("nd,nrd->nr", f1, f2).to(y.dtype)
         return attention.log_softmax(1) - math.log(self.positiveness_scale)
+
+
+def check_attention(heads: Mapping[str, nn.Module], projections: Tensor, sums: Tensor) -> None:
+    """Refuse maps that the projections (N, D) cannot go through; sums: what they are computed in.
+
+    Raises:
+        ValueError: of another dimension.
+        TypeError: in neither of the two precisions.
+    """
+    if not heads or "f1" not in heads:
+        return
+    weight = heads["f1"].weight
+    if projections.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"projections must have the attention's projection_dim={weight.shape[1]}, "
+            f"got shape {tuple(projections.shape)}"
+        )
+    if weight.dtype not in (projections.dtype, sums.dtype):
+        raise TypeError(
+            f"projections must have the attention's dtype {weight.dtype}, got {projections.dtype}"
+        )
 
 
 _VIT = SNCLR(
