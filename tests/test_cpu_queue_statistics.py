@@ -117,36 +117,30 @@ def test_bad_arguments_name_themselves():
     module, _ = cpu._load()
     p = make_problem(2, 3, 4)
     good = {
-        "vectors": p.query.data_ptr(),
+        "query": p.query.data_ptr(),
         "queue": p.queue.data_ptr(),
-        "vector_type": 0,
-        "queue_type": 0,
-        "num_vectors": 2,
+        "num_queries": 2,
         "queue_size": 3,
         "dim": 4,
-        "num_neighbors": 0,
         "temperature": 0.1,
-        "num_threads": 1,
-        "lse": 0,
-        "mean": 0,
-        "entropy": 0,
-        "neighbor_logits": 0,
-        "neighbor_indices": 0,
     }
-    module.cpu_queue_statistics(**good)
+    module.cpu_run(**good)
     for name, value in {
-        "vectors": 0,
+        "query": 0,
         "vector_type": 3,
-        "num_vectors": 0,
+        "num_queries": 0,
         "queue_size": -1,
         "dim": 0,
-        "num_neighbors": 4,
         "temperature": 0.0,
         "num_threads": 0,
     }.items():
         with pytest.raises(ValueError, match=name):
-            module.cpu_queue_statistics(**{**good, name: value})
+            module.cpu_run(**{**good, name: value})
+    with pytest.raises(ValueError, match="num_neighbors=4"):
+        module.cpu_run(**good, rule={"num_neighbors": 4})
     with pytest.raises(ValueError, match="neighbor_logits"):
-        module.cpu_queue_statistics(**{**good, "num_neighbors": 1})
+        module.cpu_run(**good, rule={"num_neighbors": 1})
     with pytest.raises(ValueError, match="temperature"):
-        module.cpu_queue_statistics(**{**good, "temperature": math.nan})
+        module.cpu_run(**{**good, "temperature": math.nan})
+    with pytest.raises(ValueError, match="key"):
+        module.cpu_run(**good, loss=p.query.data_ptr())

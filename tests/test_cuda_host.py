@@ -253,12 +253,11 @@ def statistics_of(host, p, wanted):
     (n, d), k = p.query.shape, len(p.queue)
     shapes = {"lse": (n,), "mean": (n, d), "entropy": (n,)}
     results = {name: torch.zeros(shapes[name]) for name in wanted}
-    addresses = {name: results[name].data_ptr() if name in wanted else 0 for name in shapes}
+    addresses = {name: results[name].data_ptr() for name in wanted}
     workspace = torch.empty(1 << 22, dtype=torch.uint8)
-    host.cuda_queue_statistics(
-        vectors=p.query.data_ptr(), queue=p.queue.data_ptr(), vector_type=1, queue_type=1,
-        num_vectors=n, queue_size=k, dim=d, num_neighbors=0, temperature=0.1, **addresses,
-        neighbor_logits=0, neighbor_indices=0, device=0, stream=0,
+    host.cuda_run(
+        query=p.query.data_ptr(), queue=p.queue.data_ptr(), vector_type=1, queue_type=1,
+        num_queries=n, queue_size=k, dim=d, temperature=0.1, **addresses, device=0, stream=0,
         workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(),
     )  # fmt: skip
     return results
@@ -434,8 +433,10 @@ def notices(host, call, site, good, seed):
         ("num_queries", 0),
         ("queue_size", 0),
         ("dim", 257),
-        ("rule", 6),
-        ("num_neighbors", 11),
+        ("rule", {"num_neighbors": 11}),
+        ("rule", {"mean": math.nan}),
+        ("rule", {"teacher_positive": 3}),
+        ("excluded", 64),
         ("temperature", 0.0),
         ("teacher_temperature", math.nan),
     ],
@@ -452,38 +453,26 @@ def test_bad_arguments_name_themselves(host, argument, value):
         num_queries=2,
         queue_size=10,
         dim=8,
-        rule=5,
-        num_neighbors=3,
-        positive_weight=1.0,
+        rule={"neighbor": 1.0, "num_neighbors": 3},
         temperature=0.1,
         teacher_temperature=0.1,
-        positive=True,
-        normalize=False,
         loss=loss.data_ptr(),
-        dquery=0,
-        confidence=0,
-        entropy=0,
-        positive_rank=0,
-        neighbor_indices=0,
         device=0,
         stream=0,
         workspace=workspace.data_ptr(),
         workspace_bytes=workspace.numel(),
     )
-    host.cuda_soft_contrastive(**good)
+    host.cuda_run(**good)
     assert bool(loss.isfinite().all())
     with pytest.raises(ValueError, match=argument):
-        host.cuda_soft_contrastive(**{**good, argument: value})
+        host.cuda_run(**{**good, argument: value})
 
 
 def test_failing_call_is_named(host):
     p = make_problem(2, 10, 8, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"csrc/cuda/stream\.cu:\d+: cudaDevice"):
-        host.cuda_soft_contrastive(
-            query=p.query.data_ptr(), key=p.key.data_ptr(), queue=p.queue.data_ptr(),
-            vector_type=1, queue_type=1, num_queries=2, queue_size=10, dim=8, rule=0,
-            num_neighbors=0, positive_weight=1.0, temperature=0.1, teacher_temperature=0.1,
-            positive=True, normalize=False, loss=0, dquery=0, confidence=0, entropy=0,
-            positive_rank=0, neighbor_indices=0, device=7, stream=0, workspace=0,
+        host.cuda_run(
+            query=p.query.data_ptr(), queue=p.queue.data_ptr(), vector_type=1, queue_type=1,
+            num_queries=2, queue_size=10, dim=8, temperature=0.1, device=7, stream=0, workspace=0,
             workspace_bytes=0,
         )  # fmt: skip
