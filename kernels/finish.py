@@ -6,7 +6,7 @@ label mean (labels.py):
     L    = logaddexp(LSE, s+)          g+ = g exp(LSE - L) + t exp(s+ - L)      with the positive
     L    = LSE                         g+ = g                                   without
     loss = L - z.m / tau               dz = (g+ - m) / tau
-    du   = (dz - z (z.dz)) / |u|                       where z = u / |u| was normalised here
+    du   = (dz - z (z.dz)) / |u|       where z = u / |u| was normalised here; 0 for |u| <= 1e-12
 
 With the positive both are computed as what is left once t is taken out, which is small where the
 student has learned its positive, and free of cancellation for hard labels (m = t):
@@ -26,9 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .labels import RULE_CODES, label_mean
+from .labels import TEACHER_POSITIVES, label_mean
 from .launch import launch as launch_kernel
-from .numerics import LN2, NORM_FLOOR, widen
+from .numerics import LN2, NORM_FLOOR, norms, widen
 from .sums import merge_sums
 
 
@@ -39,14 +39,16 @@ class Config(NamedTuple):
     BLOCK_D: int
     BLOCK_S: int  # splits in flight together
     BLOCK_J: int  # neighbours in flight together
-    RULE: int
+    TEACHER_SOFTMAX: bool  # the terms that the rule has, labels.py
+    TEACHER_MEAN: bool
+    TEACHER_POSITIVE: int
+    NEIGHBORS: bool
+    CLIP: bool
     POSITIVE: bool
     EXCLUDED: bool
     NORMALIZE: bool
     GRADIENT: bool
     DIAGNOSTICS: bool
-    TEACHER_SOFTMAX: bool
-    TEACHER_MEAN: bool
     RUNNING_MAX: bool
     WEIGHT_PARTS: int
 
@@ -84,7 +86,11 @@ def finish_kernel(
     inverse_temperature,
     inverse_log_K,  # 1 / ln K; 0 for a queue of one row
     inverse_log_rest,  # of a queue of one row less
-    positive_weight,
+    positive_label,  # the rule's numbers
+    mean_label,
+    confident_mean_label,
+    neighbor_label,
+    confident_neighbor_label,
     C: tl.constexpr,  # Config
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -92,16 +98,17 @@ def finish_kernel(
     z = load_row(z_ptr, n, C)
     t = load_row(t_ptr, n, C)
 
-    log_sum, _, _, mean = merge_sums(
+    maximum, log_sum, _, _, mean = merge_sums(
         sums_ptr, means_ptr, n, num_rows, splits, student_scale, C.BLOCK_S,
         C.GRADIENT, False, False, C.RUNNING_MAX, C.WEIGHT_PARTS, C.D, C.BLOCK_D,
     )  # fmt: skip
+    teacher_maximum = maximum
     teacher_log_sum = log_sum
     mu = tl.zeros([C.BLOCK_D], tl.float32)
     z_mu = log_sum
     confidence = log_sum
     if C.TEACHER_SOFTMAX:
-        teacher_log_sum, entropy, z_mu, mu = merge_sums(
+        teacher_maximum, teacher_log_sum, entropy, z_mu, mu = merge_sums(
             sums_ptr, means_ptr, n + N, num_rows, splits, teacher_scale, C.BLOCK_S,
             C.TEACHER_MEAN and C.GRADIENT, True, C.TEACHER_MEAN, C.RUNNING_MAX, C.WEIGHT_PARTS,
             C.D, C.BLOCK_D,
@@ -116,15 +123,18 @@ def finish_kernel(
         if C.DIAGNOSTICS:
             tl.store(confidence_ptr + n, confidence)
             tl.store(entropy_ptr + n, entropy)
+    rule = (
+        positive_label, mean_label, confident_mean_label, neighbor_label, confident_neighbor_label
+    )  # fmt: skip
     m, share_of_mu = label_mean(
-        C.RULE, t, mu, confidence, teacher_log_sum, positive_weight, num_neighbors, queue_ptr,
-        neighbor_indices_ptr + n * num_neighbors, neighbor_logits_ptr + n * num_neighbors,
-        C.BLOCK_J, C.D, C.BLOCK_D,
+        rule, num_neighbors, t, mu, confidence, teacher_maximum, teacher_log_sum, teacher_scale,
+        queue_ptr, neighbor_indices_ptr + n * num_neighbors,
+        neighbor_logits_ptr + n * num_neighbors, C,
     )  # fmt: skip
 
     # Everything in base 2 and relative to the positive.
     positive = tl.sum(z * t, 0) * student_scale
-    excess = log_sum - positive
+    excess = maximum - positive + log_sum
     share_of_queue = tl.full([], 1.0, tl.float32)
     if C.POSITIVE:
         queue_odds = tl.exp2(-tl.abs(excess))
@@ -140,8 +150,9 @@ def finish_kernel(
         gradient = ((mean - t) * share_of_queue + (t - m)) * inverse_temperature
         if C.NORMALIZE:
             raw = load_row(query_ptr, n, C)
-            norm = tl.maximum(tl.sqrt_rn(tl.sum(raw * raw, 0)), NORM_FLOOR)
-            gradient = (gradient - z * tl.sum(z * gradient, 0)) / norm
+            shrink, norm = norms(raw, 0)
+            gradient = (gradient - z * tl.sum(z * gradient, 0)) * shrink / norm
+            gradient = tl.where(norm <= NORM_FLOOR, 0.0, gradient)
         tl.store(dquery_ptr + n * C.D + d, gradient, mask=d < C.D)
     if C.DIAGNOSTICS:
         rank = tl.full([], 0, tl.int64)
@@ -170,11 +181,11 @@ def statistics_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    log_sum, entropy, _, mean = merge_sums(
+    maximum, log_sum, entropy, _, mean = merge_sums(
         sums_ptr, means_ptr, n, N, splits, scale, BLOCK_S, True, True, False, RUNNING_MAX,
         WEIGHT_PARTS, D, BLOCK_D,
     )  # fmt: skip
-    tl.store(lse_ptr + n, log_sum * LN2)
+    tl.store(lse_ptr + n, (maximum + log_sum) * LN2)
     tl.store(entropy_ptr + n, entropy * LN2)
     tl.store(mean_ptr + n * D + d, mean, mask=d < D)
 
@@ -207,17 +218,17 @@ def finish_loss(
         D=D,
         BLOCK_D=c.BLOCK_D,
         BLOCK_S=block_of_splits(plan.splits, c.BLOCK_D),
-        BLOCK_J=max(1, min(1 << (rule.num_neighbors - 1).bit_length(), 4096 // c.BLOCK_D))
-        if rule.num_neighbors
-        else 1,
-        RULE=RULE_CODES[rule.name],
+        BLOCK_J=block_of_neighbors(rule.num_neighbors, c.BLOCK_D) if rule.adds_neighbors else 1,
+        TEACHER_SOFTMAX=rule.needs_softmax,
+        TEACHER_MEAN=rule.needs_mean,
+        TEACHER_POSITIVE=TEACHER_POSITIVES[rule.teacher_positive],
+        NEIGHBORS=rule.adds_neighbors,
+        CLIP=rule.adds_neighbors and rule.clip,
         POSITIVE=positive,
         EXCLUDED=c.EXCLUDED,
         NORMALIZE=c.NORMALIZE,
         GRADIENT=gradient,
         DIAGNOSTICS=diagnostics,
-        TEACHER_SOFTMAX=rule.needs_softmax,
-        TEACHER_MEAN=rule.needs_mean,
         RUNNING_MAX=c.RUNNING_MAX,
         WEIGHT_PARTS=c.WEIGHT_PARTS,
     )
@@ -233,7 +244,7 @@ def finish_loss(
         query, z, t, queue, streamed.sums, streamed.means, streamed.ranks,
         queue if excluded is None else excluded, neighbor_logits, neighbor_indices, loss, dquery,
         confidence, entropy, rank, N, N * plan.num_rows, plan.splits, rule.num_neighbors, *scales,
-        1.0 / temperature, inverse_log(K), inverse_log(K - 1), float(rule.positive_weight),
+        1.0 / temperature, inverse_log(K), inverse_log(K - 1), *numbers_of(rule),
     )  # fmt: skip
     launch_kernel(finish_kernel, (N, 1), arguments, (config,), num_warps=4)
     return loss, dquery, confidence, entropy, rank
@@ -255,9 +266,26 @@ def finish_statistics(
     return lse, mean, entropy
 
 
+def numbers_of(rule) -> list[float]:
+    """What the kernel takes of the rule, times a power of two that keeps it in fp32's range.
+
+    The label mean divides by the labels' sum, so their common scale changes no bit of it.
+    """
+    numbers = (
+        rule.positive, rule.mean, rule.confident_mean, rule.neighbor, rule.confident_neighbor
+    )  # fmt: skip
+    _, exponent = math.frexp(max(numbers))
+    return [math.ldexp(x, -exponent) for x in numbers]
+
+
 def inverse_log(rows: int) -> float:
     """1 / ln(rows), or 0 for one row alone, which says nothing about relations."""
     return 1.0 / math.log(rows) if rows > 1 else 0.0
+
+
+def block_of_neighbors(num_neighbors: int, block_d: int) -> int:
+    """Neighbours read together: all of them while they fit in a program's registers."""
+    return max(1, min(1 << (num_neighbors - 1).bit_length(), 4096 // block_d))
 
 
 def block_of_splits(splits: int, block_d: int) -> int:

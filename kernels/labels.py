@@ -1,7 +1,14 @@
-"""Label rules in the kernels: the label mean m of one row, for each rule of softcl.labels.
+"""The label rule in the kernels: the label mean m of one row, for the numbers of any rule.
 
-Teacher's softmax over the queue: mu its mean, H its entropy, c = clamp(1 - H / log K, 0, 1) its
-confidence, q_j its weights; N_n the n nearest rows. One function per rule, with the rule's name.
+Teacher's softmax over the queue: q_j its weights, mu its mean, c its confidence; N_n the n nearest
+rows (softcl/labels.py has the words):
+
+    m   = [(p + a (1 - r)) t + a r mu + sum_{N_n} w_j Q_j] / [p + a + sum_{N_n} w_j]
+    a   = mean + confident_mean c
+    w_j = neighbor + confident_neighbor c        with CLIP: min(0, p - a r q_j)
+    r   = 1, or the queue's share in the teacher's softmax with one more entry, the positive's
+
+The numbers are arguments at run time. What is compiled is which of the terms there are.
 """
 
 import triton
@@ -9,125 +16,96 @@ import triton.language as tl
 
 from .numerics import load_rows
 
-HARD = tl.constexpr(0)
-RELATIONAL = tl.constexpr(1)
-MIXED = tl.constexpr(2)
-ADAPTIVE_SOFT = tl.constexpr(3)
-ADAPTIVE_NEIGHBORS = tl.constexpr(4)
-NEIGHBORS = tl.constexpr(5)
+# The logit of the positive's entry in the teacher's softmax: there is none, 0, or that of t.t.
+NO_ENTRY = tl.constexpr(0)
+ZERO_ENTRY = tl.constexpr(1)
+OWN_ENTRY = tl.constexpr(2)
+TEACHER_POSITIVES = {None: NO_ENTRY.value, "zero": ZERO_ENTRY.value, "self": OWN_ENTRY.value}
 
-RULE_CODES = {
-    "hard": HARD.value,
-    "relational": RELATIONAL.value,
-    "mixed": MIXED.value,
-    "adaptive_soft": ADAPTIVE_SOFT.value,
-    "adaptive_neighbors": ADAPTIVE_NEIGHBORS.value,
-    "neighbors": NEIGHBORS.value,
-}
+
+@triton.jit
+def shares(excess):
+    """2^excess and 1 over their sum, each by itself: 1 less the larger would lose the smaller."""
+    odds = tl.exp2(-tl.abs(excess))
+    larger = 1.0 / (1.0 + odds)
+    smaller = odds / (1.0 + odds)
+    return tl.where(excess > 0.0, larger, smaller), tl.where(excess > 0.0, smaller, larger)
 
 
 @triton.jit
 def neighbor_sum(
     queue_ptr,  # (K, D)
     indices_ptr,  # (n,)
-    logits_ptr,  # (n,) in base 2, descending
+    logits_ptr,  # (n,) in base 2, read if CLIP
     n,
-    log_sum,  # log2 of the teacher's softmax denominator, read if EXCESS
-    mass,  # c n
-    EXCESS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    weight,  # w_j, read unless CLIP
+    positive,  # p
+    mass,  # a r
+    maximum,  # the teacher's softmax denominator is 2^(maximum + log_sum), read if CLIP
+    log_sum,
+    C: tl.constexpr,  # finish.Config
 ):
-    """sum_j w_j Q_j (BLOCK_D,) and sum_j w_j over the n nearest rows.
-
-    w_j = 1, or with EXCESS min(0, 1 - mass q_j): what the clipping of labels at 1 takes away.
-    """
-    row_sum = tl.zeros([BLOCK_D], tl.float32)
+    """sum_j w_j Q_j (BLOCK_D,) and sum_j w_j over the n nearest rows."""
+    row_sum = tl.zeros([C.BLOCK_D], tl.float32)
     weight_sum = tl.full([], 0.0, tl.float32)
-    for start in tl.range(0, n, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
+    for start in tl.range(0, n, C.BLOCK_J):
+        j = start + tl.arange(0, C.BLOCK_J)
         index = tl.load(indices_ptr + j, mask=j < n, other=0)
-        weight = tl.where(j < n, 1.0, 0.0)
-        if EXCESS:
+        weights = tl.zeros([C.BLOCK_J], tl.float32) + weight
+        if C.CLIP:
             logit = tl.load(logits_ptr + j, mask=j < n, other=0.0)
-            weight = tl.where(j < n, tl.minimum(1.0 - mass * tl.exp2(logit - log_sum), 0.0), 0.0)
-        rows = load_rows(queue_ptr, index, j < n, D, BLOCK_D)
-        row_sum += tl.sum(rows * weight[:, None], 0)
-        weight_sum += tl.sum(weight, 0)
+            weights = tl.minimum(positive - mass * tl.exp2(logit - maximum - log_sum), 0.0)
+        weights = tl.where(j < n, weights, 0.0)
+        rows = load_rows(queue_ptr, index, j < n, C.D, C.BLOCK_D)
+        row_sum += tl.sum(rows * weights[:, None], 0)
+        weight_sum += tl.sum(weights, 0)
     return row_sum, weight_sum
 
 
 @triton.jit
-def hard(t):
-    """m = t"""
-    return t, 0.0
-
-
-@triton.jit
-def relational(mu):
-    """m = mu"""
-    return mu, 1.0
-
-
-@triton.jit
-def mixed(t, mu, positive_weight):
-    """m = w t + (1 - w) mu"""
-    return positive_weight * t + (1.0 - positive_weight) * mu, 1.0 - positive_weight
-
-
-@triton.jit
-def adaptive_soft(t, mu, mass, excess_row_sum, excess_sum):
-    """m = [t + a mu + sum_C (1 - a q_j) Q_j] / [1 + a + sum_C (1 - a q_j)], a = mass = c n,
-    C = {j: a q_j > 1}, all of them among N_n"""
-    total = 1.0 + mass + excess_sum
-    return (t + mass * mu + excess_row_sum) / total, mass / total
-
-
-@triton.jit
-def adaptive_neighbors(t, confidence, row_sum, n):
-    """m = (t + c sum_{N_n} Q_j) / (1 + c n)"""
-    return (t + confidence * row_sum) / (1.0 + confidence * n), 0.0
-
-
-@triton.jit
-def neighbors(t, row_sum, n):
-    """m = (t + sum_{N_n} Q_j) / (1 + n)"""
-    return (t + row_sum) / (1.0 + n), 0.0
-
-
-@triton.jit
 def label_mean(
-    RULE: tl.constexpr,
+    rule,  # positive, mean, confident_mean, neighbor, confident_neighbor
+    n,  # number of neighbours
     t,  # (BLOCK_D,)
-    mu,  # (BLOCK_D,), read by the rules with a mean
-    confidence,  # read by the rules with a softmax
+    mu,  # (BLOCK_D,), zeros without a gradient
+    confidence,  # read if TEACHER_SOFTMAX
+    maximum,  # the teacher's softmax denominator is 2^(maximum + log_sum)
     log_sum,
-    positive_weight,
-    n,  # number of neighbors
+    teacher_scale,  # log2(e) / temperature
     queue_ptr,
     indices_ptr,
     logits_ptr,
-    BLOCK_J: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    C: tl.constexpr,  # finish.Config
 ):
-    """m (BLOCK_D,) by the rule, and the share of mu in it."""
-    if RULE == HARD:
-        return hard(t)
-    elif RULE == RELATIONAL:
-        return relational(mu)
-    elif RULE == MIXED:
-        return mixed(t, mu, positive_weight)
+    """m (BLOCK_D,), and the share of mu in it. Where all is the positive's m is t to the bit."""
+    positive, mean, confident_mean, neighbor, confident_neighbor = rule
+    if C.TEACHER_MEAN or C.NEIGHBORS:
+        weight_of_t = positive
+        weight_of_mu = tl.full([], 0.0, tl.float32)
+        total = positive
+        if C.TEACHER_MEAN:
+            mass = mean + confident_mean * confidence
+            total += mass
+            weight_of_mu += mass
+            if C.TEACHER_POSITIVE != NO_ENTRY:
+                own = 0.0
+                if C.TEACHER_POSITIVE == OWN_ENTRY:
+                    own = tl.sum(t * t, 0) * teacher_scale
+                queue_share, own_share = shares(maximum - own + log_sum)
+                weight_of_t += mass * own_share
+                weight_of_mu = mass * queue_share
+        row_sum = tl.zeros([C.BLOCK_D], tl.float32)
+        if C.NEIGHBORS:
+            weight = neighbor
+            if C.TEACHER_SOFTMAX:
+                weight += confident_neighbor * confidence
+            row_sum, weight_sum = neighbor_sum(
+                queue_ptr, indices_ptr, logits_ptr, n, weight, positive, weight_of_mu, maximum,
+                log_sum, C,
+            )  # fmt: skip
+            total += weight_sum
+        # Divided exactly: p / p is 1.
+        share_of_mu = tl.div_rn(weight_of_mu, total)
+        return tl.div_rn(weight_of_t, total) * t + share_of_mu * mu + row_sum / total, share_of_mu
     else:
-        mass = confidence * n.to(tl.float32)
-        row_sum, weight_sum = neighbor_sum(
-            queue_ptr, indices_ptr, logits_ptr, n, log_sum, mass,
-            RULE == ADAPTIVE_SOFT, BLOCK_J, D, BLOCK_D,
-        )  # fmt: skip
-        if RULE == ADAPTIVE_SOFT:
-            return adaptive_soft(t, mu, mass, row_sum, weight_sum)
-        elif RULE == ADAPTIVE_NEIGHBORS:
-            return adaptive_neighbors(t, confidence, row_sum, n.to(tl.float32))
-        else:
-            return neighbors(t, row_sum, n.to(tl.float32))
+        return t, 0.0

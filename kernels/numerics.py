@@ -16,7 +16,13 @@ import triton.language as tl
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+# Below it a row has no direction: it is divided by this, and gets no gradient.
 NORM_FLOOR = tl.constexpr(1e-12)
+# Sums of squares above the first, 2^100, may be beyond fp32's range: they are taken once more of
+# rows times the second, 2^-80. Such rows are far from the floor then, too.
+LARGE_SQUARES = tl.constexpr(2.0**100)
+SHRINK = tl.constexpr(2.0**-80)
 
 
 @triton.jit
@@ -140,11 +146,22 @@ def load_rows(pointer, n, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def norms(x, AXIS: tl.constexpr):
+    """A power of two for each fp32 row, and the norm of the row times it, which is in range."""
+    squares = tl.sum(x * x, AXIS)
+    small = x * SHRINK
+    shrunk = tl.sum(small * small, AXIS)
+    large = squares > LARGE_SQUARES
+    return tl.where(large, SHRINK, 1.0), tl.sqrt_rn(tl.where(large, shrunk, squares))
+
+
+@triton.jit
 def unit_rows(x, dtype: tl.constexpr):
     """fp32 rows (M, D) divided by their norms and rounded to ``dtype``; still in fp32.
 
     One division per row: one per element would fill the registers and nine tenths of the code.
     """
-    norm = tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1)), NORM_FLOOR)
+    shrink, norm = norms(x, 1)
+    norm = tl.maximum(norm, NORM_FLOOR)
     inverse = tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)
-    return round_like(x * inverse[:, None], dtype)
+    return round_like(x * shrink[:, None] * inverse[:, None], dtype)
