@@ -39,7 +39,7 @@ def own_draws():
     torch.default_generator.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def nan_filled_memory():
     """torch.empty returns NaN (and the largest integer): nothing unwritten goes unnoticed."""
     deterministic = torch.are_deterministic_algorithms_enabled()

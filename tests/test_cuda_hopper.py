@@ -44,7 +44,6 @@ from softcl.testing import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 HALF = (torch.bfloat16, torch.float16)
 # Blocks hold 64 samples, or 128 where nobody wants means or rows are of one kind; tiles 128 queue

@@ -36,7 +36,6 @@ from softcl.testing import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 FUSED = [
     name
     for name in available_backends(make_problem(2, 3, 4), AdaptiveSoftLabels(1))

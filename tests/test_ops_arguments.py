@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 import softcl
 from softcl import AdaptiveSoftLabels, HardLabels, queue_statistics, soft_contrastive_loss
 from softcl.testing import make_problem
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def call(**changes):
@@ -31,24 +42,33 @@ BAD_LOSS_ARGUMENTS = [
     ({"query": torch.ones(0, 8)}, ValueError, r"query must not be empty.*\(0, 8\)"),
     ({"key": torch.ones(4, 7)}, ValueError, r"key must have query's dimension D=8.*\(4, 7\)"),
     ({"key": torch.ones(5, 8)}, ValueError, r"key must have query's shape \(4, 8\).*\(5, 8\)"),
-    ({"key": torch.ones(4, 8).double()}, TypeError, "key must have query's dtype.*float64"),
     ({"key": torch.ones(4, 8, device="meta")}, ValueError, "key is on meta, but query is on cpu"),
     ({"queue": torch.ones(10, 9)}, ValueError, r"queue must have.*D=8.*\(10, 9\)"),
     ({"queue": torch.ones(0, 8)}, ValueError, r"queue must not be empty.*\(0, 8\)"),
     ({"queue": None}, TypeError, "queue must be a tensor, got NoneType"),
-    ({"rule": "ascl"}, TypeError, "rule must be a label rule.*'ascl'"),
-    ({"rule": HardLabels}, TypeError, "rule must be a label rule"),
+    ({"rule": "ascl"}, TypeError, "rule must be a softcl.LabelRule.*'ascl'"),
+    ({"rule": HardLabels}, TypeError, "rule must be a softcl.LabelRule"),
     ({"rule": AdaptiveSoftLabels(11)}, ValueError, "rule.num_neighbors.*10 rows, got 11"),
-    ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
+    ({"temperature": 0}, ValueError, "temperature must be positive and finite.*got 0"),
     ({"temperature": -0.1}, ValueError, "temperature must be positive.*-0.1"),
     ({"temperature": float("nan")}, ValueError, "temperature must be positive.*nan"),
     ({"temperature": float("inf")}, ValueError, "temperature must be positive.*inf"),
+    ({"temperature": 1e-10}, ValueError, r"temperature must be.*\[1e-06, 1e\+06\], got 1e-10"),
+    ({"temperature": 1e30}, ValueError, r"temperature must be.*got 1e\+30"),
+    ({"temperature": torch.tensor(0.0)}, ValueError, "temperature must be positive.*got 0.0"),
+    ({"temperature": torch.ones(2)}, TypeError, r"temperature must be.*0-dim tensor.*\(2,\)"),
+    (
+        {"temperature": torch.tensor(0.1, requires_grad=True)},
+        ValueError,
+        "temperature requires grad.*temperature.detach",
+    ),
+    ({"temperature": True}, TypeError, "temperature must be a number, got True"),
     ({"temperature": "0.1"}, TypeError, "temperature must be a number, got '0.1'"),
     ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be positive.*0.0"),
     ({"reduction": "average"}, ValueError, "reduction must be one of.*'average'"),
     ({"filled": 0}, ValueError, "filled must be between 1 and the queue's 10 rows, got 0"),
     ({"filled": 11}, ValueError, "filled must be between 1 and.*got 11"),
-    ({"filled": 2.0}, TypeError, "filled must be an integer or None, got 2.0"),
+    ({"filled": 2.0}, TypeError, "filled must be an integer, got 2.0"),
     ({"filled": 1}, ValueError, "rule.num_neighbors.*queue's 1 rows, got 2"),
     ({"backend": "gpu"}, ValueError, "backend must be one of.*'gpu'"),
 ]
@@ -83,17 +103,95 @@ def test_bad_statistics_argument(change, error, message):
         queue_statistics(**arguments)
 
 
-@pytest.mark.parametrize("rule", [softcl.AdaptiveSoftLabels, softcl.NeighborLabels])
-@pytest.mark.parametrize("value", [-1, 1.5, "3", True])
-def test_bad_rule_numbers(rule, value):
-    with pytest.raises(ValueError, match="num_neighbors must be an integer >= 0"):
-        rule(value)
+@pytest.mark.parametrize(
+    ("numbers", "error", "message"),
+    [
+        ({"positive": -0.1}, ValueError, "positive must be at least 0 and finite, got -0.1"),
+        ({"mean": float("nan")}, ValueError, "mean must be at least 0 and finite, got nan"),
+        ({"confident_mean": "3"}, TypeError, "confident_mean must be a number, got '3'"),
+        ({"neighbor": True}, TypeError, "neighbor must be a number, got True"),
+        ({"confident_neighbor": float("inf")}, ValueError, "confident_neighbor.*got inf"),
+        ({"num_neighbors": -1}, ValueError, "num_neighbors must be an integer >= 0, got -1"),
+        ({"num_neighbors": 1.5}, TypeError, "num_neighbors must be an integer, got 1.5"),
+        ({"num_neighbors": True}, TypeError, "num_neighbors must be an integer, got True"),
+        ({"clip": 1}, TypeError, "clip must be True or False, got 1"),
+        ({"clip": True, "positive": 0.0, "mean": 1.0}, ValueError, "clip=True needs a positive"),
+        ({"clip": True, "neighbor": 1.0}, ValueError, "clip=True takes the place of neighbor"),
+        ({"teacher_positive": "self"}, ValueError, "teacher_positive shares the mass of mean"),
+        ({"teacher_positive": "one"}, ValueError, "teacher_positive must be None.*'one'"),
+        ({"positive": 0.0}, ValueError, "positive \\+ mean \\+ neighbor.*above 0"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_unusable_numbers_of_a_rule(numbers, error, message):
+    with pytest.raises(error, match=message) as told:
+        softcl.LabelRule(**numbers)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "a", float("nan")])
 def test_bad_positive_weight(value):
-    with pytest.raises(ValueError, match="positive_weight must be a number in"):
+    with pytest.raises((TypeError, ValueError), match="positive_weight must be"):
         softcl.MixedLabels(value)
+
+
+def test_rules_are_data():
+    rule = softcl.LabelRule(positive=0.5, mean=0.25, confident_neighbor=0.5, num_neighbors=4)
+    assert rule == softcl.LabelRule.from_numbers(rule.to_numbers())
+    assert hash(rule) == hash(softcl.LabelRule.from_numbers(rule.to_numbers()))
+    assert eval(repr(rule), {"LabelRule": softcl.LabelRule}) == rule
+    assert softcl.AdaptiveSoftLabels(0).needs_softmax is False
+    with pytest.raises(TypeError):
+        softcl.LabelRule(0.5)
+
+
+def test_numbers_of_any_type():
+    """NumPy's and 0-dim tensors, wherever a number is asked for."""
+    plain = call(rule=AdaptiveSoftLabels(2), temperature=0.25, teacher_temperature=0.5, filled=8)
+    for real, integer in (
+        (np.float32, np.int64),
+        (np.float64, np.int32),
+        (torch.tensor, torch.tensor),
+        (Fraction, int),
+    ):
+        rule = AdaptiveSoftLabels(integer(2))
+        found = call(
+            rule=rule, temperature=real(0.25), teacher_temperature=real(0.5), filled=integer(8)
+        )
+        assert torch.equal(found, plain)
+        if real is not torch.tensor:
+            assert softcl.LabelRule(mean=real(0.5)) == softcl.LabelRule(mean=0.5)
+    p = make_problem(4, 10, 8)
+    found = queue_statistics(p.query, p.queue, np.float32(0.25), num_neighbors=np.int64(3))
+    assert found.neighbor_indices.shape == (4, 3)
+
+
+def test_the_loss_takes_at_most_thirteen_arguments():
+    assert len(inspect.signature(soft_contrastive_loss).parameters) <= 13
+
+
+def test_importing_the_library_loads_the_operator_alone():
+    code = """
+import sys, softcl
+loaded = [name for name in ("softcl.nn", "softcl.distributed", "softcl.methods", "triton", "timm")
+          if name in sys.modules]
+import torch
+assert not torch.distributed.is_initialized()
+sys.exit(", ".join(loaded) or 0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_nothing_in_ops_imports_the_reference():
+    for file in (ROOT / "softcl" / "ops").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {node.module.rpartition(".")[2]}
+                assert not names & {"reference", "cpu", "triton", "cuda"}, file.name
 
 
 def test_rows_far_from_unit_norm_are_explained():

@@ -9,27 +9,31 @@ from softcl import (
     AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
     HardLabels,
+    LabelRule,
     MixedLabels,
     NeighborLabels,
     RelationalLabels,
+    label_mean,
     queue_statistics,
     soft_contrastive_loss,
 )
 from softcl.testing import (
     ENTROPY_TOLERANCE,
+    GRADIENT_TOLERANCE,
     KINDS,
     LSE_TOLERANCE,
     RULES,
     assert_loss_close,
     assert_neighbors_close,
     available_backends,
+    fitting,
     gradient_error,
     loss_oracle,
     make_problem,
+    random_rules,
     relative_error,
+    rule_name,
 )
-
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 BACKENDS = available_backends(make_problem(2, 3, 4), AdaptiveSoftLabels(1))
 # One row, one column, widths that fill no vector register, K below and just above a tile, D of use.
@@ -40,6 +44,7 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
+UNNAMED = LabelRule(positive=0.5, mean=0.25, confident_neighbor=0.5, num_neighbors=4)
 
 
 def run(p, rule, backend, **options):
@@ -53,48 +58,35 @@ def run(p, rule, backend, **options):
     return loss.detach(), query.grad
 
 
-def rule_name(rule):
-    return f"{rule.name}-{rule.num_neighbors}"
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+@pytest.mark.parametrize("rule", [*RULES, *random_rules(5, seed=2)], ids=rule_name)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_gradient(backend, rule, shape, dtypes):
-    N, K, D = shape
-    if rule.num_neighbors > K:
-        rule = type(rule)(K)  # k = K
-    for kind in KINDS:
-        p = make_problem(N, K, D, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1], seed=N + K)
+def test_loss_and_gradient(backend, rule, shape):
+    """Every kind of rows and, over the rules, every pair of dtypes with either denominator."""
+    (N, K, D), rule = shape, fitting(rule, shape[1])
+    for place, kind in enumerate(KINDS):
+        pair = DTYPES[(place + N + len(repr(rule))) % len(DTYPES)]
+        p = make_problem(N, K, D, kind=kind, dtype=pair[0], queue_dtype=pair[1], seed=N + K)
         for positive in (True, False):
             oracle = loss_oracle(p, rule, positive=positive)
             query = p.query.clone().requires_grad_()
             loss, shown = soft_contrastive_loss(
-                query,
-                p.key,
-                p.queue,
-                rule,
-                temperature=0.1,
-                teacher_temperature=0.05,
-                positive=positive,
-                reduction="none",
-                diagnostics=True,
-                backend=backend,
-            )
+                query, p.key, p.queue, rule, temperature=0.1, teacher_temperature=0.05,
+                positive=positive, reduction="none", diagnostics=True, backend=backend,
+            )  # fmt: skip
             loss.sum().backward()
             # Clustered rows have cosines near 1 and few large labels: one rounding of a cosine,
             # 6e-8, moves a label by 6e-8 / 0.05 of itself, and nothing averages it out.
             scale = 1.0 if kind == "random" else 2.0
-            if dtypes[0] == torch.float32:
-                assert_loss_close(loss, query.grad, oracle, dtypes[0], scale=scale)
+            if pair[0] == torch.float32:
+                assert_loss_close(loss, query.grad, oracle, pair[0], scale=scale)
             else:
                 # The gradient comes back in bfloat16: its own rounding is the larger error.
-                assert relative_error(loss, oracle[0]) <= scale * LSE_TOLERANCE
-                assert gradient_error(query.grad, oracle[1], 0.1) <= 2**-8
+                assert relative_error(loss, oracle.loss) <= scale * LSE_TOLERANCE
+                assert gradient_error(query.grad, oracle.dquery, 0.1) <= 2**-8
             if rule.needs_softmax:
-                assert relative_error(shown.entropy, oracle[3]) <= ENTROPY_TOLERANCE
-                assert relative_error(shown.confidence, oracle[2]) <= ENTROPY_TOLERANCE
+                assert relative_error(shown.entropy, oracle.entropy) <= ENTROPY_TOLERANCE
+                assert relative_error(shown.confidence, oracle.confidence) <= ENTROPY_TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -102,23 +94,25 @@ def test_loss_and_gradient(backend, rule, shape, dtypes):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_queue_statistics(backend, temperature, shape):
     N, K, D = shape
-    for kind in KINDS:
-        for dtypes in DTYPES:
-            p = make_problem(N, K, D, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1])
-            k = min(K, 10)
-            got = queue_statistics(p.query, p.queue, temperature, num_neighbors=k, backend=backend)
-            want = queue_statistics(
-                p.query.double(), p.queue.double(), temperature, backend="reference"
-            )
-            assert relative_error(got.lse, want.lse) <= LSE_TOLERANCE
-            # One rounding of a cosine moves a logit by 6e-8 / temperature; the promises are for
-            # temperatures in use, and below them that rounding is all that is left.
-            scale = max(1.0, 0.05 / temperature)
-            assert relative_error(got.entropy, want.entropy) <= scale * ENTROPY_TOLERANCE
-            assert gradient_error(got.mean, want.mean) <= 2 * scale * LSE_TOLERANCE
-            assert_neighbors_close(
-                got.neighbor_logits, got.neighbor_indices, p.query, p.queue, temperature
-            )
+    for place, kind in enumerate(KINDS):
+        pair = DTYPES[(place + N) % len(DTYPES)]
+        p = make_problem(N, K, D, kind=kind, dtype=pair[0], queue_dtype=pair[1])
+        got = queue_statistics(
+            p.query, p.queue, temperature, num_neighbors=min(K, 10), backend=backend
+        )
+        queue = p.queue.double()
+        logits = p.query.double() @ queue.T / temperature
+        share = logits.softmax(1)
+        entropy = -torch.special.xlogy(share, share).sum(1)
+        assert relative_error(got.lse, logits.logsumexp(1)) <= LSE_TOLERANCE
+        # One rounding of a cosine moves a logit by 6e-8 / temperature; the promises are for
+        # temperatures in use, and below them that rounding is all that is left.
+        scale = max(1.0, 0.05 / temperature)
+        assert relative_error(got.entropy, entropy) <= scale * ENTROPY_TOLERANCE
+        assert gradient_error(got.mean, share @ queue) <= 2 * scale * LSE_TOLERANCE
+        assert_neighbors_close(
+            got.neighbor_logits, got.neighbor_indices, p.query, p.queue, temperature
+        )
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 2, 31, 64, 65, 200, 1000])
@@ -136,6 +130,102 @@ def test_neighbors_in_adversarial_orders(backend, order, num_neighbors):
     }[order].contiguous()
     got = queue_statistics(p.query, queue, 0.1, num_neighbors=num_neighbors, backend=backend)
     assert_neighbors_close(got.neighbor_logits, got.neighbor_indices, p.query, queue, 0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_rows_go_by_the_lowest(backend):
+    e = torch.eye(32)
+    found = queue_statistics(e[:1], e.repeat(4, 1), 0.1, num_neighbors=6, backend=backend)
+    assert found.neighbor_indices.tolist() == [[0, 32, 64, 96, 1, 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_label_mean_is_that_of_the_loss(backend, rule):
+    """Through the loss's gradient: dloss/dz = (g - m) / temperature, so m follows from it."""
+    p = make_problem(9, 120, 32, kind="clustered")
+    got = label_mean(
+        rule, 3 * p.key, p.queue, teacher_temperature=0.05, normalize=True, backend=backend
+    )
+    hard, soft = loss_oracle(p, HardLabels()), loss_oracle(p, rule)
+    expected = 0.1 * (hard.dquery - soft.dquery) + p.key.double()
+    assert float((got.mean - expected).abs().max()) < 3e-6
+    if rule.needs_softmax:
+        assert relative_error(got.entropy, soft.entropy) < 1e-5
+        assert relative_error(got.confidence, soft.confidence) < 1e-5
+    else:
+        assert got.entropy is None and got.confidence is None
+    assert (got.neighbor_indices is None) == (rule.num_neighbors == 0)
+    assert not got.mean.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_have_the_queues_gradient(backend, kind):
+    p = make_problem(7, 40, 16, kind=kind)
+    leaves = [x.clone().requires_grad_() for x in (p.query, p.queue)]
+    exact = [x.double().requires_grad_() for x in (p.query, p.queue)]
+    lse = queue_statistics(*leaves, 0.1, backend=backend).lse
+    expected = (exact[0] @ exact[1].T / 0.1).logsumexp(1)
+    weights = torch.linspace(0.5, 2.0, 7)
+    found = torch.autograd.grad((lse * weights).sum(), leaves)
+    for a, b in zip(found, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert gradient_error(a, b) <= GRADIENT_TOLERANCE[torch.float32]
+
+
+# One row of length 1e19 to 1e30 (their squares are beyond float32), short rows, and zeros.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1e30, 1e19, 1e-9])
+def test_rows_of_any_length_are_normalised(backend, length):
+    p = make_problem(5, 33, 8, kind="clustered")
+    oracle = loss_oracle(p, AdaptiveSoftLabels(3))
+    raw = type(p)(p.query * length, p.key * length, p.queue)
+    loss, gradient = run(raw, AdaptiveSoftLabels(3), backend, normalize=True)
+    z = p.query.double()
+    z = z / z.norm(dim=1, keepdim=True)
+    expected = oracle.dquery - z * (z * oracle.dquery).sum(1, keepdim=True)
+    assert relative_error(loss, oracle.loss) <= 4 * LSE_TOLERANCE
+    assert gradient_error(gradient.double() * length, expected, 0.1) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_zeros_has_no_direction_and_no_gradient(backend):
+    p = make_problem(5, 33, 8, kind="clustered")
+    p.query[1] = 0.0
+    loss, gradient = run(p, AdaptiveSoftLabels(3), backend, normalize=True)
+    assert torch.equal(gradient[1], torch.zeros(8)) and bool(gradient.isfinite().all())
+    others = torch.tensor([0, 2, 3, 4])
+    rest = type(p)(p.query[others], p.key[others], p.queue)
+    oracle = loss_oracle(rest, AdaptiveSoftLabels(3), normalize=True)
+    assert_loss_close(loss[others], gradient[others], oracle, torch.float32, scale=2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1e6, 0.1, 1e-3])
+def test_an_excluded_row_never_leaks(backend, temperature):
+    p = make_problem(5, 33, 8, kind="clustered")
+    excluded = torch.tensor([0, 1, 2, -1, 32])
+    options = dict(temperature=temperature, teacher_temperature=temperature, excluded=excluded)
+    for rule in (AdaptiveSoftLabels(3), UNNAMED):
+        loss, gradient = run(p, rule, backend, **options)
+        oracle = loss_oracle(p, rule, **options)
+        scale = max(1.0, 0.1 / temperature)
+        assert relative_error(loss, oracle.loss) <= scale * LSE_TOLERANCE
+        assert gradient_error(gradient, oracle.dquery, temperature) <= 4e-6 * scale
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_query_and_key_of_two_types(backend):
+    """A student under autocast, a teacher that is not: the wider type, exactly."""
+    p = make_problem(6, 40, 16)
+    for low in (torch.bfloat16, torch.float16):
+        for query, key in ((p.query.to(low), p.key), (p.query, p.key.to(low))):
+            mixed = type(p)(query, key, p.queue)
+            oracle = loss_oracle(mixed, AdaptiveSoftLabels(3))
+            loss, gradient = run(mixed, AdaptiveSoftLabels(3), backend)
+            assert relative_error(loss, oracle.loss) <= LSE_TOLERANCE
+            assert gradient.dtype == query.dtype
+            assert gradient_error(gradient, oracle.dquery, 0.1) <= 2**-8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,14 +248,14 @@ class TestIdentities:
         ):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
-    @pytest.mark.parametrize("rule", RULES, ids=rule_name)
+    @pytest.mark.parametrize("rule", [AdaptiveSoftLabels(7), UNNAMED], ids=rule_name)
     def test_order_of_the_queue_does_not_matter(self, backend, rule):
         p = make_problem(9, 333, 32, kind="clustered")
         shuffled = type(p)(p.query, p.key, p.queue[torch.randperm(333)])
         for a, b in zip(run(p, rule, backend), run(shuffled, rule, backend), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("rule", RULES, ids=rule_name)
+    @pytest.mark.parametrize("rule", [AdaptiveSoftLabels(7), UNNAMED], ids=rule_name)
     def test_fill_count_is_a_shorter_queue(self, backend, rule):
         p = make_problem(9, 333, 32, kind="clustered")
         poisoned = p.queue.clone()

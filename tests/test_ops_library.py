@@ -4,55 +4,139 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from softcl import (
     AdaptiveSoftLabels,
     HardLabels,
+    LabelRule,
     NeighborLabels,
     RelationalLabels,
     queue_statistics,
     soft_contrastive_loss,
 )
-from softcl.testing import available_backends, make_problem
+from softcl.ops.call import LossCall, StatisticsCall, pack
+from softcl.testing import available_backends, loss_oracle, make_problem
 
 BACKENDS = available_backends(make_problem(2, 3, 4), AdaptiveSoftLabels(1))
+UNNAMED = LabelRule(positive=0.5, mean=0.25, confident_neighbor=0.5, num_neighbors=4)
 TEMPERATURES = {"temperature": 0.1, "teacher_temperature": 0.05}
 
 
+OWN = torch.tensor([3, -1, 0, 22, 3])
+
+
+def loss_call(p, rule, backend, **changes):
+    call = LossCall(
+        p.query, p.key, p.queue, rule, 0.1, 0.05, positive=True, normalize=True, excluded=None,
+        gradient=True, diagnostics=True, backend=backend,
+    )  # fmt: skip
+    return call._replace(**changes)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", [("hard", 0), ("adaptive_soft", 3), ("neighbors", 2)])
-@pytest.mark.parametrize("diagnostics", [False, True])
-def test_opcheck_loss(backend, rule, diagnostics):
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        (HardLabels(), {"normalize": False, "diagnostics": False}),
+        (AdaptiveSoftLabels(3), {}),
+        (NeighborLabels(2), {"diagnostics": False}),
+        (UNNAMED, {"normalize": False, "excluded": OWN}),
+    ],
+    ids=["hard", "adaptive_soft", "neighbors", "unnamed"],
+)
+def test_opcheck_loss(backend, rule, changes):
     p = make_problem(5, 37, 16)
-    query = p.query.requires_grad_()
-    for normalize in (False, True):
-        arguments = (*rule, 1.0, 0.1, 0.05, True, normalize, True, diagnostics, backend)
-        opcheck(torch.ops.softcl.soft_contrastive.default, (query, p.key, p.queue, *arguments))
+    p.query.requires_grad_()
+    opcheck(torch.ops.softcl.soft_contrastive.default, pack(loss_call(p, rule, backend, **changes)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_statistics(backend):
     p = make_problem(5, 37, 16)
-    query = p.query.requires_grad_()
-    for num_neighbors, sums in ((0, True), (3, True), (3, False)):
-        opcheck(
-            torch.ops.softcl.queue_statistics.default,
-            (query, p.queue, 0.1, num_neighbors, sums, backend),
+    query, trained = p.query.requires_grad_(), p.queue.clone().requires_grad_()
+    for queue, num_neighbors, sums, excluded in (
+        (p.queue, 0, True, None),
+        (p.queue, 3, False, None),
+        (trained, 3, True, OWN),
+    ):
+        call = StatisticsCall(query, queue, 0.1, num_neighbors, sums, excluded, backend)
+        opcheck(torch.ops.softcl.queue_statistics.default, pack(call))
+
+
+class Counting:
+    """A backend of torch.compile that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        torch._dynamo.reset()
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+def compiled_and_plain(function, compiled, p, *arguments):
+    """Loss and gradient of both."""
+    results = []
+    for run in (compiled, function):
+        query = p.query.clone().requires_grad_()
+        loss = run(query, p.key, p.queue, *arguments)
+        loss.backward()
+        results.append((loss.detach(), query.grad))
+    return results
+
+
+@pytest.mark.parametrize("rule", [AdaptiveSoftLabels(3), UNNAMED], ids=["named", "unnamed"])
+def test_a_temperature_that_changes_every_step_takes_two_graphs(rule):
+    def step(query, key, queue, temperature, teacher_temperature):
+        return soft_contrastive_loss(
+            query, key, queue, rule, temperature=temperature,
+            teacher_temperature=teacher_temperature, normalize=True,
+        )  # fmt: skip
+
+    p, counting = make_problem(6, 40, 16), Counting()
+    compiled = torch.compile(step, fullgraph=True, backend=counting)
+    for number in range(20):
+        temperatures = 0.1 + 0.01 * number, 0.05 + 0.002 * number
+        a, b = compiled_and_plain(step, compiled, p, *temperatures)
+        torch.testing.assert_close(a, b)
+    assert counting.graphs <= 2
+    counting = Counting()
+    compiled = torch.compile(step, fullgraph=True, backend=counting)
+    for value in (0.1, 0.2, 0.3):
+        a, b = compiled_and_plain(step, compiled, p, torch.tensor(value), 0.05)
+        torch.testing.assert_close(a, b)
+    assert counting.graphs == 1
+
+
+def test_a_queue_that_fills_takes_three_graphs():
+    def sliced(query, key, queue, filled):
+        return soft_contrastive_loss(
+            query, key, queue[:filled], AdaptiveSoftLabels(2), **TEMPERATURES
         )
+
+    def counted(query, key, queue, filled):
+        return soft_contrastive_loss(
+            query, key, queue, AdaptiveSoftLabels(2), filled=filled, **TEMPERATURES
+        )
+
+    p = make_problem(6, 40, 16)
+    for step in (sliced, counted):
+        counting = Counting()
+        compiled = torch.compile(step, fullgraph=True, backend=counting)
+        for filled in range(4, 41, 4):
+            a, b = compiled_and_plain(step, compiled, p, filled)
+            torch.testing.assert_close(a, b)
+        assert counting.graphs <= 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend):
     """fullgraph=True refuses graph breaks; dynamic shapes need one compilation for all sizes."""
-    compilations = []
-    compiled_once = None
-
-    def counting_backend(graph, example_inputs):
-        compilations.append(graph)
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return aot_eager(graph, example_inputs)
+    compiled_once, counting = None, Counting()
 
     def step(query, key, queue, filled):
         loss, shown = soft_contrastive_loss(
@@ -69,8 +153,7 @@ def test_compiles_without_a_graph_break(backend):
         statistics = queue_statistics(query, queue, 0.1, num_neighbors=2, backend=backend)
         return loss + statistics.lse.mean() + statistics.mean.sum(), shown.confidence
 
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting_backend)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
     for N, K, filled in ((4, 50, 40), (9, 77, 60), (6, 61, 51)):
         p = make_problem(N, K, 16)
         gradients = []
@@ -81,8 +164,8 @@ def test_compiles_without_a_graph_break(backend):
             gradients.append((loss.detach(), confidence, query.grad))
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
-        compiled_once = len(compilations) if compiled_once is None else compiled_once
-        assert len(compilations) == compiled_once
+        compiled_once = compiled_once or counting.graphs
+        assert counting.graphs == compiled_once
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,8 +249,9 @@ class TestAutograd:
         loss = soft_contrastive_loss(
             query, p.key, p.queue, HardLabels(), backend=backend, **TEMPERATURES
         )
+        (once,) = torch.autograd.grad(loss, query, create_graph=True)
         with pytest.raises(RuntimeError, match="first derivative only"):
-            torch.autograd.grad(loss, query, create_graph=True)
+            torch.autograd.grad(once.square().sum(), query)
 
     @pytest.mark.parametrize("name", ["key", "queue"])
     def test_constant_inputs_must_not_require_grad(self, backend, name):
@@ -193,3 +277,65 @@ class TestAutograd:
         expected.backward()
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_func_gives_the_loss_its_derivatives():
+    p = make_problem(6, 40, 16, kind="clustered", dtype=torch.float64)
+    oracle = loss_oracle(p, UNNAMED)
+
+    def rows(query):
+        return soft_contrastive_loss(
+            query, p.key, p.queue, UNNAMED, reduction="none", **TEMPERATURES
+        )
+
+    def total(query):
+        return rows(query).sum()
+
+    func, one = torch.func, torch.tensor(1.0, dtype=torch.float64)
+    for gradient in (
+        func.grad(total)(p.query),
+        func.vjp(total, p.query)[1](one)[0],
+        func.jacrev(total)(p.query),
+        func.jacrev(rows)(p.query).diagonal(dim1=0, dim2=1).T,
+    ):
+        torch.testing.assert_close(gradient, oracle.dquery, rtol=1e-9, atol=1e-9)
+    tangent = torch.randn_like(p.query)
+    expected = (oracle.dquery * tangent).sum(1)
+    _, found = func.jvp(rows, (p.query,), (tangent,))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with forward_ad.dual_level():
+        dual = rows(forward_ad.make_dual(p.query, tangent))
+        found = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for second in (func.hessian(total), func.grad(lambda x: func.grad(total)(x).square().sum())):
+        with pytest.raises(RuntimeError, match="first derivative only"):
+            second(p.query)
+
+
+def test_torch_func_and_the_statistics():
+    p = make_problem(6, 40, 16, dtype=torch.float64)
+
+    def lse(query):
+        return queue_statistics(query, p.queue, 0.2).lse.sum()
+
+    def dense(query):
+        return (query @ p.queue.T / 0.2).logsumexp(1).sum()
+
+    for derivative in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(derivative(lse)(p.query), derivative(dense)(p.query))
+    with pytest.raises(RuntimeError, match="queue_statistics has no forward-mode derivative"):
+        torch.func.jvp(lse, (p.query,), (p.query,))
+
+
+def test_vmap_is_refused_in_one_line():
+    p = make_problem(6, 40, 16)
+
+    def loss(query):
+        return soft_contrastive_loss(query, p.key, p.queue, HardLabels(), **TEMPERATURES)
+
+    def lse(query):
+        return queue_statistics(query, p.queue, 0.1).lse
+
+    for function in (loss, lse):
+        with pytest.raises(RuntimeError, match="has no vmap: its rows are a batch already"):
+            torch.func.vmap(function)(p.query.expand(2, 6, 16))

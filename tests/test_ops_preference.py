@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from softcl.ops import backends
-from softcl.ops.backends import Call, Measured, choose
+from softcl import HardLabels
+from softcl.ops import backends, trial
+from softcl.ops.backends import Measured, choose
+from softcl.ops.call import LossCall, StatisticsCall
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = Measured(
@@ -23,19 +25,21 @@ ROW = Measured(
 )
 
 
-def make_call(**changes) -> Call:
-    call = dict(
-        operation="soft_contrastive",
-        device=torch.device("cuda", 0),
-        vector_dtype=torch.bfloat16,
-        queue_dtype=torch.bfloat16,
-        N=1024,
-        K=65536,
-        D=128,
-        num_neighbors=0,
-        temperature=0.1,
+def rows(count: int, D: int, dtype: torch.dtype) -> SimpleNamespace:
+    """What a choice reads of a tensor on a GPU."""
+    return SimpleNamespace(shape=(count, D), dtype=dtype, device=torch.device("cuda", 0))
+
+
+def make_call(
+    N=1024, K=65536, D=128, vector_dtype=torch.bfloat16, queue_dtype=torch.bfloat16,
+    operation="soft_contrastive", backend="auto",
+):  # fmt: skip
+    query, queue = rows(N, D, vector_dtype), rows(K, D, queue_dtype)
+    if operation == "queue_statistics":
+        return StatisticsCall(query, queue, 0.1, 0, True, None, backend)
+    return LossCall(
+        query, query, queue, HardLabels(), 0.1, 0.1, True, True, None, True, False, backend
     )
-    return Call(**{**call, **changes})
 
 
 @pytest.fixture
@@ -49,12 +53,13 @@ def gpu(monkeypatch):
         lambda name: SimpleNamespace(unsupported=lambda call: against.get(name)),
     )
     monkeypatch.setattr(backends, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(trial, "reason_against", lambda name, call: None)
     return against
 
 
 def test_cuda_is_not_chosen_without_a_measurement(gpu):
     assert choose(make_call()).name == "triton"
-    assert choose(make_call(), "cuda").name == "cuda"
+    assert choose(make_call(backend="cuda")).name == "cuda"
 
 
 def test_every_measurement_has_its_source():
