@@ -5,13 +5,13 @@ Used by test_methods.py and test_methods_step.py. Nothing here calls softcl's op
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from softcl import LabelRule
 from softcl.methods import ASCL, MSF, NNCLR, SCE, SNCLR, Batch, Method, MoCo, ReCo, ReSSL
+from softcl.testing import dense_labels
 
 
 def unit(x: Tensor) -> Tensor:
@@ -23,42 +23,29 @@ def nearest(t: Tensor, queue: Tensor, k: int) -> Tensor:
     return queue[(t @ queue.T).topk(k, dim=1).indices]
 
 
-def confidence(similarities: Tensor, tau: float) -> Tensor:
-    """ASCL's c, (N, 1)."""
-    q = (similarities / tau).softmax(1)
-    entropy = -torch.special.xlogy(q, q).sum(1, keepdim=True)
-    return 1 - entropy / math.log(similarities.shape[1])
-
-
-def adaptive(similarities: Tensor, n: int, tau: float) -> Tensor:
-    """ASCL's min(1, c n q), (N, K)."""
-    q = (similarities / tau).softmax(1)
-    return (confidence(similarities, tau) * n * q).clamp(max=1.0)
-
-
-def queue_labels(method: Method, t: Tensor, queue: Tensor) -> Tensor:
-    """Labels (N, 1 + K) of the methods with one queue, positive first, rows summing to 1."""
-    d = t @ queue.T
-    none, one = torch.zeros_like(d), torch.ones_like(d[:, :1])
+def label_rule(method: Method) -> LabelRule:
+    """The labels of the methods with one queue, as their papers and codes have them."""
     if isinstance(method, MoCo):
-        return torch.cat([one, none], 1)
+        return LabelRule()
     if isinstance(method, ReSSL):
-        return torch.cat([0 * one, (d / method.teacher_temperature).softmax(1)], 1)
+        return LabelRule(positive=0.0, mean=1.0)
     if isinstance(method, SCE):
         w = method.positive_weight
-        if method.form == "paper" or method.use_keys:
-            q = torch.cat([0 * one, (d / method.teacher_temperature).softmax(1)], 1)
-        else:
-            q = (torch.cat([0 * one, d], 1) / method.teacher_temperature).softmax(1)
-        return w * torch.cat([one, none], 1) + (1 - w) * q
-    n, soft = method.num_neighbors, adaptive(d, method.num_neighbors, method.teacher_temperature)
-    if method.labels in ("ahcl", "hard"):
-        near = none.scatter(1, d.topk(n, dim=1).indices, 1.0)
-        soft = near * (
-            confidence(d, method.teacher_temperature) if method.labels == "ahcl" else 1.0
-        )
-    y = torch.cat([one, none if method.labels == "normal" else soft], 1)
-    return y / y.sum(1, keepdim=True)
+        leaks = method.form == "code" and not method.use_keys
+        return LabelRule(positive=w, mean=1.0 - w, teacher_positive="zero" if leaks else None)
+    n = method.num_neighbors
+    return {
+        "normal": LabelRule(),
+        "soft": LabelRule(confident_mean=n, clip=True, num_neighbors=n),
+        "ahcl": LabelRule(confident_neighbor=1.0, num_neighbors=n),
+        "hard": LabelRule(neighbor=1.0, num_neighbors=n),
+    }[method.labels]
+
+
+def labels_of(rule: LabelRule, t: Tensor, queue: Tensor, tau: float) -> Tensor:
+    """(N, 1 + K), positive first."""
+    own = (t * t).sum(1, keepdim=True) / tau
+    return dense_labels(rule, t @ queue.T / tau, own).labels
 
 
 def cross_entropies(method: Method, z: Tensor, t: Tensor, queue: Tensor) -> Tensor:
@@ -66,7 +53,8 @@ def cross_entropies(method: Method, z: Tensor, t: Tensor, queue: Tensor) -> Tens
     logits = torch.cat([(z * t).sum(1, keepdim=True), z @ queue.T], 1) / method.temperature
     if isinstance(method, ReSSL):  # no positive in the student's softmax
         logits = torch.cat([torch.full_like(logits[:, :1], -1e30), logits[:, 1:]], 1)
-    return cross_entropy(logits, queue_labels(method, t, queue), reduction="none")
+    labels = labels_of(label_rule(method), t, queue, method.teacher_temperature)
+    return cross_entropy(logits, labels, reduction="none")
 
 
 def queue_loss(method: Method, batch: Batch) -> Tensor:
@@ -95,9 +83,8 @@ def ascl_byol_loss(method: ASCL, batch: Batch) -> Tensor:
         if method.labels == "soft":
             for i in range(N):
                 others = [j for j in range(N) if j != i]
-                soft = adaptive(t[i : i + 1] @ t[others].T, method.num_neighbors, 0.05)
-                labels[i, others] = soft[0]
-        labels = labels / labels.sum(1, keepdim=True)
+                made = labels_of(label_rule(method), t[i : i + 1], t[others], 0.05)[0]
+                labels[i, i], labels[i, others] = made[0], made[1:]
         rows.append((labels * (2 - 2 * h @ t.T)).sum(1))
     return torch.cat(rows)
 
