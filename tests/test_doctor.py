@@ -9,6 +9,7 @@ import torch
 
 from softcl import doctor
 from softcl.ops import BACKENDS
+from softcl.ops.call import LossCall
 
 
 def test_report_names_versions_devices_and_every_backend(capsys):
@@ -38,23 +39,19 @@ def test_json_is_one_object(capsys):
 def test_a_wrong_backend_is_found(monkeypatch, capsys, wrong: str):
     from softcl.ops import reference
 
-    loss_of, statistics_of = reference.soft_contrastive, reference.queue_statistics
+    honest = reference.run
 
-    def loss(query, *rest, **options):
-        results = list(loss_of(query, *rest, **options))
-        if query.dtype != torch.float64:  # the oracle stays right
-            results[0] = results[0] * (1 + 1e-5) if wrong == "loss" else results[0]
-            results[1] = results[1] * 1.02 if wrong == "gradient" else results[1]
+    def run(call):
+        results = list(honest(call))
+        if call.query.dtype != torch.float64:  # what statistics are compared with stays right
+            if isinstance(call, LossCall):
+                results[0] = results[0] * (1 + 1e-5) if wrong == "loss" else results[0]
+                results[1] = results[1] * 1.02 if wrong == "gradient" else results[1]
+            elif wrong == "neighbors" and results[4].shape[1] > 1:
+                results[4] = results[4].roll(1, 0)
         return tuple(results)
 
-    def statistics(vectors, *rest, **options):
-        results = list(statistics_of(vectors, *rest, **options))
-        if wrong == "neighbors" and vectors.dtype != torch.float64 and results[4].shape[1] > 1:
-            results[4] = results[4].roll(1, 0)
-        return tuple(results)
-
-    monkeypatch.setattr(reference, "soft_contrastive", loss)
-    monkeypatch.setattr(reference, "queue_statistics", statistics)
+    monkeypatch.setattr(reference, "run", run)
     row = doctor.examine("reference", "cpu", 5.0)
     assert row["works"] and "AssertionError" in row["failure"] and "; at " in row["failure"]
     assert row["checks"] < 10
@@ -67,8 +64,8 @@ def test_a_short_check_sees_every_rule_shape_dtype_and_kind():
     cases = list(doctor.cases())
     assert len(set(map(doctor.words, cases))) > len(cases) * 0.8  # rules shrink on a queue of one
     for part in range(4):
-        values = {repr(case[part]) for case in cases if case[1] != (1, 1, 1)}
-        early = {repr(case[part]) for case in cases[:40] if case[1] != (1, 1, 1)}
+        values = {repr(case[part]) for case in cases if case[1][1] >= 7}
+        early = {repr(case[part]) for case in cases[:60] if case[1][1] >= 7}
         assert early == values
 
 
