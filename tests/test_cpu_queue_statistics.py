@@ -19,7 +19,6 @@ from softcl.testing import (
 pytest.importorskip("softcl._C", reason="softcl._C is not built")
 from softcl.ops import cpu, reference  # noqa: E402
 
-
 # Coarse coordinates: products and sums are exact in float32, so ties are ties to the last bit.
 EXACT_STEP = 2.0**-6
 
