@@ -9,7 +9,6 @@ import torch
 
 from softcl import doctor
 from softcl.ops import BACKENDS
-from softcl.ops.call import LossCall
 
 
 def test_report_names_versions_devices_and_every_backend(capsys):
@@ -39,17 +38,18 @@ def test_json_is_one_object(capsys):
 def test_a_wrong_backend_is_found(monkeypatch, capsys, wrong: str):
     from softcl.ops import reference
 
-    honest = reference.run
+    right = reference.run
 
     def run(call):
-        results = list(honest(call))
-        if call.query.dtype != torch.float64:  # what statistics are compared with stays right
-            if isinstance(call, LossCall):
-                results[0] = results[0] * (1 + 1e-5) if wrong == "loss" else results[0]
-                results[1] = results[1] * 1.02 if wrong == "gradient" else results[1]
-            elif wrong == "neighbors" and results[4].shape[1] > 1:
-                results[4] = results[4].roll(1, 0)
-        return tuple(results)
+        results = dict(zip(call.empty_results(), right(call), strict=True))
+        if call.query.dtype != torch.float64:  # what it is held to stays right
+            if wrong == "loss" and "loss" in results:
+                results["loss"] = results["loss"] * (1 + 1e-5)
+            if wrong == "gradient" and "dquery" in results:
+                results["dquery"] = results["dquery"] * 1.02
+            if wrong == "neighbors" and call.num_neighbors > 1:
+                results["neighbor_indices"] = results["neighbor_indices"].roll(1, 0)
+        return tuple(results.values())
 
     monkeypatch.setattr(reference, "run", run)
     row = doctor.examine("reference", "cpu", 5.0)
@@ -64,8 +64,8 @@ def test_a_short_check_sees_every_rule_shape_dtype_and_kind():
     cases = list(doctor.cases())
     assert len(set(map(doctor.words, cases))) > len(cases) * 0.8  # rules shrink on a queue of one
     for part in range(4):
-        values = {repr(case[part]) for case in cases if case[1][1] >= 7}
-        early = {repr(case[part]) for case in cases[:60] if case[1][1] >= 7}
+        values = {repr(case[part]) for case in cases if case[1] != (1, 1, 1)}
+        early = {repr(case[part]) for case in cases[:40] if case[1] != (1, 1, 1)}
         assert early == values
 
 
