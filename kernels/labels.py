@@ -36,7 +36,7 @@ def shares(excess):
 def neighbor_sum(
     queue_ptr,  # (K, D)
     indices_ptr,  # (n,)
-    logits_ptr,  # (n,) in base 2, read if CLIP
+    logits_ptr,  # (n,) in base 2, descending, read if CLIP
     n,
     weight,  # w_j, read unless CLIP
     positive,  # p
@@ -48,6 +48,10 @@ def neighbor_sum(
     """sum_j w_j Q_j (BLOCK_D,) and sum_j w_j over the n nearest rows."""
     row_sum = tl.zeros([C.BLOCK_D], tl.float32)
     weight_sum = tl.full([], 0.0, tl.float32)
+    if C.CLIP and C.RUNNING_MAX:
+        # The same logit by the sum that the others here come from: at low temperatures the bits in
+        # which two sums differ would be a large part of q_j.
+        maximum = tl.load(logits_ptr)
     for start in tl.range(0, n, C.BLOCK_J):
         j = start + tl.arange(0, C.BLOCK_J)
         index = tl.load(indices_ptr + j, mask=j < n, other=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softcl.ops import reference, triton
+from softcl.ops.call import StatisticsCall, read
 from softcl.testing import (
     ENTROPY_TOLERANCE,
     GRADIENT_TOLERANCE,
@@ -24,6 +25,11 @@ pytestmark = pytest.mark.usefixtures("triton_device")
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 
 
+def statistics(vectors, queue, temperature, k, *, sums=True, excluded=None, backend=triton):
+    call = StatisticsCall(vectors, queue, temperature, k, sums, excluded)
+    return backend.run(read(call))
+
+
 def on(device, p):
     return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
 
@@ -37,8 +43,8 @@ def test_against_reference(nan_filled_memory, triton_device, shape, dtypes, temp
     p = make_problem(N, K, D, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1])
     p = on(triton_device, p)
     k = min(K, 20)
-    lse, mean, entropy, logits, indices = triton.queue_statistics(p.query, p.queue, temperature, k)
-    want = reference.queue_statistics(p.query.double(), p.queue.double(), temperature, k)
+    lse, mean, entropy, logits, indices = statistics(p.query, p.queue, temperature, k)
+    want = statistics(p.query.double(), p.queue.double(), temperature, k, backend=reference)
     scale = max(1.0, 0.05 / temperature)  # as in test_triton_soft_contrastive.py
     assert relative_error(lse, want[0]) <= LSE_TOLERANCE
     assert gradient_error(mean, want[1]) <= 2 * scale * GRADIENT_TOLERANCE[dtypes[0]]
@@ -65,7 +71,7 @@ def test_neighbors_and_ties(nan_filled_memory, triton_device, order, k):
         "repeated": queue[:50].repeat(26, 1),
     }[order].contiguous()
     vectors, queue = vectors.to(triton_device), queue.to(triton_device)
-    *_, logits, indices = triton.queue_statistics(vectors, queue, 0.25, k)
+    *_, logits, indices = statistics(vectors, queue, 0.25, k)
     assert_neighbors_close(logits, indices, vectors, queue, 0.25, tolerance=0.0)
     assert torch.equal(indices, lowest_first(vectors, queue, k))
 
@@ -89,7 +95,7 @@ def test_lowest_of_equal_rows_in_every_layout(triton_device, monkeypatch, target
     queue = kinds[torch.randint(4, (900,), generator=generator)]
     vectors, queue = vectors.to(B), queue.to(B)
     for k in (1, 6, 30):
-        *_, indices = triton.queue_statistics(vectors, queue, 0.25, k, sums=False)
+        *_, indices = statistics(vectors, queue, 0.25, k, sums=False)
         assert torch.equal(indices, lowest_first(vectors, queue, k))
 
 
@@ -100,9 +106,9 @@ def test_excluded_row(nan_filled_memory, triton_device, dtype, temperature):
     p = on(triton_device, make_problem(70, 3, 33, kind="clustered", dtype=dtype))
     excluded = torch.arange(70, device=triton_device).repeat_interleave(2)[::2]  # strided
     excluded[5] = -1
-    got = triton.queue_statistics(p.query, p.query, temperature, 69, excluded=excluded)
+    got = statistics(p.query, p.query, temperature, 69, excluded=excluded)
     v = p.query.double()
-    want = reference.queue_statistics(v, v, temperature, 69, excluded=excluded)
+    want = statistics(v, v, temperature, 69, excluded=excluded, backend=reference)
     scale = max(1.0, 0.05 / temperature)
     assert relative_error(got[0], want[0]) <= LSE_TOLERANCE
     assert gradient_error(got[1], want[1]) <= 2 * scale * GRADIENT_TOLERANCE[dtype]
@@ -117,7 +123,7 @@ def test_excluded_row(nan_filled_memory, triton_device, dtype, temperature):
 def test_every_row_is_a_neighbor(triton_device, k):
     """k = K."""
     p = on(triton_device, make_problem(2, k, 10))
-    *_, logits, indices = triton.queue_statistics(p.query, p.queue, 0.1, k)
+    *_, logits, indices = statistics(p.query, p.queue, 0.1, k)
     assert torch.equal(indices.sort(1).values, torch.arange(k, device=triton_device).expand(2, k))
     assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
 
@@ -126,10 +132,8 @@ def test_every_row_is_a_neighbor(triton_device, k):
 def test_without_sums(nan_filled_memory, triton_device, dtype):
     """The search alone: same neighbours, and no sums."""
     p = on(triton_device, make_problem(5, 700, 70, dtype=dtype))
-    full = triton.queue_statistics(p.query, p.queue, 0.07, 30)
-    lse, mean, entropy, logits, indices = triton.queue_statistics(
-        p.query, p.queue, 0.07, 30, sums=False
-    )
+    full = statistics(p.query, p.queue, 0.07, 30)
+    lse, mean, entropy, logits, indices = statistics(p.query, p.queue, 0.07, 30, sums=False)
     assert torch.equal(logits, full[3])
     assert torch.equal(indices, full[4])
     assert lse.shape == entropy.shape == (0,) and mean.shape == (0, 70)
@@ -138,17 +142,17 @@ def test_without_sums(nan_filled_memory, triton_device, dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_rows(triton_device, value):
     p = make_problem(4, 150, 9)
-    clean = triton.queue_statistics(*(x.to(triton_device) for x in (p.query, p.queue)), 0.1, 4)
+    clean = statistics(*(x.to(triton_device) for x in (p.query, p.queue)), 0.1, 4)
     vectors = p.query.clone()
     vectors[2, 8] = value
-    got = triton.queue_statistics(*(x.to(triton_device) for x in (vectors, p.queue)), 0.1, 4)
+    got = statistics(*(x.to(triton_device) for x in (vectors, p.queue)), 0.1, 4)
     others = [0, 1, 3]
     for x, y in zip(got, clean, strict=True):
         assert torch.equal(x[others], y[others])
     assert all(bool(x[2].isnan().all()) for x in got[:3])
     queue = p.queue.clone()
     queue[0, 0] = value
-    got = triton.queue_statistics(*(x.to(triton_device) for x in (p.query, queue)), 0.1, 4)
+    got = statistics(*(x.to(triton_device) for x in (p.query, queue)), 0.1, 4)
     assert all(bool(x.isnan().all()) for x in got[:3])
     assert bool(((got[4] >= 0) & (got[4] < 150)).all())
 

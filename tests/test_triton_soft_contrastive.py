@@ -7,18 +7,31 @@ import math
 import pytest
 import torch
 
-from softcl.labels import AdaptiveNeighborLabels, AdaptiveSoftLabels, HardLabels, NeighborLabels
+from softcl.labels import (
+    AdaptiveNeighborLabels,
+    AdaptiveSoftLabels,
+    DistillationLabels,
+    HardLabels,
+    LabelRule,
+    MixedLabels,
+    NeighborLabels,
+    RelationalLabels,
+)
 from softcl.ops import triton
+from softcl.ops.call import LossCall
 from softcl.testing import (
     ENTROPY_TOLERANCE,
     LSE_TOLERANCE,
     RULES,
     Problem,
     assert_loss_close,
+    fitting,
     gradient_error,
     loss_oracle,
     make_problem,
+    random_rules,
     relative_error,
+    rule_name,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "triton_device")
@@ -30,10 +43,6 @@ SHAPES = [(1, 1, 1), (3, 65, 32), (17, 64, 96), (9, 300, 130)]
 TEMPERATURES = [(0.1, 0.05), (0.02, 0.04), (0.07, 0.07)]  # the running maximum below 0.023
 
 
-def name(value):
-    return f"{value.name}-{value.num_neighbors}"
-
-
 def on(device, p):
     return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
 
@@ -42,12 +51,13 @@ def run(p, rule, temperature=0.1, teacher_temperature=0.05, **options):
     options = {
         "positive": True,
         "normalize": False,
+        "excluded": None,
         "gradient": True,
         "diagnostics": True,
         **options,
     }
-    return triton.soft_contrastive(
-        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
+    return triton.run(
+        LossCall(p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options)
     )
 
 
@@ -96,12 +106,8 @@ def cosines(rows, queue, excluded):
     return exact
 
 
-def fitting(rule, K):
-    return type(rule)(K) if rule.num_neighbors > K else rule
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=name)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_against_oracle(triton_device, rule, shape):
     """Dtypes, temperatures and the positive go round: every pair of them, and of each with a rule
     and a shape, comes up."""
@@ -113,6 +119,54 @@ def test_against_oracle(triton_device, rule, shape):
     check(on(triton_device, p), fitting(rule, K), *temperatures, positive=i % 3 > 0)
 
 
+@pytest.mark.parametrize("rule", random_rules(16, seed=1), ids=repr)
+def test_any_numbers(triton_device, rule):
+    i = rule.num_neighbors
+    p = make_problem(5, 130, 24, kind=("random", "clustered")[i % 2], seed=i)
+    excluded = torch.tensor([3, -1, 129, 0, 64], device=triton_device) if i else None
+    check(
+        on(triton_device, p), rule, *TEMPERATURES[i % 3], positive=i % 3 > 0, excluded=excluded,
+        scale=4.0,  # as in test_sharp_labels, and labels up to six times the positive's
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ["zero", "self"])
+@pytest.mark.parametrize("dtype", [F, B], ids=str)
+def test_positive_in_the_teachers_softmax(triton_device, entry, dtype):
+    """Its share is half and more in a small queue, and next to nothing in one without it."""
+    own = dict(teacher_positive=entry)
+    for rule in (
+        MixedLabels(0.3, **own),
+        LabelRule(positive=0.0, mean=1.0, **own),
+        LabelRule(mean=0.5, confident_mean=3.0, clip=True, num_neighbors=3, **own),
+        LabelRule(mean=0.5, neighbor=0.2, confident_neighbor=1.0, num_neighbors=2, **own),
+    ):
+        for K, kind, temperature in ((3, "random", 1.0), (200, "clustered", 0.04)):
+            p = on(triton_device, make_problem(4, K, 24, kind=kind, dtype=dtype))
+            check(p, rule, 0.1, temperature, scale=2.0)
+            check(p, rule, 0.1, 0.01, positive=False, scale=2.0)
+
+
+def test_scale_of_the_numbers_does_not_matter(triton_device):
+    """Beyond fp32 too."""
+    p = on(triton_device, make_problem(3, 70, 8))
+    numbers = dict(positive=0.5, confident_mean=2.0, mean=0.25)
+    plain = run(p, LabelRule(**numbers))
+    for factor in (2.0**-900, 2.0**900):
+        scaled = run(p, LabelRule(**{name: x * factor for name, x in numbers.items()}))
+        assert all(torch.equal(x, y) for x, y in zip(plain, scaled, strict=True))
+
+
+@pytest.mark.parametrize("positive", [0.3, 0.7, 3.0])
+def test_labels_of_the_positive_alone_are_hard(triton_device, positive):
+    """To the bit: without confidence, in a queue of one row, m = t, and t - m takes no part."""
+    p = on(triton_device, make_problem(5, 1, 24))
+    hard = run(p, HardLabels())
+    rule = LabelRule(positive=positive, confident_mean=2.0, clip=True, num_neighbors=1)
+    for got in (run(p, LabelRule(positive=positive)), run(p, rule)):
+        assert torch.equal(got[0], hard[0]) and torch.equal(got[1], hard[1])
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 def test_dtypes(triton_device, dtypes):
     p = make_problem(5, 130, 48, dtype=dtypes[0], queue_dtype=dtypes[1])
@@ -122,7 +176,7 @@ def test_dtypes(triton_device, dtypes):
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("dtype", [F, B, H], ids=str)
 @pytest.mark.parametrize(
-    "rule", [HardLabels(), AdaptiveSoftLabels(2), AdaptiveNeighborLabels(2)], ids=name
+    "rule", [HardLabels(), AdaptiveSoftLabels(2), AdaptiveNeighborLabels(2)], ids=rule_name
 )
 def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, rule):
     """The interpreter runs the tiles that each architecture would take."""
@@ -138,7 +192,7 @@ ONE_OF_A_KIND = [HardLabels(), AdaptiveNeighborLabels(2), AdaptiveSoftLabels(2)]
 
 
 @pytest.mark.parametrize("dtypes", IN_PIECES, ids=str)
-@pytest.mark.parametrize("rule", ONE_OF_A_KIND, ids=name)
+@pytest.mark.parametrize("rule", ONE_OF_A_KIND, ids=rule_name)
 def test_tiles_in_pieces(triton_device, monkeypatch, dtypes, rule):
     """fp32 at D > 128 on Hopper and Blackwell: two to four pieces, the last not always full.
 
@@ -158,7 +212,7 @@ def test_tiles_in_pieces(triton_device, monkeypatch, dtypes, rule):
     ("target", "temperature"),
     [("interpreter", 0.01), ("sm_90", 0.05), ("sm_90", 0.01), ("sm_80", 0.05)],
 )
-@pytest.mark.parametrize("rule", RULES, ids=name)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_excluded_row(triton_device, monkeypatch, rule, target, temperature):
     """The nearest row, the last one, none: in every layout of the tiles, in a split of its own."""
     if triton_device == "cpu":
@@ -170,6 +224,76 @@ def test_excluded_row(triton_device, monkeypatch, rule, target, temperature):
     excluded[2:4] = torch.tensor([128, -1])
     p, excluded = on(triton_device, p), excluded.to(triton_device)
     check(p, rule, 0.1, temperature, excluded=excluded, scale=2.0)  # as in test_sharp_labels
+
+
+@pytest.mark.parametrize("target", ["interpreter", "sm_90", "sm_80"])
+@pytest.mark.parametrize(
+    "temperatures", [(1e-6, 1e6), (1e6, 1e-6), (1e6, 1e6), (1e6, 0.1)], ids=str
+)
+def test_excluded_row_at_any_temperature(triton_device, monkeypatch, target, temperatures):
+    """The others' results to the bit: a row that takes no part may hold anything finite."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(triton, "target_of", lambda device: (target, 40))
+    elif target != "interpreter":
+        pytest.skip("other architectures' tiles need not fit here")
+    p = make_problem(4, 65, 24, dtype=B)
+    queue = p.queue.clone()
+    queue[64] = 0.25 * p.queue[3]
+    others = on(triton_device, Problem(p.query, p.key, queue))
+    p = on(triton_device, p)
+    excluded = torch.full((4,), 64, device=triton_device)
+    for rule in (RelationalLabels(), AdaptiveSoftLabels(3), AdaptiveNeighborLabels(3)):
+        first, again = (run(x, rule, *temperatures, excluded=excluded) for x in (p, others))
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+        assert not bool((first[5] == 64).any())
+        oracle = loss_oracle(
+            p, rule, temperature=temperatures[0], teacher_temperature=temperatures[1],
+            excluded=excluded,
+        )  # fmt: skip
+        scale = max(1.0, 0.05 / min(temperatures))
+        assert gradient_error(first[1], oracle[1], temperatures[0]) <= scale * 1e-3
+        assert relative_error(first[2], oracle[2]) <= scale * ENTROPY_TOLERANCE
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+@pytest.mark.parametrize("temperatures", [(0.1, 1e-4), (1e-4, 1e-4), (0.1, 1e-6)], ids=str)
+def test_merge_at_low_temperatures(triton_device, monkeypatch, temperatures, multiprocessors):
+    """Cosines are exact, so nothing but the softmax and its merge rounds: as at any temperature.
+
+    The logits are 14427 and 1442695 in base 2. The nearest rows tie, in several splits.
+    """
+    target, _ = triton.target_of(torch.device(triton_device, 0))
+    monkeypatch.setattr(triton, "target_of", lambda device: (target, multiprocessors))
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (200, 16), generator=generator) * 0.5 - 0.25
+    queue = signs.clone()
+    queue[50:53] = queue[150] = queue[1]
+    queue[120] = queue[2]
+    key = queue[:6].clone()
+    key[0] = -queue[0]
+    query = key.clone()
+    query[3] = queue[9]
+    p = on(triton_device, Problem(query, key, queue))
+    rules = AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), DistillationLabels(), MixedLabels(0.3)
+    for rule in rules:
+        got = run(p, rule, *temperatures)
+        oracle = loss_oracle(
+            p, rule, temperature=temperatures[0], teacher_temperature=temperatures[1]
+        )
+        # z.m is a product of rows, whose rounding the temperature divides.
+        size = max(1.0, 0.1 / temperatures[0])
+        assert relative_error(got[0] / size, oracle[0] / size) <= LSE_TOLERANCE
+        assert gradient_error(got[1], oracle[1], temperatures[0]) <= LSE_TOLERANCE
+        assert relative_error(got[2], oracle[2]) <= ENTROPY_TOLERANCE
+        assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_clipped_labels_at_low_temperatures(triton_device, kind):
+    """What clips a label is a sum of the neighbours' own: it fits theirs at any temperature."""
+    p = on(triton_device, make_problem(5, 300, 40, kind=kind))
+    check(p, AdaptiveSoftLabels(7), 0.1, 1e-4)
+    check(p, AdaptiveSoftLabels(7), 1e-4, 1e-4, positive=False)
 
 
 def test_one_row_left(triton_device):
@@ -193,7 +317,7 @@ def test_split_queue(triton_device, monkeypatch, multiprocessors, temperature):
 
 @pytest.mark.parametrize("kind", ["clustered", "duplicates"])
 @pytest.mark.parametrize(
-    "rule", [AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), NeighborLabels(3)], ids=name
+    "rule", [AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), NeighborLabels(3)], ids=rule_name
 )
 def test_sharp_labels(triton_device, rule, kind):
     """Few large labels, clipped ones among them, and ties between the nearest rows."""
@@ -202,7 +326,7 @@ def test_sharp_labels(triton_device, rule, kind):
 
 
 @pytest.mark.parametrize("dtype", [F, B, H], ids=str)
-@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(2)], ids=name)
+@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(2)], ids=rule_name)
 def test_normalize(triton_device, rule, dtype):
     """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
     N = 11
@@ -226,19 +350,41 @@ def test_normalize(triton_device, rule, dtype):
     assert gradient_error(got[1] * norm, du, 0.1) <= (5e-6 if dtype == F else 1e-3)
 
 
-def test_tiny_rows_are_divided_by_the_floor(triton_device):
-    p = make_problem(3, 10, 4)
-    query = p.query.clone()
-    query[1] = 0.0
-    query[2] *= 1e-20
-    p = on(triton_device, Problem(query, p.key, p.queue))
-    got = run(p, HardLabels(), normalize=True)
-    oracle = loss_oracle(p, HardLabels(), normalize=True)
+def test_tiny_rows_have_no_direction(triton_device):
+    """Norms up to 1e-12 are taken for 1e-12, and such rows get no gradient."""
+    p = make_problem(5, 10, 4)
+    lengths = torch.tensor([1.0, 0.0, 1e-20, 0.5e-12, 4e-12])[:, None]
+    p = on(triton_device, Problem(p.query * lengths, p.key * lengths.flip(0), p.queue))
+    got = run(p, AdaptiveSoftLabels(2), normalize=True)
+    oracle = loss_oracle(p, AdaptiveSoftLabels(2), normalize=True)
     assert relative_error(got[0], oracle[0]) <= LSE_TOLERANCE
-    assert relative_error(got[1] * 1e-12, oracle[1] * 1e-12) <= LSE_TOLERANCE
+    assert not bool(got[1][1:4].any())
+    for n in (0, 4):
+        assert gradient_error(got[1][n : n + 1], oracle[1][n : n + 1]) <= 5e-6
 
 
-@pytest.mark.parametrize("rule", RULES, ids=name)
+@pytest.mark.parametrize("dtype", [F, B], ids=str)
+def test_rows_of_any_length(triton_device, dtype):
+    """Squares of 1e19 are beyond fp32, and so is the norm of the last row of the keys."""
+    p = make_problem(7, 150, 40, dtype=dtype)
+    lengths = torch.tensor([1e-11, 1.0, 1e15, 2e15, 1e19, 1e30, 1e38], dtype=F)[:, None]
+    query, key = (p.query.float() * lengths).to(dtype), (p.key.float() * lengths).to(dtype)
+    key[6] = 3e38
+    p = on(triton_device, Problem(query, key, p.queue))
+    norm = p.query.double().norm(dim=1, keepdim=True)
+    unit = [torch.nn.functional.normalize(x.double()).float().to(dtype) for x in (p.query, p.key)]
+    got = run(p, AdaptiveSoftLabels(2), normalize=True)
+    oracle = loss_oracle(Problem(*unit, p.queue), AdaptiveSoftLabels(2))
+    assert relative_error(got[0], oracle[0]) <= LSE_TOLERANCE
+    z, dz = unit[0].double(), oracle[1]
+    du = dz - z * (z * dz).sum(1, keepdim=True)
+    # Each row by its own size; a gradient of 1e-38 has lost its last bits.
+    error = gradient_error(got[1][:6] * norm[:6], du[:6], 0.1)
+    assert error <= (5e-6 if dtype == F else 1e-3)
+    assert bool(got[1].isfinite().all())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_same_bits_again_and_with_fewer_results(triton_device, rule):
     p = on(triton_device, make_problem(4, 150, 24))
     first, again = run(p, rule), run(p, rule)
