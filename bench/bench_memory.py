@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench.bench_soft_contrastive import DENSE, Step, check, prepare_elsewhere, step_elsewhere
+from bench.bench_soft_contrastive import Step, check, prepare_elsewhere, step_elsewhere
 from bench.machine import conditions
 from bench.memory import available_memory, cuda_peak_increase, fresh_process
 from bench.peers import AS_IT_COMES
-from bench.shapes import Shape, eager_bytes
+from bench.shapes import DENSE, RULES, Shape, eager_bytes
 from bench.table import OURS, Row
 from softcl.testing import available_backends, make_problem
 
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc):
     device = option("--device")
     shapes = FULL if option("--full") or option("--shapes") in ("main", "grid") else QUICK
     smallest = make_problem(2, 8, 4, device=device)
-    ours = [b for b in available_backends(smallest, DENSE) if b in OURS]
+    ours = [b for b in available_backends(smallest, RULES[DENSE]) if b in OURS]
     peers = [p for p in PEERS[device] if p in (option("--peer") or PEERS[device])]
     contenders = [*(option("--backend") or ours), *peers]
     metafunc.parametrize("shape", shapes, ids=str)
@@ -46,13 +46,13 @@ def process():
 
 
 def bench_peak_memory(benchmark, report, process, device, shape, contender):
-    group = f"memory {shape} {DENSE.name}"
-    needed, free = eager_bytes(shape, DENSE), available_memory()
+    group, rule = f"memory {shape} {DENSE}", RULES[DENSE]
+    needed, free = eager_bytes(shape, rule), available_memory()
     if contender == AS_IT_COMES and needed > 0.7 * free:
         note = f"not run: needs about {needed / 1e9:.0f} GB"
         report(Row(group, contender, note=note))
         pytest.skip(note)
-    work = shape, DENSE, contender, DTYPES[device], device
+    work = shape, rule, contender, DTYPES[device], device
     if device == "cuda":
         step = Step(*work)
         check(step, step())

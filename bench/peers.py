@@ -11,7 +11,8 @@
     lightly     hard labels: lightly's NTXentLoss with the queue as its memory bank
 
 A peer takes (query, key, queue, rule, temperature, teacher_temperature, positive) and returns the
-losses (N,), with a gradient for the query. Same formulas as :mod:`softcl.labels`.
+losses (N,), with a gradient for the query. Same formula as :mod:`softcl.labels`. A rule without a
+label of the positive may leave it out of the softmax: positive=False.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.shapes import is_hard
 from softcl.labels import LabelRule
-from softcl.ops import reference
+from softcl.ops import algebra
 
 # Elements of a block of logits of "chunked" and of the search of "attention": 32 MB in float32, the
 # fastest of 1 to 32 MB on two cores of an EPYC; a GPU wants larger ones.
@@ -33,34 +35,50 @@ BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def dense_labels(
-    teacher_logits: Tensor,  # (N, K) t . Q_j / teacher_temperature
     rule: LabelRule,
+    logits: Tensor,  # (N, K) t . Q_j / teacher_temperature
+    own: Tensor,  # (N, 1) t . t / teacher_temperature
 ) -> tuple[Tensor, Tensor]:
-    """Labels of the positive (N, 1) and of the queue rows (N, K); each row sums to one."""
-    K = teacher_logits.shape[1]
-    n = rule.num_neighbors
-    soft = teacher_logits.softmax(1)
-    positive = torch.ones_like(soft[:, :1])
-    if rule.name == "relational":
-        return torch.zeros_like(positive), soft
-    if rule.name == "mixed":
-        w = rule.positive_weight
-        return w * positive, (1.0 - w) * soft
-    if rule.name in ("adaptive_soft", "adaptive_neighbors"):
+    """Labels of the positive (N, 1) and of the queue rows (N, K); each row sums to one.
+
+    `softcl.testing.dense_labels` in as few visits of the N x K matrix as the rule needs.
+    """
+    K, n = logits.shape[1], rule.num_weighted
+    confidence, mass, first = 0.0, 0.0, rule.positive
+    if rule.needs_softmax:
+        soft = logits.softmax(1)
+    if rule.confident_mean > 0.0 or rule.confident_neighbor > 0.0:
         entropy = -torch.special.xlogy(soft, soft).sum(1, keepdim=True)
         confidence = (1.0 - entropy / math.log(K)).clamp(0.0, 1.0)
-    if rule.name == "adaptive_soft":
-        labels = (confidence * n * soft).clamp(max=1.0)
-    elif rule.name == "adaptive_neighbors":
-        nearest = teacher_logits.topk(n, dim=1).indices
-        labels = torch.zeros_like(soft).scatter_(1, nearest, confidence.expand(-1, n))
-    elif rule.name == "neighbors":
-        nearest = teacher_logits.topk(n, dim=1).indices
-        labels = torch.zeros_like(soft).scatter_(1, nearest, 1.0)
-    else:
-        raise ValueError(f"rule is not one the peers know: {rule!r}")
-    total = 1.0 + labels.sum(1, keepdim=True)
-    return positive / total, labels / total
+    if rule.needs_mean:
+        mass = rule.mean + rule.confident_mean * confidence
+    if rule.teacher_positive is not None:
+        own = own if rule.teacher_positive == "self" else torch.zeros_like(own)
+        lse = logits.logsumexp(1, keepdim=True)
+        first = first + mass * torch.sigmoid(own - lse)
+        mass = mass * torch.sigmoid(lse - own)
+    if rule.clip and rule.needs_mean:
+        labels = mass * soft
+        if rule.mean + rule.confident_mean <= rule.positive * rule.num_neighbors:
+            labels.clamp_(max=rule.positive)  # no label is above it but those of the nearest
+        else:
+            near = logits.topk(n, dim=1).indices
+            labels.scatter_(1, near, labels.gather(1, near).clamp(max=rule.positive))
+        total = first + labels.sum(1, keepdim=True)
+        return first / total, labels.div_(total)
+    weight = rule.neighbor + rule.confident_neighbor * confidence
+    total = first + mass + n * weight
+    first = torch.zeros_like(own) + first / total
+    if not rule.needs_mean:
+        labels = torch.zeros_like(logits)
+    else:  # a whole softmax is the labels as it is
+        share = mass / total
+        labels = soft if isinstance(share, float) and share == 1.0 else share * soft
+    if n > 0:
+        near = logits.topk(n, dim=1).indices
+        weights = torch.zeros_like(own) + weight / total
+        labels = labels.scatter_add_(1, near, weights.expand(-1, n))
+    return first, labels
 
 
 def eager(query, key, queue, rule, temperature, teacher_temperature, positive=True):
@@ -68,12 +86,17 @@ def eager(query, key, queue, rule, temperature, teacher_temperature, positive=Tr
     if positive:
         logits = torch.cat([(query * key).sum(1, keepdim=True) / temperature, logits], 1)
     log_p = logits.log_softmax(1)
-    if rule.name == "hard":
+    if is_hard(rule):
         return -log_p[:, 0]
     with torch.no_grad():
-        first, rest = dense_labels(key @ queue.T / teacher_temperature, rule)
+        first, rest = dense_labels(rule, *teacher_logits(key, queue, teacher_temperature))
         labels = torch.cat([first, rest], 1) if positive else rest
     return -(labels * log_p).sum(1)
+
+
+def teacher_logits(key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of the queue rows (N, K), and of the key with itself (N, 1)."""
+    return torch.mm(key, queue.T).div_(temperature), (key * key).sum(1, keepdim=True) / temperature
 
 
 @functools.cache
@@ -113,11 +136,11 @@ def chunked(query, key, queue, rule, temperature, teacher_temperature, positive=
         if positive:
             lse = torch.logaddexp(lse, own)
         p.sub_(lse)
-        if rule.name == "hard":
+        if is_hard(rule):
             first, log_likelihood = torch.ones_like(own), 0.0
             difference = p.exp_()
         else:
-            first, y = dense_labels(torch.mm(t[rows], queue.T).div_(teacher_temperature), rule)
+            first, y = dense_labels(rule, *teacher_logits(t[rows], queue, teacher_temperature))
             log_likelihood = torch.einsum("nk,nk->n", y, p)
             difference = p.exp_().sub_(y)
         gradient = difference @ queue
@@ -143,12 +166,13 @@ def attention(
     confidence = None
     if rule.needs_softmax:
         entropy = teacher_lse - (t * teacher_mean).sum(1) / teacher_temperature
-        confidence = reference.confidence_of(entropy, len(queue))
-    neighbor_logits, neighbors = _search(key, queue, rule.num_neighbors)
+        confidence = algebra.confidence_of(entropy, len(queue))
+    neighbor_logits, neighbors = _search(key, queue, rule.num_weighted)
     neighbor_logits /= teacher_temperature
-    label_mean = reference.label_mean_of(
-        rule, t, teacher_lse, teacher_mean, confidence, neighbor_logits, queue[neighbors]
-    )
+    label_mean = algebra.label_mean_of(
+        rule, t, teacher_temperature, teacher_lse, teacher_mean, confidence, neighbor_logits,
+        lambda weights: algebra.weighted_sum(queue, neighbors, weights),
+    )  # fmt: skip
     own = (z * t).sum(1) / temperature
     total = torch.logaddexp(lse, own) if positive else lse
     expected = mean * (lse - total).exp()[:, None]
@@ -249,7 +273,7 @@ PEERS: dict[str, Callable[..., Tensor]] = {
 
 def absent(peer: str, device: str, rule: LabelRule) -> str | None:
     """Why a peer cannot run here, or None."""
-    if peer in ("linear-ce", "lightly") and rule.name != "hard":
+    if peer in ("linear-ce", "lightly") and not is_hard(rule):
         return "not run: knows hard labels alone"
     if peer in ("flex", "flash-attn") and device != "cuda":
         return "not run: for CUDA devices"

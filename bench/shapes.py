@@ -1,4 +1,4 @@
-"""Named shapes, and what they cost: the arithmetic that a measurement is compared with.
+"""Named shapes and rules, and what they cost: the arithmetic that a measurement is compared with.
 
     product of the student's or the teacher's rows with the queue    2 N K D flop each
     sum of queue rows weighted by a softmax                          2 N K D flop each
@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from softcl.labels import LabelRule
+from softcl.labels import AdaptiveSoftLabels, LabelRule
+from softcl.testing import NAMED_RULES
 
 
 class Shape(NamedTuple):
@@ -39,6 +40,9 @@ GRID = tuple(
     Shape(N, K, D)
     for D, N, K in itertools.product((128, 256), (256, 1024, 4096), (4096, 16384, 65536, 131072))
 )
+
+DENSE = "adaptive_soft-5"  # the rule that needs everything
+RULES: dict[str, LabelRule] = {**NAMED_RULES, DENSE: AdaptiveSoftLabels(5)}
 
 KNN = Shape(10_000, 50_000, 512)  # CIFAR's test images against its training images, ResNet-18
 
@@ -76,4 +80,9 @@ def least_bytes(shape: Shape, element_bytes: int) -> float:
 
 def eager_bytes(shape: Shape, rule: LabelRule) -> float:
     """About the peak memory of the N x K formula: so many float32 matrices live at once."""
-    return 4.0 * shape.N * shape.K * (4 if rule.name == "hard" else 8)
+    return 4.0 * shape.N * shape.K * (4 if is_hard(rule) else 8)
+
+
+def is_hard(rule: LabelRule) -> bool:
+    """All of the labels is the positive's."""
+    return not (rule.needs_mean or rule.adds_neighbors)

@@ -1,7 +1,7 @@
 """``python -m softcl.doctor``: what this machine runs, and whether it computes the right numbers.
 
 Versions and devices; for every backend whether it works on each device, and if not, why; then a
-self-check of those that do, against the reference in float64, under the tolerances of
+self-check of those that do, against the formulas in float64, under the tolerances of
 `softcl.testing`. Needs torch and numpy alone.
 """
 
@@ -44,6 +44,7 @@ from softcl.testing import (
     loss_oracle,
     make_problem,
     relative_error,
+    rule_name,
 )
 
 SECONDS = 5.0  # of self-check for each backend and device
@@ -211,16 +212,17 @@ Case = tuple[LabelRule, tuple[int, int, int], tuple[torch.dtype, torch.dtype], s
 
 def cases() -> Iterator[Case]:
     """Every rule, shape, dtype and kind of data, so mixed that a short check sees each of them."""
-    table = list(itertools.product(SHAPES, DTYPES, KINDS, RULES))
+    table = list(itertools.product(SHAPES, DTYPES, KINDS))
     random.Random(0).shuffle(table)
-    for shape, dtypes, kind, rule in table:
-        yield fitting(rule, shape[1]), shape, dtypes, kind
+    for turn in range(len(RULES)):
+        for place, (shape, dtypes, kind) in enumerate(table, turn):
+            yield fitting(RULES[place % len(RULES)], shape[1]), shape, dtypes, kind
 
 
 def words(case: Case) -> str:
     rule, (N, K, D), dtypes, kind = case
     types = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{rule}, N={N}, K={K}, D={D}, {types}, {kind} rows"
+    return f"{rule_name(rule)}, N={N}, K={K}, D={D}, {types}, {kind} rows"
 
 
 def check_one(
@@ -231,7 +233,7 @@ def check_one(
     dtypes: tuple[torch.dtype, torch.dtype],
     kind: str,
 ) -> None:
-    """Loss, gradient, statistics and neighbours of one problem against the reference in float64.
+    """Loss, gradient, statistics and neighbours of one problem against the formulas in float64.
 
     Raises:
         AssertionError: a result is out of tolerance.
@@ -257,7 +259,7 @@ def check_one(
         assert_loss_close(loss, query.grad, oracle, dtypes[0], scale=scale)
     else:
         assert_loss_close(loss, None, oracle, dtypes[0], scale=scale)
-        error = gradient_error(query.grad, oracle[1], 0.1)
+        error = gradient_error(query.grad, oracle.dquery, 0.1)
         assert error <= 2**-8, f"gradient is off by {error:.2e}"
     check_statistics(backend, problem, min(7, shape[1]))
 

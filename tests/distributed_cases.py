@@ -21,8 +21,11 @@ from softcl.labels import AdaptiveNeighborLabels, AdaptiveSoftLabels, HardLabels
 from softcl.nn import MemoryQueue
 from softcl.testing import (
     RULES,
+    Problem,
     gradient_error,
+    loss_oracle,
     make_problem,
+    random_rules,
     relative_error,
 )
 
@@ -167,52 +170,51 @@ def losses(world: World, folder: Path) -> None:
         {},
         {"positive": False, "temperature": 0.02, "teacher_temperature": 0.015},
         {"normalize": True, "filled": 5 * W + 2},
-        {"queries_per_key": 3, "label_sum": 2.0},
     ]
-    cases = [(rule, o) for rule in RULES for o in options]
-    cases += [(AdaptiveSoftLabels(0), {}), (MixedLabels(0.4), {"virtual_logit": True})]
+    cases = [(rule, o) for rule in (*RULES, *random_rules(5, seed=4)) for o in options]
+    cases += [(AdaptiveSoftLabels(0), {}), (MixedLabels(0.4, teacher_positive="zero"), {})]
     backends = [("reference", torch.float64)] + [(FUSED, torch.float32)] * has_native()
     for (rule, option), (backend, dtype) in itertools.product(cases, backends):
-        V = option.get("queries_per_key", 1)
-        p = make_problem(V * 3 * W, 9 * W + 1, 8, kind="clustered", dtype=dtype, seed=6)
-        raw = p.query * 2.5 if option.get("normalize") else p.query
-        key = p.key[: 3 * W]
-        whole, mine = raw.clone().requires_grad_(), own(world, raw).requires_grad_()
-        expected, shown = _loss(whole.double() if dtype != torch.float64 else whole,
-                                key.double(), p.queue.double(), rule, option,
-                                "reference")  # fmt: skip
+        p = make_problem(3 * W, 9 * W + 1, 8, kind="clustered", dtype=dtype, seed=6)
+        raw, key = p.query * 2.5 if option.get("normalize") else p.query, p.key
+        mine = own(world, raw).requires_grad_()
+        filled = option.get("filled", len(p.queue))
+        oracle = loss_oracle(
+            Problem(raw, key, p.queue[:filled]), rule,
+            **{name: value for name, value in option.items() if name != "filled"},
+        )  # fmt: skip
+        expected, shown = oracle.loss, oracle
         found, seen = _loss(mine, own(world, key), shard(world, p.queue), rule, option, backend)
         assert found.dtype == dtype
         weights = torch.linspace(0.5, 2.0, len(expected)).double()
-        (expected * weights).sum().backward()
         (found * own(world, weights).to(dtype)).sum().backward()
+        dquery = weights[:, None] * oracle.dquery
         exact = dtype == torch.float64
         name = f"{rule} {option} {backend}"
         error = relative_error(found, own(world, expected))
         # In float32 one process is off as well, by more the lower the temperature: measured here.
         # And logits and lse of the parts are rounded on their way, by half of the last place.
-        total, coldest = option.get("label_sum", 1.0), option.get("teacher_temperature", 0.05)
-        rounding = 1e-6 + 2 * 6e-8 * total / coldest
+        rounding = 1e-6 + 2 * 6e-8 / option.get("teacher_temperature", 0.05)
         alone = raw.clone().requires_grad_()
         one, _ = _loss(alone, key, p.queue, rule, option, backend)
         (one * weights.to(dtype)).sum().backward()
         error, usual = relative_error(found, own(world, expected)), relative_error(one, expected)
         bound = 1e-11 if exact else rounding + 2 * usual
         assert error <= bound, f"{name}: loss is off by {error:.2e}, one process's by {usual:.2e}"
-        error = gradient_error(mine.grad, own(world, whole.grad), 0.1)
-        usual = gradient_error(alone.grad, whole.grad, 0.1)
+        error = gradient_error(mine.grad, own(world, dquery), 0.1)
+        usual = gradient_error(alone.grad, dquery, 0.1)
         bound = 1e-10 if exact else rounding + 2 * usual
         assert error <= bound, f"{name}: gradient is off by {error:.2e}, alone by {usual:.2e}"
         for field in ("confidence", "entropy"):
             a, b = getattr(seen, field), getattr(shown, field)
-            assert (a is None) == (b is None), field
+            assert (a is not None) == rule.needs_softmax, field
             if a is not None:
                 same(a.double(), own(world, b).double(), 1e-9 if exact else 2e-5)
         if exact:
             for field in ("positive_rank", "neighbor_indices"):
                 a, b = getattr(seen, field), getattr(shown, field)
-                assert (a is None) == (b is None), field
                 assert a is None or torch.equal(a, own(world, b)), field
+            assert (seen.neighbor_indices is None) == (rule.num_neighbors == 0)
         with torch.no_grad():
             assert torch.equal(
                 _loss(mine, own(world, key), shard(world, p.queue), rule, option, backend)[0], found
@@ -236,20 +238,18 @@ def label_means(world: World, folder: Path) -> None:
 def traffic_is_as_derived(world: World, folder: Path) -> None:
     """The bytes counted in a step are those of the formulas."""
     W, n, D = world.size, 3, 8
-    for rule, V, gradient, dtype in itertools.product(
-        (HardLabels(), *RULES), (1, 2), (True, False), (torch.float32, torch.float64)
+    for rule, gradient, dtype in itertools.product(
+        RULES, (True, False), (torch.float32, torch.float64)
     ):
-        p = make_problem(V * n * W, 4 * W + 4, D, dtype=dtype)
+        p = make_problem(n * W, 7 * W + 4, D, dtype=dtype)
         query = own(world, p.query).requires_grad_(gradient)
         world.received.clear()
-        loss, _ = _loss(query, own(world, p.key[: n * W]), shard(world, p.queue), rule,
-                        {"queries_per_key": V}, "reference")  # fmt: skip
+        loss, _ = _loss(query, own(world, p.key), shard(world, p.queue), rule, {}, "reference")
         size = dtype.itemsize
         expected = traffic.sharded_loss(
-            rule, W, V * n, D, queries_per_key=V, vector_bytes=size, sum_bytes=size,
-            gradient=gradient,
-        )  # fmt: skip
-        assert world.received.total() == expected, (rule, V, gradient, dtype)
+            rule, W, n, D, vector_bytes=size, sum_bytes=size, gradient=gradient
+        )
+        assert world.received.total() == expected, (rule, gradient, dtype)
         if gradient:
             loss.sum().backward()
             assert world.received.total() == expected, "the backward pass exchanged something"

@@ -17,17 +17,21 @@ from bench import ceilings, compare, report
 from bench.bench_soft_contrastive import assert_peer_close
 from bench.ceilings import Ceilings
 from bench.neighbor_peers import make_search
-from bench.peers import PEERS, absent
+from bench.peers import PEERS, absent, dense_labels, teacher_logits
 from bench.shapes import SMALL, Cost, Shape, loss_cost, search_cost
 from bench.table import Row, format_tables
 from bench.timing import measure
+from softcl import testing
 from softcl.labels import AdaptiveSoftLabels, HardLabels, NeighborLabels
 from softcl.testing import (
+    NAMED_RULES,
     RULES,
     assert_loss_close,
     assert_neighbors_close,
     loss_oracle,
     make_problem,
+    random_rules,
+    rule_name,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -148,9 +152,10 @@ def test_turns_survive_a_drifting_clock(monkeypatch):
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(3)], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", ["hard", "adaptive_soft-7"])
 def test_peers_agree(peer, rule):
     """Who is compared with computes the same loss and gradient."""
+    rule = NAMED_RULES[rule]
     reason = absent(peer, "cpu", rule)
     if reason or peer == "compiled":  # its compilation takes longer than all of these
         pytest.skip(reason or "compiled is eager")
@@ -162,18 +167,27 @@ def test_peers_agree(peer, rule):
     assert_loss_close(loss, query.grad, oracle, torch.float32, scale=10.0)
 
 
+@pytest.mark.parametrize("rule", [*RULES, *random_rules(8, seed=5)], ids=rule_name)
+def test_peers_know_every_number_of_a_rule(rule):
+    """Clustered rows: labels are clipped, also where n is too small to clip them all."""
+    p = make_problem(7, 60, 16, kind="clustered", dtype=torch.float64)
+    logits, own = teacher_logits(p.key, p.queue, 0.05)
+    made = torch.cat(dense_labels(rule, logits, own), 1)
+    torch.testing.assert_close(made, testing.dense_labels(rule, logits, own).labels)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.name}-{r.num_neighbors}")
-@pytest.mark.parametrize("peer", ["eager", "chunked", "attention"])
-def test_peers_agree_in_half_precision(peer, rule, dtype):
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_peers_agree_in_half_precision(rule, dtype):
     """Within their rounding; a loss or a gradient that is off by more is noticed."""
     p = make_problem(32, 60, 16, dtype=getattr(torch, dtype))
-    positive = rule.name != "relational"
-    query = p.query.clone().requires_grad_()
-    loss = PEERS[peer](query, p.key, p.queue, rule, 0.1, 0.05, positive)
-    loss.sum().backward()
+    positive = rule != NAMED_RULES["relational"]
     oracle = loss_oracle(p, rule, positive=positive)
-    assert_peer_close(loss, query.grad, oracle, rule)
+    for peer in ("eager", "chunked", "attention"):
+        query = p.query.clone().requires_grad_()
+        loss = PEERS[peer](query, p.key, p.queue, rule, 0.1, 0.05, positive)
+        loss.sum().backward()
+        assert_peer_close(loss, query.grad, oracle, rule)
     with pytest.raises(AssertionError, match="loss is off"):
         assert_peer_close(1.25 * loss, query.grad, oracle, rule)
     with pytest.raises(AssertionError, match="gradient is off"):

@@ -12,32 +12,27 @@ import pytest
 _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
 
 CHECK = """
+import sys
+sys.path.insert(0, "tests")
 import torch
-from softcl.ops import cpu
-from softcl.testing import RULES, assert_loss_close, assert_neighbors_close
-from softcl.testing import loss_oracle, make_problem
+from loss_calls import check_loss, run_loss, run_statistics
+from softcl.labels import MixedLabels
+from softcl.ops import cpu, native
+from softcl.testing import RULES, assert_neighbors_close, fitting, loss_oracle, make_problem
 torch.set_num_threads(2)
 for N, K, D in ((1, 1, 1), (17, 97, 65), (70, 2000, 130), (200, 500, 40)):
     p = make_problem(N, K, D, queue_dtype=torch.bfloat16)
-    for rule in RULES:
-        rule = type(rule)(K) if rule.num_neighbors > K else rule
-        got = cpu.soft_contrastive(p.query, p.key, p.queue, rule, 0.1, 0.05, positive=True,
-                                   normalize=False, gradient=True, diagnostics=True)
-        assert_loss_close(got[0], got[1], loss_oracle(p, rule), torch.float32)
-        if K < 2 or rule.num_neighbors == K:
-            continue
-        excluded = torch.arange(N) % K
-        got = cpu.soft_contrastive(p.query, p.key, p.queue, rule, 0.1, 0.05, positive=True,
-                                   normalize=False, gradient=True, diagnostics=True,
-                                   excluded=excluded)
+    for place, rule in enumerate([*RULES, MixedLabels(0.3, teacher_positive="zero")]):
+        excluded = torch.arange(N) % K if K > 1 and place % 2 else None
+        rule = fitting(rule, K - (excluded is not None))
+        got = run_loss(cpu, p, rule, excluded=excluded)
         oracle = loss_oracle(p, rule, excluded=excluded)
-        assert_loss_close(got[0], got[1], oracle, torch.float32)
+        check_loss(got, oracle, p, rule, torch.float32, excluded=excluded)
     k = min(K, 100)
-    *_, logits, indices = cpu.queue_statistics(p.query, p.queue, 0.1, k)
-    assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
-    *_, logits, indices = cpu.queue_statistics(p.query, p.queue, 0.1, k, sums=False)
-    assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
-print(cpu._load()[0].isa())
+    for sums in (True, False):
+        *_, logits, indices = run_statistics(cpu, p.query, p.queue, 0.1, k, sums=sums)
+        assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+print(native.load()[0].isa())
 """
 
 MAPS = """

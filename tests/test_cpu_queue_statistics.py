@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from loss_calls import exact_statistics, pairs, run_statistics, scale_at
 
 from softcl.testing import (
     ENTROPY_TOLERANCE,
+    KINDS,
     LSE_TOLERANCE,
     assert_neighbors_close,
     gradient_error,
@@ -17,8 +19,7 @@ from softcl.testing import (
 )
 
 pytest.importorskip("softcl._C", reason="softcl._C is not built")
-from softcl.ops import cpu, reference  # noqa: E402
-
+from softcl.ops import cpu, native  # noqa: E402
 
 # Coarse coordinates: products and sums are exact in float32, so ties are ties to the last bit.
 EXACT_STEP = 2.0**-6
@@ -36,10 +37,9 @@ def expected_neighbors(vectors, queue, k):
     return values[:, :k], indices[:, :k]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("k", [1, 2, 5, 64, 65, 200, 1023, 2000])
 @pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal", "repeated"])
-def test_neighbors_and_ties(order, k, threads):
+def test_neighbors_and_ties(order, k):
     """Exactly the lowest rows among equal ones, whatever order they come in; k = K included."""
     vectors, queue = exact_rows(19, 12, 0), exact_rows(2000, 12, 1)
     cosines = vectors[0] @ queue.T
@@ -50,42 +50,47 @@ def test_neighbors_and_ties(order, k, threads):
         "equal": queue[:1].repeat(2000, 1),
         "repeated": queue[:50].repeat(40, 1),
     }[order].contiguous()
+    values, rows = expected_neighbors(vectors, queue, k)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        *_, logits, indices = cpu.queue_statistics(vectors, queue, 0.25, k)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            *_, logits, indices = run_statistics(cpu, vectors, queue, 0.25, k)
+            assert torch.equal(indices, rows)
+            assert torch.equal(logits, (values / 0.25).float())
     finally:
         torch.set_num_threads(before)
-    values, rows = expected_neighbors(vectors, queue, k)
-    assert torch.equal(indices, rows)
-    assert torch.equal(logits, (values / 0.25).float())
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (31, 97, 65), (100, 3001, 300)], ids=str)
-def test_against_reference(shape, temperature):
-    N, K, D = shape
-    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float16)):
-        for kind in ("random", "clustered"):
-            p = make_problem(N, K, D, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1])
-            k = min(K, 20)
-            lse, mean, entropy, logits, indices = cpu.queue_statistics(
-                p.query, p.queue, temperature, k
-            )
-            want = reference.queue_statistics(p.query.double(), p.queue.double(), temperature, k)
-            scale = max(1.0, 0.05 / temperature)  # as in test_cpu_soft_contrastive.py
-            assert relative_error(lse, want[0]) <= LSE_TOLERANCE
-            assert gradient_error(mean, want[1]) <= 2 * scale * LSE_TOLERANCE
-            assert relative_error(entropy, want[2]) <= scale * ENTROPY_TOLERANCE
-            assert_neighbors_close(logits, indices, p.query, p.queue, temperature)
+CASES = pairs(
+    shape=[(1, 1, 1), (31, 97, 65), (100, 3001, 300)],
+    temperature=[0.01, 0.1, 1.0],
+    dtypes=[(torch.float32, torch.float32), (torch.bfloat16, torch.float16)],
+    kind=KINDS,
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_against_reference(case):
+    p = make_problem(
+        *case["shape"], kind=case["kind"], dtype=case["dtypes"][0], queue_dtype=case["dtypes"][1]
+    )
+    temperature, k = case["temperature"], min(len(p.queue), 20)
+    got = run_statistics(cpu, p.query, p.queue, temperature, k)
+    want = exact_statistics(p.query, p.queue, temperature, k)
+    scale = scale_at(temperature)
+    assert relative_error(got.lse, want.lse) <= LSE_TOLERANCE
+    assert gradient_error(got.mean, want.mean) <= 2 * scale * LSE_TOLERANCE
+    assert relative_error(got.entropy, want.entropy) <= scale * ENTROPY_TOLERANCE
+    assert_neighbors_close(got.neighbor_logits, got.neighbor_indices, p.query, p.queue, temperature)
 
 
 def test_without_sums():
     """The search alone: same neighbours, and no sums."""
     p = make_problem(40, 3000, 70)
-    full = cpu.queue_statistics(p.query, p.queue, 0.07, 200)
-    lse, mean, entropy, logits, indices = cpu.queue_statistics(
-        p.query, p.queue, 0.07, 200, sums=False
+    full = run_statistics(cpu, p.query, p.queue, 0.07, 200)
+    lse, mean, entropy, logits, indices = run_statistics(
+        cpu, p.query, p.queue, 0.07, 200, sums=False
     )
     torch.testing.assert_close(logits, full[3], rtol=0, atol=2e-6 / 0.07)
     assert_neighbors_close(logits, indices, p.query, p.queue, 0.07)
@@ -96,10 +101,10 @@ def test_without_sums():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_rows(value):
     p = make_problem(20, 300, 9)
-    clean = cpu.queue_statistics(p.query, p.queue, 0.1, 4)
+    clean = run_statistics(cpu, p.query, p.queue, 0.1, 4)
     vectors = p.query.clone()
     vectors[5, 8] = value
-    got = cpu.queue_statistics(vectors, p.queue, 0.1, 4)
+    got = run_statistics(cpu, vectors, p.queue, 0.1, 4)
     others = torch.arange(20) != 5
     for x, y in zip(got, clean, strict=True):
         assert torch.equal(x[others], y[others])
@@ -107,13 +112,13 @@ def test_non_finite_rows(value):
             assert bool(x[5].isnan().all())
     queue = p.queue.clone()
     queue[0, 0] = value
-    got = cpu.queue_statistics(p.query, queue, 0.1, 4)
+    got = run_statistics(cpu, p.query, queue, 0.1, 4)
     assert all(bool(x.isnan().all()) for x in got[:4])
     assert bool(((got[4] >= 0) & (got[4] < 300)).all())
 
 
 def test_bad_arguments_name_themselves():
-    module, _ = cpu._load()
+    module, _ = native.load()
     p = make_problem(2, 3, 4)
     good = {
         "query": p.query.data_ptr(),

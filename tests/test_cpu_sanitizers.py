@@ -68,6 +68,7 @@ import torch
 from softcl import AdaptiveSoftLabels
 from softcl.nn import MemoryQueue
 from softcl.ops import cpu
+from softcl.ops.call import LossCall, StatisticsCall
 from softcl.testing import make_problem
 torch.set_num_threads(2)
 p = make_problem(33, 300, 64)
@@ -75,10 +76,10 @@ queue = MemoryQueue(100, 64)
 
 def calls(count):
     for _ in range(count):
-        cpu.soft_contrastive(p.query, p.key, p.queue, AdaptiveSoftLabels(3), 0.1, 0.05,
-                             positive=True, normalize=True, gradient=True, diagnostics=True)
-        cpu.queue_statistics(p.query, p.queue, 0.1, 5)
-        cpu.queue_statistics(p.query, p.queue, 0.1, 1, sums=False)
+        cpu.run(LossCall(p.query, p.key, p.queue, AdaptiveSoftLabels(3), 0.1, 0.05, positive=True,
+                         normalize=True, excluded=None, gradient=True, diagnostics=True))
+        cpu.run(StatisticsCall(p.query, p.queue, 0.1, 5, True))
+        cpu.run(StatisticsCall(p.query, p.queue, 0.1, 1, False))
         queue.enqueue(p.key)
 
 def resident():

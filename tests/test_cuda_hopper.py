@@ -44,7 +44,6 @@ from softcl.testing import (
     relative_error,
 )
 
-
 HALF = (torch.bfloat16, torch.float16)
 # Blocks hold 64 samples, or 128 where nobody wants means or rows are of one kind; tiles 128 queue
 # rows, or 64 for D > 128. The fourth and the last give a split more tiles than there are stages.

@@ -35,7 +35,6 @@ from softcl.testing import (
     relative_error,
 )
 
-
 HALF = (torch.bfloat16, torch.float16)
 # Blocks hold 64 samples, or 128 rows of one kind; tiles 64 queue rows, or 32 for D > 128; steps 32.
 # Rows of D not a multiple of 8 are not aligned.
