@@ -176,6 +176,7 @@ CASES: dict[str, Method] = {
     "ressl keys": ReSSL(use_keys=True, crops=2, **SMALL),
     "sce paper": SCE(positive_weight=0.3, **SMALL),
     "sce code": SCE(form="code", positive_weight=0.3, **SMALL),
+    "sce relational": SCE(positive_weight=0.0, **SMALL),
     "sce symmetric": SCE(symmetric=True, predictor_hidden=8, **SMALL),
     "sce keys": SCE(use_keys=True, form="code", positive_weight=0.3, **SMALL),
     "sce keys symmetric": SCE(use_keys=True, symmetric=True, **SMALL),

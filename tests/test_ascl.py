@@ -1,4 +1,7 @@
-"""ASCL: its losses against the dense formula, a whole step against dense PyTorch, its numbers."""
+"""ASCL: its module, steps with split batch norm against dense PyTorch, its numbers.
+
+Its losses against the dense formula: test_methods.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 
 import pytest
 import torch
+from dense_methods import cross_entropies
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,78 +28,9 @@ from softcl.ops import soft_contrastive_loss
 from softcl.training.step import StepRandom, TrainState, train_step
 
 
-def dense_labels(t, Q, method: ASCL) -> torch.Tensor:
-    """The labels y of the paper and its code, (N, 1 + K), the positive first."""
-    K, n = len(Q), method.num_neighbors
-    d = t @ Q.T
-    q = torch.softmax(d / method.teacher_temperature, dim=1)
-    H = -(q * q.clamp_min(1e-300).log()).sum(1, keepdim=True)
-    c = 1 - H / math.log(K)
-    nearest = torch.zeros_like(d).scatter_(1, d.topk(n, dim=1).indices, 1.0)
-    y = {
-        "soft": (c * n * q).clamp(max=1.0),
-        "ahcl": c * nearest,
-        "hard": nearest,
-        "normal": torch.zeros_like(d),
-    }[method.labels]
-    y = torch.cat([torch.ones_like(c), y], dim=1)
-    return y / y.sum(1, keepdim=True)
-
-
-def dense_loss(z, t, Q, method: ASCL) -> torch.Tensor:
-    """Cross-entropy of y and the softmax over [positive, queue], one value per row."""
-    logits = torch.cat([(z * t).sum(1, keepdim=True), z @ Q.T], dim=1) / method.temperature
-    return -(dense_labels(t, Q, method) * torch.log_softmax(logits, dim=1)).sum(1)
-
-
-def unit_rows(count: int, dim: int, seed: int, spread: float = 1.0) -> torch.Tensor:
-    """Random unit rows in float64; a small spread puts them close to one direction."""
+def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    rows = spread * torch.randn(count, dim, generator=generator, dtype=torch.float64)
-    return F.normalize(rows + (1 - spread), dim=1)
-
-
-def clustered(N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A query, a key and a queue with a few near copies of each key, so that labels get clipped."""
-    t, Q = unit_rows(N, D, 1), unit_rows(K, D, 2)
-    for copies in range(3):
-        rows = torch.arange(0, N) * 5 + copies
-        Q[rows] = F.normalize(t + (0.1 + 0.05 * copies) * unit_rows(N, D, 3 + copies), dim=1)
-    z = F.normalize(t + 0.5 * unit_rows(N, D, 7), dim=1)
-    return z, t, Q
-
-
-@pytest.mark.parametrize("num_neighbors", [1, 2, 5])
-@pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("data", ["random", "clustered", "close"])
-def test_loss_and_gradient_equal_the_dense_formula(data, labels, num_neighbors):
-    if data == "clustered":
-        z, t, Q = clustered(7, 37, 16)
-    else:
-        spread = 1.0 if data == "random" else 0.3
-        z, t, Q = (unit_rows(rows, 16, seed, spread) for rows, seed in ((7, 1), (7, 2), (37, 3)))
-    method = ASCL(labels=labels, num_neighbors=num_neighbors, queue_size=37)
-    z.requires_grad_()
-    expected = dense_loss(z, t, Q, method)
-    (expected_gradient,) = torch.autograd.grad(expected.mean(), z)
-    numbers = {
-        "temperature": method.temperature,
-        "teacher_temperature": method.teacher_temperature,
-        "positive": method.positive,
-    }
-    actual = soft_contrastive_loss(z, t, Q, method.rule(), reduction="none", **numbers)
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-    mean = soft_contrastive_loss(z, t, Q, method.rule(), **numbers)
-    (gradient,) = torch.autograd.grad(mean, z)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
-
-
-def test_the_clustered_data_clips_labels():
-    """Otherwise the comparison above would not cover min(1, .)."""
-    _, t, Q = clustered(7, 37, 16)
-    y = dense_labels(t, Q, ASCL(num_neighbors=5, queue_size=37))
-    assert (y[:, 1:] == y[:, :1]).sum() >= 7
-    assert (y[:, 1:] < y[:, :1]).any()
+    return F.normalize(torch.randn(count, dim, generator=generator), dim=1)
 
 
 def test_confidence_of_the_random_queue_at_the_start():
@@ -117,31 +52,12 @@ def test_confidence_of_the_random_queue_at_the_start():
 # ---- the loss module ----
 
 
-@pytest.mark.parametrize("labels", LABELS)
-def test_loss_module_equals_the_dense_formula_on_raw_projections(labels):
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(6, 8, generator=generator, requires_grad=True)
-    v = torch.randn(6, 8, generator=generator, requires_grad=True)
+def test_loss_module_takes_a_queue_in_three_ways():
+    u, v = unit_rows(6, 8, 1), unit_rows(6, 8, 2)
     queue = MemoryQueue(20, 8)
     before = queue.rows.clone()
-    criterion = ASCLLoss(labels, num_neighbors=3)
-    loss = criterion(u, v, queue)
-    (gradient,) = torch.autograd.grad(loss, u)
-    method = ASCL(labels=labels, num_neighbors=3, queue_size=20)
-    u64 = u.detach().double().requires_grad_()
-    t64 = F.normalize(v.detach().double(), dim=1)
-    expected = dense_loss(F.normalize(u64, dim=1), t64, queue.rows.double(), method).mean()
-    (expected_gradient,) = torch.autograd.grad(expected, u64)
-    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=0)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
-    assert torch.equal(queue.rows, before) and queue.pointer == 0
-    assert not list(criterion.parameters()) and not criterion.state_dict()
-
-
-def test_loss_module_takes_a_queue_in_three_ways():
-    u, v = unit_rows(6, 8, 1).float(), unit_rows(6, 8, 2).float()
-    queue = MemoryQueue(20, 8)
     given = ASCLLoss()(u, v, queue)
+    assert torch.equal(queue.rows, before) and queue.pointer == 0
     assert torch.equal(ASCLLoss()(u, v, queue.rows), given)
     own = ASCLLoss(queue=queue)
     assert torch.equal(own(u, v), given)
@@ -151,11 +67,11 @@ def test_loss_module_takes_a_queue_in_three_ways():
 
 
 def test_loss_module_uses_the_filled_rows_alone():
-    u, v = unit_rows(6, 8, 1).float(), unit_rows(6, 8, 2).float()
+    u, v = unit_rows(6, 8, 1), unit_rows(6, 8, 2)
     queue = MemoryQueue(20, 8, init="empty")
     with pytest.raises(ValueError, match="queue is empty"):
         ASCLLoss()(u, v, queue)
-    queue.enqueue(unit_rows(5, 8, 3).float())
+    queue.enqueue(unit_rows(5, 8, 3))
     torch.testing.assert_close(ASCLLoss()(u, v, queue), ASCLLoss()(u, v, queue.rows[:5]))
 
 
@@ -215,7 +131,7 @@ def dense_step(step, images, student, teacher, velocity, queue, method, lr) -> t
     order = torch.randperm(N, generator=random("shuffle key"))
     t = torch.empty(N, D, dtype=torch.float64)
     t[order] = dense_forward(teacher, weak[order])
-    loss = dense_loss(z, t, torch.stack(queue), method).mean()
+    loss = cross_entropies(method, z, t, torch.stack(queue)).mean()
     for index, gradient in enumerate(torch.autograd.grad(loss, leaves)):
         velocity[index] = 0.9 * velocity[index] + gradient + 5e-4 * student[index]
         student[index] = student[index] - lr * velocity[index]

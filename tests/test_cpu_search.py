@@ -30,7 +30,7 @@ def search(vectors, queue, k, temperature=0.1):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_finds_the_nearest_rows(shape, kind, nan_filled_memory):
+def test_finds_the_nearest_rows(shape, kind):
     N, K, D, k = shape
     p = make_problem(N, K, D, kind=kind)
     logits, indices = search(p.query, p.queue, k)

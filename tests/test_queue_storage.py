@@ -48,7 +48,7 @@ def used(kind=MemoryQueue, **options) -> nn.Module:
 @pytest.mark.parametrize("init", ["random", "empty"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [in_context, by_argument])
-def test_a_queue_of_the_meta_device_draws_its_rows(make, dtype, init, kind, nan_filled_memory):
+def test_a_queue_of_the_meta_device_draws_its_rows(make, dtype, init, kind):
     queue = make(kind, 6, 3, dtype=dtype, init=init, seed=4)
     assert rows_of(queue).is_meta
     expected = kind(6, 3, dtype=dtype, init=init, seed=4)

@@ -17,7 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 FILES = sorted(
-    path.name for path in HERE.glob("test_triton_*.py") if "triton_device" in path.read_text()
+    path.name
+    for path in HERE.glob("test_*.py")
+    if "triton_device" in path.read_text() and path.name != Path(__file__).name
 )
 
 
@@ -25,14 +27,14 @@ FILES = sorted(
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs in the interpreter")
 @pytest.mark.parametrize("file", FILES)
 def test_in_interpreter(file, tmp_path):
-    if file == Path(__file__).name:
-        return
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
         "-x",
+        "-k",
+        "triton",
         "-p",
         "no:cacheprovider",
         f"--basetemp={tmp_path / 'own'}",
