@@ -24,7 +24,7 @@ FILES = sorted(
 @pytest.mark.timeout(900)  # a whole file, each of whose tests keeps its own limit
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs in the interpreter")
 @pytest.mark.parametrize("file", FILES)
-def test_in_interpreter(file, tmp_path):
+def test_in_interpreter(file, tmp_path, request):
     if file == Path(__file__).name:
         return
     command = [
@@ -38,6 +38,8 @@ def test_in_interpreter(file, tmp_path):
         f"--basetemp={tmp_path / 'own'}",
         str(HERE / file),
     ]
+    if request.config.getoption("--long"):
+        command.append("--long")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=HERE.parent, env=environment, capture_output=True, text=True

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_calls import run_loss
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -74,9 +75,8 @@ def plain(arguments):
 def test_two_or_three_launches_the_same_again(launches, rule, names):
     """The second call goes past the compiler, with the very arguments of the first."""
     p = make_problem(40, 500, 64, dtype=torch.bfloat16)
-    options = dict(positive=True, normalize=True, gradient=True, diagnostics=True)
     for _ in range(2):
-        backend.soft_contrastive(p.query, p.key, p.queue, rule, 0.1, 0.05, **options)
+        run_loss(backend, p, rule, normalize=True)
     assert [name for name, *_ in launches] == names * 2
     assert len(launch._compiled) == len(names)
     for first, again in zip(launches[: len(names)], launches[len(names) :], strict=True):

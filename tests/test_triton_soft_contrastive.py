@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import pytest
 import torch
+from loss_calls import check_loss, cosines_of, pairs, run_loss, some_long, stretched
 
-from softcl.labels import AdaptiveNeighborLabels, AdaptiveSoftLabels, HardLabels, NeighborLabels
+from softcl.labels import (
+    AdaptiveNeighborLabels,
+    AdaptiveSoftLabels,
+    DistillationLabels,
+    HardLabels,
+    NeighborLabels,
+)
 from softcl.ops import triton
 from softcl.testing import (
-    ENTROPY_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    KINDS,
     LSE_TOLERANCE,
     RULES,
     Problem,
-    assert_loss_close,
+    fitting,
     gradient_error,
-    loss_oracle,
     make_problem,
+    random_rules,
     relative_error,
+    rule_name,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "triton_device")
@@ -30,99 +41,50 @@ SHAPES = [(1, 1, 1), (3, 65, 32), (17, 64, 96), (9, 300, 130)]
 TEMPERATURES = [(0.1, 0.05), (0.02, 0.04), (0.07, 0.07)]  # the running maximum below 0.023
 
 
-def name(value):
-    return f"{value.name}-{value.num_neighbors}"
+ONE_OF_A_KIND = [HardLabels(), AdaptiveNeighborLabels(2), AdaptiveSoftLabels(2)]
+
+run = functools.partial(run_loss, triton)
+
+
+def check(p, *arguments, **options):
+    tolerance = GRADIENT_TOLERANCE[p.query.dtype]
+    return check_loss(triton, p, *arguments, gradient_tolerance=tolerance, **options)
 
 
 def on(device, p):
     return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
 
 
-def run(p, rule, temperature=0.1, teacher_temperature=0.05, **options):
-    options = {
-        "positive": True,
-        "normalize": False,
-        "gradient": True,
-        "diagnostics": True,
-        **options,
-    }
-    return triton.soft_contrastive(
-        p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options
-    )
-
-
-def check(
-    p, rule, temperature=0.1, teacher_temperature=0.05, *, positive=True, scale=1.0, excluded=None
-):
-    """One call against the oracle; everything that comes back is judged."""
-    options = {} if excluded is None else {"excluded": excluded}
-    got = run(p, rule, temperature, teacher_temperature, positive=positive, **options)
-    oracle = loss_oracle(
-        p,
-        rule,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        positive=positive,
-        **options,
-    )
-    # One rounding of a cosine, 6e-8, moves a logit by 6e-8 / temperature: what is promised for
-    # temperatures in use grows below them.
-    scale *= max(1.0, 0.05 / min(temperature, teacher_temperature))
-    assert_loss_close(got[0], got[1], oracle, p.query.dtype, temperature=temperature, scale=scale)
-    if rule.needs_softmax:
-        assert relative_error(got[2], oracle[2]) <= scale * ENTROPY_TOLERANCE
-        assert relative_error(got[3], oracle[3]) <= scale * ENTROPY_TOLERANCE
-    else:
-        assert got[2].shape == got[3].shape == (0,)
-    exact = cosines(p.query, p.queue, excluded)
-    own = (p.query.double() * p.key.double()).sum(1, keepdim=True)
-    assert bool((got[4] >= (exact > own + 1e-6).sum(1)).all())
-    assert bool((got[4] <= (exact > own - 1e-6).sum(1)).all())
-    k = rule.num_neighbors
-    assert got[5].shape == (len(p.query), k)
-    if k:
-        exact = cosines(p.key, p.queue, excluded)
-        assert all(len(set(row)) == k for row in got[5].tolist())
-        kept = exact.gather(1, got[5]).sort(1, descending=True).values
-        assert float((kept - exact.topk(k, 1).values).abs().max()) <= 2e-6
-
-
-def cosines(rows, queue, excluded):
-    """Exact ones (N, K), minus infinity where a column is excluded."""
-    exact = rows.double() @ queue.double().T
-    if excluded is not None:
-        n = (excluded >= 0).nonzero()[:, 0]
-        exact[n, excluded[n]] = -math.inf
-    return exact
-
-
-def fitting(rule, K):
-    return type(rule)(K) if rule.num_neighbors > K else rule
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=name)
-def test_against_oracle(triton_device, rule, shape):
-    """Dtypes, temperatures and the positive go round: every pair of them, and of each with a rule
-    and a shape, comes up."""
+def test_against_oracle(triton_device, shape):
+    """Every rule at every shape; of all the rest, every two, over all shapes."""
     N, K, D = shape
-    i = RULES.index(rule) * len(SHAPES) + SHAPES.index(shape)
-    dtypes = DTYPES[i % len(DTYPES)]
-    temperatures = TEMPERATURES[(i // 2) % len(TEMPERATURES)]
-    p = make_problem(N, K, D, dtype=dtypes[0], queue_dtype=dtypes[1], seed=N + D)
-    check(on(triton_device, p), fitting(rule, K), *temperatures, positive=i % 3 > 0)
+    for row in pairs(SHAPES, RULES, DTYPES, TEMPERATURES, (True, False)):
+        if row[0] == shape:
+            _, rule, dtypes, temperatures, positive = row
+            p = make_problem(N, K, D, dtype=dtypes[0], queue_dtype=dtypes[1], seed=N + D)
+            check(on(triton_device, p), fitting(rule, K), *temperatures, positive=positive)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-def test_dtypes(triton_device, dtypes):
-    p = make_problem(5, 130, 48, dtype=dtypes[0], queue_dtype=dtypes[1])
-    check(on(triton_device, p), AdaptiveSoftLabels(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_without_a_name(triton_device, kind):
+    p = on(triton_device, make_problem(5, 130, 24, kind=kind))
+    excluded = torch.tensor([0, 129, -1, 64, 3], device=triton_device)
+    for i, rule in enumerate(random_rules(6, seed=KINDS.index(kind))):
+        options = dict(excluded=excluded) if i % 2 else dict(positive=i % 4 > 0)
+        # As in test_sharp_labels.
+        check(p, rule, scale=2.0, **options)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("dtype", [F, B, H], ids=str)
+TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
+TILES = list(itertools.product(TARGETS, (F, B, H), ONE_OF_A_KIND))
+FEW_TILES = pairs(TARGETS, (F, B, H), ONE_OF_A_KIND)
+
+
 @pytest.mark.parametrize(
-    "rule", [HardLabels(), AdaptiveSoftLabels(2), AdaptiveNeighborLabels(2)], ids=name
+    ("target", "dtype", "rule"),
+    some_long(TILES, FEW_TILES.__contains__),
+    ids=str,
 )
 def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, rule):
     """The interpreter runs the tiles that each architecture would take."""
@@ -134,11 +96,10 @@ def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, 
 
 
 IN_PIECES = [(F, F), (B, F), (H, F), (F, H)]
-ONE_OF_A_KIND = [HardLabels(), AdaptiveNeighborLabels(2), AdaptiveSoftLabels(2)]
 
 
 @pytest.mark.parametrize("dtypes", IN_PIECES, ids=str)
-@pytest.mark.parametrize("rule", ONE_OF_A_KIND, ids=name)
+@pytest.mark.parametrize("rule", ONE_OF_A_KIND, ids=rule_name)
 def test_tiles_in_pieces(triton_device, monkeypatch, dtypes, rule):
     """fp32 at D > 128 on Hopper and Blackwell: two to four pieces, the last not always full.
 
@@ -154,13 +115,22 @@ def test_tiles_in_pieces(triton_device, monkeypatch, dtypes, rule):
     check(p, rule, *TEMPERATURES[(2 * d + r) % 3], excluded=excluded)
 
 
+LAYOUTS = [
+    ("interpreter", 0.01), ("interpreter", 1e6), ("sm_90", 0.05), ("sm_90", 0.01), ("sm_80", 0.05)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("target", "temperature"),
-    [("interpreter", 0.01), ("sm_90", 0.05), ("sm_90", 0.01), ("sm_80", 0.05)],
+    ("layout", "rule"),
+    some_long(
+        list(itertools.product(LAYOUTS, RULES)),
+        lambda case: (LAYOUTS.index(case[0]) + RULES.index(case[1])) % 3 == 0,
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("rule", RULES, ids=name)
-def test_excluded_row(triton_device, monkeypatch, rule, target, temperature):
+def test_excluded_row(triton_device, monkeypatch, layout, rule):
     """The nearest row, the last one, none: in every layout of the tiles, in a split of its own."""
+    target, temperature = layout
     if triton_device == "cpu":
         monkeypatch.setattr(triton, "target_of", lambda device: (target, 2))
     elif target != "interpreter":
@@ -192,65 +162,50 @@ def test_split_queue(triton_device, monkeypatch, multiprocessors, temperature):
 
 
 @pytest.mark.parametrize("kind", ["clustered", "duplicates"])
-@pytest.mark.parametrize(
-    "rule", [AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), NeighborLabels(3)], ids=name
-)
-def test_sharp_labels(triton_device, rule, kind):
+def test_sharp_labels(triton_device, kind):
     """Few large labels, clipped ones among them, and ties between the nearest rows."""
-    # Cosines near 1 and few labels: no averaging takes the rounding of a cosine away.
-    check(on(triton_device, make_problem(5, 250, 64, kind=kind)), rule, scale=2.0)
+    p = on(triton_device, make_problem(5, 250, 64, kind=kind))
+    for rule in (AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), NeighborLabels(3)):
+        # Cosines near 1 and few labels: no averaging takes the rounding of a cosine away.
+        check(p, rule, scale=2.0)
 
 
 @pytest.mark.parametrize("dtype", [F, B, H], ids=str)
-@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(2)], ids=name)
+@pytest.mark.parametrize(
+    "rule", [HardLabels(), AdaptiveSoftLabels(2), DistillationLabels()], ids=rule_name
+)
 def test_normalize(triton_device, rule, dtype):
     """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
-    N = 11
-    raw = make_problem(N, 150, 40, dtype=dtype)
-    lengths = torch.rand(N, 1, generator=torch.Generator().manual_seed(3)) * 50 + 0.01
-    raw = Problem((raw.query * lengths).to(dtype), (raw.key * lengths.flip(0)).to(dtype), raw.queue)
-    raw = on(triton_device, raw)
-    got = run(raw, rule, normalize=True)
-
-    norm = raw.query.double().norm(dim=1, keepdim=True)
-    unit = Problem(
-        (raw.query.double() / norm).float().to(dtype),
-        torch.nn.functional.normalize(raw.key.double(), dim=1).float().to(dtype),
-        raw.queue,
-    )
-    loss, dz, *_ = loss_oracle(unit, rule)
-    z = unit.query.double()
-    du = dz - z * (z * dz).sum(1, keepdim=True)
-    assert relative_error(got[0], loss) <= LSE_TOLERANCE
-    # Rows differ in length, and so do their gradients: each is judged by its own.
-    assert gradient_error(got[1] * norm, du, 0.1) <= (5e-6 if dtype == F else 1e-3)
+    p = stretched(make_problem(11, 150, 40, dtype=dtype))
+    check(on(triton_device, p), rule, normalize=True)
 
 
-def test_tiny_rows_are_divided_by_the_floor(triton_device):
+@pytest.mark.parametrize("length", [1e19, 1e30, 1e-10])
+def test_normalize_rows_of_any_norm(triton_device, length):
+    """Squares over- and underflow; the norms do not."""
+    p = make_problem(5, 60, 8)
+    p = on(triton_device, Problem(p.query * length, p.key * length, p.queue))
+    check(p, AdaptiveSoftLabels(3), normalize=True)
+
+
+def test_tiny_rows_have_no_gradient(triton_device):
     p = make_problem(3, 10, 4)
-    query = p.query.clone()
-    query[1] = 0.0
-    query[2] *= 1e-20
-    p = on(triton_device, Problem(query, p.key, p.queue))
-    got = run(p, HardLabels(), normalize=True)
-    oracle = loss_oracle(p, HardLabels(), normalize=True)
-    assert relative_error(got[0], oracle[0]) <= LSE_TOLERANCE
-    assert relative_error(got[1] * 1e-12, oracle[1] * 1e-12) <= LSE_TOLERANCE
+    p.query[1] = 0.0
+    p.query[2] *= 1e-20
+    got = check(on(triton_device, p), HardLabels(), normalize=True)
+    assert not bool(got.dquery[1:].any())
 
 
-@pytest.mark.parametrize("rule", RULES, ids=name)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_same_bits_again_and_with_fewer_results(triton_device, rule):
     p = on(triton_device, make_problem(4, 150, 24))
     first, again = run(p, rule), run(p, rule)
     for x, y in zip(first, again, strict=True):
         assert torch.equal(x, y)
-    loss, dquery, confidence, entropy, rank, neighbors = run(
-        p, rule, gradient=False, diagnostics=False
-    )
+    loss, *rest = run(p, rule, gradient=False, diagnostics=False)
     # Without a gradient the labels' z.mu needs no mean, and other products run: not the same bits.
-    assert relative_error(loss, first[0]) <= LSE_TOLERANCE
-    assert dquery.shape == confidence.shape == entropy.shape == rank.shape == (0,)
-    assert neighbors.shape == (4, 0)
+    assert relative_error(loss, first.loss) <= LSE_TOLERANCE
+    assert [x.shape for x in rest] == [(0,)] * 4 + [(4, 0)]
 
 
 def test_zero_neighbors_are_hard_labels(triton_device):
@@ -268,7 +223,7 @@ def test_equal_rows_do_not_outrank_the_positive(triton_device, dtype):
     p = make_problem(20, 100, 100, dtype=dtype)
     queue = torch.cat([p.queue, p.key, p.key])
     p = on(triton_device, Problem(p.query, p.key, queue))
-    exact = p.query.double() @ queue.double().T.to(triton_device)
+    exact = cosines_of(p.query, p.queue, None)
     own = (p.query.double() * p.key.double()).sum(1, keepdim=True)
     near = (exact - own).abs() < 1e-6
     rank = run(p, HardLabels())[4]
