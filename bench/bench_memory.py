@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench.bench_soft_contrastive import DENSE, Step, check, prepare_elsewhere, step_elsewhere
+from bench.bench_soft_contrastive import Step, check, prepare_elsewhere, step_elsewhere
 from bench.machine import conditions
 from bench.memory import available_memory, cuda_peak_increase, fresh_process
 from bench.peers import AS_IT_COMES
-from bench.shapes import Shape, eager_bytes
+from bench.shapes import DENSE, Shape, eager_bytes, name_of
 from bench.table import OURS, Row
 from softcl.testing import available_backends, make_problem
 
@@ -46,7 +46,7 @@ def process():
 
 
 def bench_peak_memory(benchmark, report, process, device, shape, contender):
-    group = f"memory {shape} {DENSE.name}"
+    group = f"memory {shape} {name_of(DENSE)}"
     needed, free = eager_bytes(shape, DENSE), available_memory()
     if contender == AS_IT_COMES and needed > 0.7 * free:
         note = f"not run: needs about {needed / 1e9:.0f} GB"

@@ -16,13 +16,22 @@ import torch
 from bench.machine import conditions
 from bench.memory import available_memory, cuda_peak_increase, fresh_process, peak_increase
 from bench.peers import AS_IT_COMES, PEERS, absent
-from bench.shapes import GRID, MAIN, QUICK, Shape, eager_bytes, loss_cost
+from bench.shapes import (
+    DENSE,
+    GRID,
+    MAIN,
+    QUICK,
+    RULES,
+    Shape,
+    eager_bytes,
+    loss_cost,
+    name_of,
+)
 from bench.table import OURS, Row
 from bench.timing import measure
-from softcl import AdaptiveSoftLabels, soft_contrastive_loss
+from softcl import LabelRule, soft_contrastive_loss
 from softcl.ops.backends import BACKENDS
 from softcl.testing import (
-    RULES,
     Problem,
     assert_loss_close,
     available_backends,
@@ -33,7 +42,6 @@ from softcl.training.allocator import keep_freed_pages
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
 DTYPES = ("float32", "bfloat16", "float16")
-DENSE = AdaptiveSoftLabels(5)  # the rule that needs everything
 
 # Peers are not bound by this project's promises: they must agree, not excel. In half precision most
 # of them round logits, losses and gradients to the dtype: bounds in units of its last bit, of which
@@ -53,9 +61,9 @@ def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     full, wanted = option("--full"), option("--shapes")
     shapes = {"quick": QUICK, "main": MAIN, "grid": GRID}[wanted or ("grid" if full else "quick")]
-    rules = (*RULES, DENSE) if full else (DENSE,)
+    rules = tuple(RULES.values()) if full else (DENSE,)
     if option("--rule"):
-        rules = [r for r in (*RULES, DENSE) if r.name in option("--rule")]
+        rules = [RULES[name] for name in option("--rule") if name in RULES]
     on_cpu = option("--device") == "cpu"
     backends = chosen_backends(option)
     peers = option("--peer") or (*PEERS, *((AS_IT_COMES,) if on_cpu else ()))
@@ -63,7 +71,7 @@ def pytest_generate_tests(metafunc):
     contenders = [x for x in (*backends, *peers) if x in known]
     dtypes = option("--dtype") or (DTYPES if full else ("float32",) if on_cpu else ("bfloat16",))
     metafunc.parametrize("shape", shapes, ids=str)
-    metafunc.parametrize("rule", rules, ids=lambda r: f"{r.name}-{r.num_neighbors}")
+    metafunc.parametrize("rule", rules, ids=name_of)
     metafunc.parametrize("dtype", dtypes)
     metafunc.parametrize("contender", contenders, ids=lambda x: x.replace(" ", "-"))
 
@@ -94,8 +102,13 @@ class Step:
         return rows
 
 
+def has_positive(rule: LabelRule) -> bool:
+    """In the student's softmax: not where it can have no label, as ReSSL has it."""
+    return rule.positive > 0.0 or rule.teacher_positive is not None
+
+
 def loss_rows(contender, query, key, queue, rule):
-    positive = rule.name != "relational"  # as ReSSL has it
+    positive = has_positive(rule)
     temperatures = (TEMPERATURE, TEACHER_TEMPERATURE)
     peer = "eager" if contender == AS_IT_COMES else contender
     if peer in PEERS:
@@ -131,7 +144,7 @@ def check(step: Step, rows: torch.Tensor) -> None:
     oracle = loss_oracle(
         part,
         step.rule,
-        positive=step.rule.name != "relational",
+        positive=has_positive(step.rule),
         normalize=step.contender == "lightly",  # its gradient goes through a normalisation
     )
     if is_peer and is_half:
@@ -154,7 +167,7 @@ def assert_peer_close(loss: torch.Tensor, dquery: torch.Tensor, oracle, rule) ->
     Where similarities differ by less than that it takes other neighbours, and with them another
     loss: of rules that weigh neighbours alike half of the rows must agree, of others every row.
     """
-    share = 0.5 if rule.name in ("neighbors", "adaptive_neighbors") else 1.0
+    share = 0.5 if rule.adds_neighbors and not rule.clip else 1.0
     bound = PEER_UNITS * torch.finfo(dquery.dtype).eps
     for name, got, expected in (
         ("loss", loss[:, None], oracle[0][:, None]),
@@ -210,7 +223,7 @@ def ours(request) -> str | None:
 def bench_loss_and_gradient(
     benchmark, report, ceilings, elsewhere, ours, device, shape, rule, dtype, contender
 ):
-    group = f"{shape} {rule.name}" + (f"({rule.num_neighbors})" if rule.num_neighbors else "")
+    group = f"{shape} {name_of(rule)}"
     group += "" if dtype == "float32" else f" {dtype}"
     reason = absent(contender, device, rule)
     if reason:
@@ -255,8 +268,7 @@ def bench_loss_and_gradient(
     benchmark.extra_info.update(
         conditions(device),
         shape=list(shape),
-        rule=rule.name,
-        num_neighbors=rule.num_neighbors,
+        rule=name_of(rule),
         dtype=dtype,
         contender=contender,
         flop=cost.flop,

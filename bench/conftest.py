@@ -2,7 +2,7 @@
 
 pytest bench/ --benchmark-only                     the quick shapes, every contender
 pytest bench/ --benchmark-only --full              every shape, rule and dtype (hours)
-pytest bench/ --benchmark-only --shapes main --rule adaptive_soft --backend cpu --peer eager
+pytest bench/ --benchmark-only --shapes main --rule adaptive_soft-5 --backend cpu --peer eager
 pytest bench/ --benchmark-only --device cuda --benchmark-json results.json
 
 On a CUDA device the timer waits for the device before it reads the clock, so times include the
@@ -17,10 +17,10 @@ import torch
 from bench import contenders
 from bench.ceilings import measured
 from bench.machine import conditions
+from bench.shapes import RULES
 from bench.table import Row, format_tables
 from bench.timing import cuda_time
 from softcl.ops.backends import BACKENDS
-from softcl.testing import RULES
 
 _ROWS = pytest.StashKey[list[Row]]()
 
@@ -31,7 +31,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--shapes", choices=("quick", "main", "grid"), help="named set of shapes (default: quick)"
     )
-    known = {"rule": {r.name: None for r in RULES}, "backend": BACKENDS, "peer": contenders.PEERS}
+    known = {"rule": RULES, "backend": BACKENDS, "peer": contenders.PEERS}
     for name, choices in known.items():
         group.addoption(
             f"--{name}",

@@ -186,7 +186,7 @@ def check(row: Row, step, p: Problem, device: str) -> None:
     if row.kind == "search":
         assert_neighbors_close(*(x[:64] for x in first), some.query, some.queue, 1.0)
     else:
-        oracle = loss_oracle(some, RULES[row.kind], diagnostics=False)
+        oracle = loss_oracle(some, RULES[row.kind])
         # The gradient of half-precision rows comes back in their dtype: half a unit of its last
         # bit, 2^-9 of an entry, is more than the 1e-3 of the largest that is promised before it.
         scale = 1.0 if p.query.dtype == torch.float32 else 3.0

@@ -24,8 +24,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.shapes import is_hard
 from softcl.labels import LabelRule
-from softcl.ops import reference
+from softcl.ops import algebra
 
 # Elements of a block of logits of "chunked" and of the search of "attention": 32 MB in float32, the
 # fastest of 1 to 32 MB on two cores of an EPYC; a GPU wants larger ones.
@@ -34,33 +35,53 @@ BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 def dense_labels(
     teacher_logits: Tensor,  # (N, K) t . Q_j / teacher_temperature
+    own: Tensor,  # (N, 1) t . t / teacher_temperature
     rule: LabelRule,
 ) -> tuple[Tensor, Tensor]:
-    """Labels of the positive (N, 1) and of the queue rows (N, K); each row sums to one."""
-    K = teacher_logits.shape[1]
-    n = rule.num_neighbors
-    soft = teacher_logits.softmax(1)
-    positive = torch.ones_like(soft[:, :1])
-    if rule.name == "relational":
-        return torch.zeros_like(positive), soft
-    if rule.name == "mixed":
-        w = rule.positive_weight
-        return w * positive, (1.0 - w) * soft
-    if rule.name in ("adaptive_soft", "adaptive_neighbors"):
+    """Labels of the positive (N, 1) and of the queue rows (N, K); each row sums to one.
+
+    As softcl.testing.dense_labels, without its sort of whole rows and the sums that a rule does
+    not need.
+    """
+    n, K = rule.num_neighbors, teacher_logits.shape[1]
+    positive, mass, weight = torch.full_like(own, rule.positive), rule.mean, rule.neighbor
+    soft = teacher_logits.softmax(1) if rule.needs_softmax else None
+    if rule.confident_mean > 0.0 or (rule.confident_neighbor > 0.0 and n > 0):
         entropy = -torch.special.xlogy(soft, soft).sum(1, keepdim=True)
         confidence = (1.0 - entropy / math.log(K)).clamp(0.0, 1.0)
-    if rule.name == "adaptive_soft":
-        labels = (confidence * n * soft).clamp(max=1.0)
-    elif rule.name == "adaptive_neighbors":
+        mass = mass + rule.confident_mean * confidence
+        weight = weight + rule.confident_neighbor * confidence
+    total = rule.positive + mass
+    if rule.teacher_positive is not None:
+        own = own if rule.teacher_positive == "self" else torch.zeros_like(own)
+        lse = teacher_logits.logsumexp(1, keepdim=True)
+        positive = positive + mass * torch.sigmoid(own - lse)
+        mass = mass * torch.sigmoid(lse - own)
+    if rule.clip and rule.needs_mean and n > 0:
+        labels = mass * soft
+        if rule.num_weighted < n:  # no row but the n nearest can have a label above the positive's
+            labels = labels.clamp(max=rule.positive)
+        else:
+            nearest = teacher_logits.topk(n, dim=1).indices
+            clipped = labels.gather(1, nearest).clamp(max=rule.positive)
+            labels = labels.scatter(1, nearest, clipped)
+        total = positive + labels.sum(1, keepdim=True)
+        return positive / total, labels / total
+    if rule.adds_neighbors:
+        total = total + n * weight
+    labels = mass / total * soft if rule.needs_mean else torch.zeros_like(teacher_logits)
+    if rule.adds_neighbors:
         nearest = teacher_logits.topk(n, dim=1).indices
-        labels = torch.zeros_like(soft).scatter_(1, nearest, confidence.expand(-1, n))
-    elif rule.name == "neighbors":
-        nearest = teacher_logits.topk(n, dim=1).indices
-        labels = torch.zeros_like(soft).scatter_(1, nearest, 1.0)
-    else:
-        raise ValueError(f"rule is not one the peers know: {rule!r}")
-    total = 1.0 + labels.sum(1, keepdim=True)
-    return positive / total, labels / total
+        weight = torch.as_tensor(weight / total).to(labels).expand(len(labels), n)
+        labels = labels.scatter_add(1, nearest, weight)
+    return positive / total, labels
+
+
+def self_logit(key: Tensor, rule: LabelRule, teacher_temperature: float) -> Tensor:
+    """t . t / teacher_temperature (N, 1), of which no rule but one needs the value."""
+    if rule.teacher_positive != "self":
+        return torch.zeros_like(key[:, :1])
+    return (key * key).sum(1, keepdim=True) / teacher_temperature
 
 
 def eager(query, key, queue, rule, temperature, teacher_temperature, positive=True):
@@ -68,10 +89,11 @@ def eager(query, key, queue, rule, temperature, teacher_temperature, positive=Tr
     if positive:
         logits = torch.cat([(query * key).sum(1, keepdim=True) / temperature, logits], 1)
     log_p = logits.log_softmax(1)
-    if rule.name == "hard":
+    if is_hard(rule):
         return -log_p[:, 0]
     with torch.no_grad():
-        first, rest = dense_labels(key @ queue.T / teacher_temperature, rule)
+        own = self_logit(key, rule, teacher_temperature)
+        first, rest = dense_labels(key @ queue.T / teacher_temperature, own, rule)
         labels = torch.cat([first, rest], 1) if positive else rest
     return -(labels * log_p).sum(1)
 
@@ -113,11 +135,14 @@ def chunked(query, key, queue, rule, temperature, teacher_temperature, positive=
         if positive:
             lse = torch.logaddexp(lse, own)
         p.sub_(lse)
-        if rule.name == "hard":
+        if is_hard(rule):
             first, log_likelihood = torch.ones_like(own), 0.0
             difference = p.exp_()
         else:
-            first, y = dense_labels(torch.mm(t[rows], queue.T).div_(teacher_temperature), rule)
+            teacher_logits = torch.mm(t[rows], queue.T).div_(teacher_temperature)
+            first, y = dense_labels(
+                teacher_logits, self_logit(t[rows], rule, teacher_temperature), rule
+            )
             log_likelihood = torch.einsum("nk,nk->n", y, p)
             difference = p.exp_().sub_(y)
         gradient = difference @ queue
@@ -143,12 +168,13 @@ def attention(
     confidence = None
     if rule.needs_softmax:
         entropy = teacher_lse - (t * teacher_mean).sum(1) / teacher_temperature
-        confidence = reference.confidence_of(entropy, len(queue))
+        confidence = algebra.confidence_of(entropy, len(queue))
     neighbor_logits, neighbors = _search(key, queue, rule.num_neighbors)
     neighbor_logits /= teacher_temperature
-    label_mean = reference.label_mean_of(
-        rule, t, teacher_lse, teacher_mean, confidence, neighbor_logits, queue[neighbors]
-    )
+    label_mean = algebra.label_mean_of(
+        rule, t, teacher_temperature, teacher_lse, teacher_mean, confidence, neighbor_logits,
+        lambda weights: algebra.weighted_sum(queue, neighbors, weights),
+    )  # fmt: skip
     own = (z * t).sum(1) / temperature
     total = torch.logaddexp(lse, own) if positive else lse
     expected = mean * (lse - total).exp()[:, None]
@@ -249,7 +275,7 @@ PEERS: dict[str, Callable[..., Tensor]] = {
 
 def absent(peer: str, device: str, rule: LabelRule) -> str | None:
     """Why a peer cannot run here, or None."""
-    if peer in ("linear-ce", "lightly") and rule.name != "hard":
+    if peer in ("linear-ce", "lightly") and not is_hard(rule):
         return "not run: knows hard labels alone"
     if peer in ("flex", "flash-attn") and device != "cuda":
         return "not run: for CUDA devices"

@@ -42,8 +42,6 @@ class Result:
         self.contender: str = self.info.get("contender", benchmark["name"])
         self.shape: tuple[int, int, int] | None = tuple(self.info.get("shape") or ()) or None
         self.rule: str | None = self.info.get("rule")
-        if self.rule and self.info.get("num_neighbors"):
-            self.rule += f"({self.info['num_neighbors']})"
         self.peak: int | None = self.info.get("peak_bytes")
 
     @property

@@ -1,4 +1,4 @@
-"""Named shapes, and what they cost: the arithmetic that a measurement is compared with.
+"""Named shapes and rules, and what they cost: the arithmetic that a measurement is compared with.
 
     product of the student's or the teacher's rows with the queue    2 N K D flop each
     sum of queue rows weighted by a softmax                          2 N K D flop each
@@ -15,7 +15,11 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from softcl.labels import LabelRule
+from softcl.labels import AdaptiveSoftLabels, LabelRule
+from softcl.testing import NAMED_RULES
+
+DENSE = AdaptiveSoftLabels(5)  # the rule that needs everything
+RULES: dict[str, LabelRule] = NAMED_RULES | {"adaptive_soft-5": DENSE}
 
 
 class Shape(NamedTuple):
@@ -41,6 +45,16 @@ GRID = tuple(
 )
 
 KNN = Shape(10_000, 50_000, 512)  # CIFAR's test images against its training images, ResNet-18
+
+
+def name_of(rule: LabelRule) -> str:
+    """The rule's name among RULES, or its numbers."""
+    return next((name for name, named in RULES.items() if named == rule), repr(rule))
+
+
+def is_hard(rule: LabelRule) -> bool:
+    """All mass on the positive."""
+    return not rule.needs_mean and not rule.adds_neighbors
 
 
 class Cost(NamedTuple):
@@ -76,4 +90,4 @@ def least_bytes(shape: Shape, element_bytes: int) -> float:
 
 def eager_bytes(shape: Shape, rule: LabelRule) -> float:
     """About the peak memory of the N x K formula: so many float32 matrices live at once."""
-    return 4.0 * shape.N * shape.K * (4 if rule.name == "hard" else 8)
+    return 4.0 * shape.N * shape.K * (4 if is_hard(rule) else 8)

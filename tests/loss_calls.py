@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from softcl.labels import LabelRule
 from softcl.ops import reference
 from softcl.ops.call import LossCall, StatisticsCall
 from softcl.testing import (
@@ -23,6 +24,7 @@ from softcl.testing import (
     gradient_error,
     loss_oracle,
     relative_error,
+    rule_name,
 )
 
 
@@ -79,6 +81,11 @@ def pairs(*axes) -> list[tuple]:
 def some_long(cases: list[tuple], keep) -> list:
     """The cases as pytest's parameters, marked long but where keep(case) is true."""
     return [pytest.param(*case, marks=() if keep(case) else pytest.mark.long) for case in cases]
+
+
+def case_id(value) -> str:
+    """A rule by its name, anything else as it prints."""
+    return rule_name(value) if isinstance(value, LabelRule) else str(value)
 
 
 def scale_of(*temperatures: float) -> float:

@@ -12,15 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_calls import case_id, pairs
 
 from bench import ceilings, compare, report
-from bench.bench_soft_contrastive import assert_peer_close
+from bench.bench_soft_contrastive import assert_peer_close, has_positive
 from bench.ceilings import Ceilings
 from bench.neighbor_peers import make_search
-from bench.peers import PEERS, absent
+from bench.peers import PEERS, absent, dense_labels
 from bench.shapes import SMALL, Cost, Shape, loss_cost, search_cost
 from bench.table import Row, format_tables
 from bench.timing import measure
+from softcl import testing
 from softcl.labels import AdaptiveSoftLabels, HardLabels, NeighborLabels
 from softcl.testing import (
     RULES,
@@ -28,6 +30,7 @@ from softcl.testing import (
     assert_neighbors_close,
     loss_oracle,
     make_problem,
+    random_rules,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -147,8 +150,17 @@ def test_turns_survive_a_drifting_clock(monkeypatch):
     assert measure(Rounds(clock), work(3.0), seconds=40.0).over_ours is None
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(3)], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", random_rules(20, seed=0), ids=case_id)
+def test_dense_labels_of_the_peers(rule):
+    """As the definition reads, for any rule."""
+    p = make_problem(7, 60, 16, kind="clustered").double()
+    logits = p.key @ p.queue.T / 0.05
+    own = (p.key * p.key).sum(1, keepdim=True) / 0.05
+    labels = torch.cat(dense_labels(logits, own, rule), 1)
+    torch.testing.assert_close(labels, testing.dense_labels(rule, logits, own).labels)
+
+
+@pytest.mark.parametrize(("peer", "rule"), pairs(list(PEERS), RULES), ids=case_id)
 def test_peers_agree(peer, rule):
     """Who is compared with computes the same loss and gradient."""
     reason = absent(peer, "cpu", rule)
@@ -156,19 +168,22 @@ def test_peers_agree(peer, rule):
         pytest.skip(reason or "compiled is eager")
     p = make_problem(7, 60, 16)
     query = p.query.clone().requires_grad_()
-    loss = PEERS[peer](query, p.key, p.queue, rule, 0.1, 0.05)
+    positive = has_positive(rule)
+    loss = PEERS[peer](query, p.key, p.queue, rule, 0.1, 0.05, positive)
     loss.sum().backward()
-    oracle = loss_oracle(p, rule, normalize=peer == "lightly")
+    oracle = loss_oracle(p, rule, positive=positive, normalize=peer == "lightly")
     assert_loss_close(loss, query.grad, oracle, torch.float32, scale=10.0)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.name}-{r.num_neighbors}")
-@pytest.mark.parametrize("peer", ["eager", "chunked", "attention"])
+@pytest.mark.parametrize(
+    ("peer", "rule", "dtype"),
+    pairs(["eager", "chunked", "attention"], RULES, ["bfloat16", "float16"]),
+    ids=case_id,
+)
 def test_peers_agree_in_half_precision(peer, rule, dtype):
     """Within their rounding; a loss or a gradient that is off by more is noticed."""
     p = make_problem(32, 60, 16, dtype=getattr(torch, dtype))
-    positive = rule.name != "relational"
+    positive = has_positive(rule)
     query = p.query.clone().requires_grad_()
     loss = PEERS[peer](query, p.key, p.queue, rule, 0.1, 0.05, positive)
     loss.sum().backward()

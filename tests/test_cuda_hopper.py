@@ -13,7 +13,7 @@ import pytest
 import torch
 from cuda_host import CSRC, load_host_module
 from cuda_parts import MIXES, check, run, statistics, tolerance_of
-from loss_calls import check_statistics, pairs, some_long, stretched
+from loss_calls import case_id, check_statistics, pairs, some_long, stretched
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
@@ -82,7 +82,7 @@ def on_a_diagonal(shapes):
 @pytest.mark.parametrize(
     ("rule", "shape", "dtype"),
     some_long(pairs(RULES, SHAPES, HALF), on_a_diagonal(SHAPES)),
-    ids=str,
+    ids=case_id,
 )
 def test_against_oracle(host, rule, shape, dtype):
     """Every rule, and the same bits whatever the order of threads, copies and blocks."""
@@ -100,7 +100,7 @@ PARTS_SHAPES = [(1, 1, 8), (65, 129, 64), (9, 700, 40), (5, 97, 72), (3, 600, 12
 @pytest.mark.parametrize(
     ("rule", "shape"),
     some_long(pairs(RULES, PARTS_SHAPES), on_a_diagonal(PARTS_SHAPES)),
-    ids=str,
+    ids=case_id,
 )
 def test_fp32_against_oracle(host, rule, shape):
     """As test_against_oracle; the gradient as fp32 promises it."""
@@ -115,7 +115,7 @@ def test_fp32_against_oracle(host, rule, shape):
         [HardLabels(), MixedLabels(0.3), AdaptiveSoftLabels(7)],
         [((20, 193, 64), "random"), ((17, 400, 104), "clustered")],
     ),
-    ids=str,
+    ids=case_id,
 )
 def test_mixed_types(host, mix, rule, case):
     """A queue of 16-bit numbers is taken apart where it lies, one of fp32 across two boxes."""

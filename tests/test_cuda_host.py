@@ -12,7 +12,7 @@ import pytest
 import torch
 from cuda_host import load_host_module
 from cuda_parts import MIXES, check, run, statistics, tolerance_of
-from loss_calls import check_statistics, pairs, some_long, stretched
+from loss_calls import case_id, check_statistics, pairs, some_long, stretched
 
 from softcl.labels import AdaptiveSoftLabels, HardLabels, MixedLabels, NeighborLabels
 from softcl.ops import cuda, native
@@ -68,7 +68,7 @@ def on_a_diagonal(case):
 @pytest.mark.parametrize(
     ("rule", "shape", "dtype", "seed"),
     some_long(pairs(RULES, SHAPES, HALF, SEEDS[1:]), on_a_diagonal),
-    ids=str,
+    ids=case_id,
 )
 def test_against_oracle(host, rule, shape, dtype, seed):
     """Every rule, and the same bits whatever the order of threads and blocks."""
@@ -91,7 +91,7 @@ PARTS_RULES = [HardLabels(), MixedLabels(0.3), AdaptiveSoftLabels(7)]
         pairs(PARTS_SHAPES, MIXES, PARTS_RULES, KINDS, SEEDS[1:]),
         lambda case: case[2] == PARTS_RULES[PARTS_SHAPES.index(case[0]) % 3],
     ),
-    ids=str,
+    ids=case_id,
 )
 def test_fp32_and_mixed_types(host, shape, mix, rule, kind, seed):
     N, K, D = shape
@@ -139,7 +139,7 @@ def test_running_maximum(host, rule):
 @pytest.mark.parametrize(
     ("shape", "dtype", "rule"),
     pairs([(70, 200, 40), (5, 70, 33), (9, 100, 256)], HALF, [HardLabels(), AdaptiveSoftLabels(5)]),
-    ids=str,
+    ids=case_id,
 )
 def test_normalize(host, shape, dtype, rule):
     """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
@@ -188,7 +188,7 @@ def test_equal_rows_do_not_outrank_the_positive(host, dtype):
         pairs(RULES, [math.nan, math.inf, -math.inf]),
         lambda case: case[0].num_neighbors in (5, 7),
     ),
-    ids=str,
+    ids=case_id,
 )
 def test_non_finite_rows(host, rule, value):
     """A row gives NaN in its own results; a queue row that matters gives NaN losses; indices stay

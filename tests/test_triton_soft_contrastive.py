@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from loss_calls import check_loss, cosines_of, pairs, run_loss, some_long, stretched
+from loss_calls import case_id, check_loss, cosines_of, pairs, run_loss, some_long, stretched
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
@@ -84,7 +84,7 @@ FEW_TILES = pairs(TARGETS, (F, B, H), ONE_OF_A_KIND)
 @pytest.mark.parametrize(
     ("target", "dtype", "rule"),
     some_long(TILES, FEW_TILES.__contains__),
-    ids=str,
+    ids=case_id,
 )
 def test_tiles_of_every_architecture(triton_device, monkeypatch, target, dtype, rule):
     """The interpreter runs the tiles that each architecture would take."""
@@ -126,7 +126,7 @@ LAYOUTS = [
         list(itertools.product(LAYOUTS, RULES)),
         lambda case: (LAYOUTS.index(case[0]) + RULES.index(case[1])) % 3 == 0,
     ),
-    ids=str,
+    ids=case_id,
 )
 def test_excluded_row(triton_device, monkeypatch, layout, rule):
     """The nearest row, the last one, none: in every layout of the tiles, in a split of its own."""
