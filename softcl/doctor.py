@@ -231,7 +231,7 @@ def check_one(
     dtypes: tuple[torch.dtype, torch.dtype],
     kind: str,
 ) -> None:
-    """Loss, gradient, statistics and neighbours of one problem against the reference in float64.
+    """Loss, gradient, statistics and neighbours of one problem against float64.
 
     Raises:
         AssertionError: a result is out of tolerance.
