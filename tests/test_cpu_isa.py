@@ -13,25 +13,20 @@ _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
 
 CHECK = """
 import sys
-sys.path.insert(0, "tests")
 import torch
-from loss_calls import check_loss, run_loss, run_statistics
-from softcl.labels import MixedLabels
+sys.path.insert(0, "tests")
+from loss_calls import check_loss, check_statistics
 from softcl.ops import cpu, native
-from softcl.testing import RULES, assert_neighbors_close, fitting, loss_oracle, make_problem
+from softcl.testing import RULES, fitting, make_problem
 torch.set_num_threads(2)
-for N, K, D in ((1, 1, 1), (17, 97, 65), (70, 2000, 130), (200, 500, 40)):
+for i, (N, K, D) in enumerate(((1, 1, 1), (17, 97, 65), (70, 2000, 130), (200, 500, 40))):
     p = make_problem(N, K, D, queue_dtype=torch.bfloat16)
-    for place, rule in enumerate([*RULES, MixedLabels(0.3, teacher_positive="zero")]):
-        excluded = torch.arange(N) % K if K > 1 and place % 2 else None
-        rule = fitting(rule, K - (excluded is not None))
-        got = run_loss(cpu, p, rule, excluded=excluded)
-        oracle = loss_oracle(p, rule, excluded=excluded)
-        check_loss(got, oracle, p, rule, torch.float32, excluded=excluded)
-    k = min(K, 100)
-    for sums in (True, False):
-        *_, logits, indices = run_statistics(cpu, p.query, p.queue, 0.1, k, sums=sums)
-        assert_neighbors_close(logits, indices, p.query, p.queue, 0.1)
+    for j, rule in enumerate(RULES):
+        if (i + j) % 2 and K > 1:
+            check_loss(cpu, p, fitting(rule, K - 1), excluded=torch.arange(N) % K)
+        else:
+            check_loss(cpu, p, fitting(rule, K))
+    check_statistics(cpu, p.query, p.queue, 0.1, min(K, 100))
 print(native.load()[0].isa())
 """
 

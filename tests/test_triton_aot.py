@@ -1,7 +1,8 @@
 """Every tile of the table, compiled ahead of time for its architecture; no GPU takes part.
 
-The default run compiles the tiles for D = 128 on every architecture, and on sm_90 and sm_100 those
-for D = 256 of bf16 and of dense labels in fp32, each for the work that fills the most registers.
+A run compiles dense labels' bf16 tile for D = 128 on every architecture, and a few on sm_90; one
+with --long all tiles for D = 128, and on sm_90 and sm_100 those for D = 256 of bf16 and of dense
+labels in fp32; each for the work that fills the most registers.
 SOFTCL_AOT=table in the environment compiles all tiles, for all dtypes of their precision (half an
 hour on one core), SOFTCL_AOT=full all modes too: hours, or minutes for a part of it, such as
 -k sm_90-single. Both report bytes spilled where they are allowed, as expected failures (-rx).
@@ -73,7 +74,16 @@ def works(kind, row_dtype, queue_dtype, D):
             )
 
 
-def in_default_run(target, kind, precision, width):
+def in_short_run(target, kind, precision, width):
+    if width != 128:
+        return False
+    if (kind, precision) == ("dense", "bf16"):
+        return True
+    few = [("search", "bf16"), ("single", "fp16"), ("mixed", "fp32"), ("dense", "both-fp32")]
+    return target == "sm_90" and (kind, precision) in few
+
+
+def in_long_run(target, kind, precision, width):
     if width == 256 and target in WARPGROUPS:
         return precision == "bf16" or kind == "dense" and "fp32" in precision
     return width == 128 and target != "sm_86"
@@ -83,8 +93,9 @@ def cases():
     for target, table in tiles.TABLE.items():
         for (kind, precision), width in product(table, tiles.WIDTHS):
             case = target, kind, precision, width
-            if LEVEL or in_default_run(*case):
-                yield pytest.param(*case, id="-".join(map(str, case)))
+            if LEVEL or in_long_run(*case):
+                marks = () if LEVEL or in_short_run(*case) else pytest.mark.long
+                yield pytest.param(*case, id="-".join(map(str, case)), marks=marks)
 
 
 @pytest.mark.parametrize(("target", "kind", "precision", "width"), list(cases()))

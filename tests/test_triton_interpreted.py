@@ -17,29 +17,29 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 FILES = sorted(
-    path.name
-    for path in HERE.glob("test_*.py")
-    if "triton_device" in path.read_text() and path.name != Path(__file__).name
+    path.name for path in HERE.glob("test_triton_*.py") if "triton_device" in path.read_text()
 )
 
 
 @pytest.mark.timeout(900)  # a whole file, each of whose tests keeps its own limit
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs in the interpreter")
 @pytest.mark.parametrize("file", FILES)
-def test_in_interpreter(file, tmp_path):
+def test_in_interpreter(file, tmp_path, request):
+    if file == Path(__file__).name:
+        return
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
         "-x",
-        "-k",
-        "triton",
         "-p",
         "no:cacheprovider",
         f"--basetemp={tmp_path / 'own'}",
         str(HERE / file),
     ]
+    if request.config.getoption("--long"):
+        command.append("--long")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=HERE.parent, env=environment, capture_output=True, text=True
