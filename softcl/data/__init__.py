@@ -8,7 +8,7 @@ from softcl.data.prefetch import batches
 from softcl.data.sampler import batch_indices, num_batches
 from softcl.data.shapes import make_shapes
 from softcl.data.sheet import contact_sheet
-from softcl.data.views import VIEWS, center_view, strong_view, weak_view
+from softcl.data.views import VIEWS, center_view, random_view, strong_view, weak_view
 
 __all__ = [
     "FORMATS",
@@ -23,8 +23,9 @@ __all__ = [
     "contact_sheet",
     "find_format",
     "load_dataset",
-    "num_batches",
     "make_shapes",
+    "num_batches",
+    "random_view",
     "strong_view",
     "training_split",
     "weak_view",
