@@ -11,8 +11,7 @@ import pytest
 import torch
 from run_comparison import assert_same_run
 
-from softcl.data import DataError, ImageSet, kernels, load_dataset
-from softcl.data import load as load_module
+from softcl.data import DataError, ImageSet, kernels, load_dataset, sets
 from softcl.data.decode import Box, decode_crops
 from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe, draw_box
@@ -146,7 +145,7 @@ def test_small_images_of_one_size_are_kept_whole(folder):
 
 
 def test_an_unreadable_file_is_replaced_by_its_neighbor(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("softcl.data.on_demand.UNREADABLE_LIMIT", 0.05)
+    monkeypatch.setattr("softcl.data.decode.UNREADABLE_LIMIT", 0.05)
     images = load(wide, memory_limit=0)
     path = wide / "train/class0/07.png"
     content = path.read_bytes()
@@ -156,9 +155,13 @@ def test_an_unreadable_file_is_replaced_by_its_neighbor(wide, tmp_path, monkeypa
     finally:
         path.write_bytes(content)
     assert int(crops[0, 2, 0, 0]) == 80 and "07.png" in images.skipped[0]
-    monkeypatch.setattr("softcl.data.on_demand.UNREADABLE_LIMIT", 0.0)
-    with pytest.raises(DataError, match="1 of 40 images"):
-        images.files._mark_broken(7, ValueError())
+    (wide / "train/class0/08.png").rename(tmp_path / "08.png")
+    try:
+        monkeypatch.setattr("softcl.data.decode.UNREADABLE_LIMIT", 0.025)
+        with pytest.raises(DataError, match="2 of 40 images cannot be read .* No such file"):
+            images.read(CropOrder(torch.tensor([8]), {"a": cut(1)}))
+    finally:
+        (tmp_path / "08.png").rename(wide / "train/class0/08.png")
 
 
 def test_processes_share_the_boxes_of_the_whole(wide):
@@ -187,7 +190,7 @@ def test_a_run_does_not_depend_on_workers_nor_interruption(
 ):
     assert main([*wide_flags, "--workers", "2", "--out", "whole"]) == 0
     assert "crops of the whole files" in capsys.readouterr().out
-    monkeypatch.setattr(load_module, "_default_memory_limit", lambda: 0)
+    monkeypatch.setattr(sets, "_default_memory_limit", lambda: 0)
     assert main([*wide_flags, "--workers", "0", "--out", "parts", "--max-steps", "3"]) == 0
     for step in ("4", "7", "10"):
         assert main(["--resume", "parts", "--workers", "2", "--max-steps", step]) == 0

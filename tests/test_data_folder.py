@@ -11,7 +11,7 @@ import torch
 
 from softcl.data import DataError, load_dataset
 from softcl.data.folder import list_folder
-from softcl.data.load import known_statistics
+from softcl.data.sets import known_statistics
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from softcl.data import DataError, load_dataset
-from softcl.data import formats as formats_module
-from softcl.data.cifar import load_pickle
-from softcl.data.load import training_split
+from softcl.data.arrays import load_pickle
+from softcl.data.sets import FORMATS, READERS, training_split
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -376,4 +375,4 @@ def test_formats_are_recognised_and_can_be_demanded(tmp_path):
             load_dataset(str(tmp_path / "a"), data_format=wanted)
     with pytest.raises(ValueError, match="data_format must be one of auto"):
         load_dataset(str(tmp_path / "a"), data_format="lmdb")
-    assert set(formats_module.LISTINGS) < set(formats_module.FORMATS)
+    assert set(READERS) < set(FORMATS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcl.data import batch_indices, num_batches
-from softcl.data.sampler import _epoch_order
+from softcl.data.stream import _epoch_order
 
 
 @settings(max_examples=60, deadline=None)
