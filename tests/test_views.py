@@ -50,13 +50,18 @@ def test_a_view_is_a_function_of_its_image_and_its_numbers(name):
 
 
 @pytest.mark.parametrize("name", ["weak", "byol_second"])
-def test_processes_make_the_views_of_the_whole_batch(name):
-    images = make_shapes(12).images
+def test_processes_make_the_views_of_the_whole_batch(name, made_by):
+    images = make_shapes(37).images
     whole = VIEWS[name](images, 32, MEAN, STD, generator(5))
-    for size, rank in ((2, 1), (3, 0), (12, 7)):
+    numbers = torch.rand((37, RECIPES[name].columns), generator=generator(5))
+    table = draw(numbers, 32, 32, RECIPES[name])
+    for size, rank in ((37, 7), (1, 0)):
+        assert torch.equal(draw(numbers[rank::size], 32, 32, RECIPES[name]), table[rank::size])
         share = Share(generator(5), rank, size)
         part = VIEWS[name](images[rank::size], 32, MEAN, STD, share)
-        torch.testing.assert_close(part, whole[rank::size], rtol=0, atol=1e-6)
+        # A product of matrices may round otherwise in another batch; a kernel does not.
+        atol = 0.0 if made_by == "kernel" else 1e-6
+        torch.testing.assert_close(part, whole[rank::size], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_parameters_are_drawn_in_few_operations(name):
     for _ in range(2):  # the first fills a cache
         with _Operations() as operations:
             draw(torch.rand((64, recipe.columns)), 32, 32, recipe)
-    assert operations.count <= 18
+    assert operations.count <= 19
 
 
 def test_a_strong_view_without_color_is_a_weak_one():

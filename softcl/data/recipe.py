@@ -120,7 +120,8 @@ def draw(
         whole: crop nothing; the images have been cut before.
     """
     line = _lines(height, width, recipe, whole, uniform.device)
-    tries = torch.addcmul(line.least, uniform[:, line.source], line.spread)  # (N, tries, columns)
+    # Not addcmul, which may round otherwise at the end of a batch than within it.
+    tries = uniform[:, line.source].mul_(line.spread).add_(line.least)  # (N, tries, columns)
     _, sides, _, ratios = tries.split((2, 2, _REST, 2), dim=2)
     sides.mul_(ratios.exp_()).sqrt_().round_()
     first = (sides <= line.full).sum(2, keepdim=True).argmax(1, keepdim=True)  # both sides fit
