@@ -250,7 +250,7 @@ def test_normalisation_by_name():
         ("CIFAR-100", "cifar100"),
         ("cifar100-png", "cifar100"),
         ("stl10_binary", "stl10"),
-        ("tiny-imagenet-200", "tiny"),
+        ("tiny-imagenet-200", "tiny-imagenet"),
         ("imagenet", "imagenet"),
         ("photos", "imagenet"),
         ("destiny", "imagenet"),

@@ -205,7 +205,7 @@ def test_tiny_imagenet(tmp_path):
         check(root, "train", train, [0, 0, 1, 1, 2, 2], "tiny-imagenet")
         check(root, "test", val, [1, 0, 2, 1], "tiny-imagenet")
     data = load_dataset(str(tmp_path))
-    assert data.classes == ["n01", "n02", "n03"] and data.statistics == "tiny"
+    assert data.classes == ["n01", "n02", "n03"] and data.statistics == "tiny-imagenet"
     annotations = tmp_path / "tiny-imagenet-200/val/val_annotations.txt"
     annotations.write_text(annotations.read_text().replace("n03", "n99"))
     with pytest.raises(DataError, match="class 'n99' of val_2.png is not in train/"):

@@ -123,7 +123,7 @@ def list_tiny_imagenet(folder: Path, split: str) -> Listing:
     entries = train.iterdir() if train.is_dir() else ()
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     number = {name: place for place, name in enumerate(classes)}
-    listing = Listing(folder, [], [], classes, statistics="tiny")
+    listing = Listing(folder, [], [], classes, statistics="tiny-imagenet")
     if split in ("train", "all"):
         for path in list_files(train):
             listing.files.append("/".join(("train", *path)))

@@ -30,7 +30,7 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "stl10": ((0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
-    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     # torchvision's constants for ImageNet-1k; also the choice for a set without a row here.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Measured on the first 20,000 training images of `shapes`, seed 0.

@@ -180,7 +180,7 @@ def known_statistics(root: Path) -> str:
     for row in ("cifar100", "cifar10", "stl10"):
         if row in plain:
             return row
-    return "tiny" if plain.startswith("tiny") else "imagenet"
+    return "tiny-imagenet" if plain.startswith("tiny") else "imagenet"
 
 
 # ------------------------------------------------------------------------------ sets of image files
