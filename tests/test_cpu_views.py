@@ -241,29 +241,6 @@ def test_numbers_out_of_range_are_named(column, value, said):
         kernel(images, 8, table, False)
 
 
-def test_other_types_and_shapes_are_named():
-    images, table = noise(2, 8, 8), table_of(*[(0, 0, 4, 4)] * 2)
-
-    def launch(images=images, table=table, constants=CONSTANTS, size=8):
-        return kernels.compiled_view(images, table, constants, size, False)
-
-    launch()
-    for wrong, said in (
-        (dict(images=images.float()), r"images must be torch.uint8 on the CPU, got torch.float32"),
-        (dict(images=images[:, :2]), r"images must have shape \(\*, 3, \*, \*\), got \(2, 2, 8, 8"),
-        (dict(images=images[0]), "images must have shape"),
-        (dict(table=table.double()), "table must be torch.float32"),
-        (dict(table=table[:1]), r"table must have shape \(2, 15\), got \(1, 15\)"),
-        (dict(table=table[:, :14]), "table must have shape"),
-        (dict(constants=CONSTANTS[0]), "constants must have shape"),
-        (dict(constants=CONSTANTS.half()), "constants must be torch.float32"),
-        (dict(size=0), "size=0, must be in"),
-        (dict(images=images[:, :, :, :0]), "width=0"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            launch(**wrong)
-
-
 def test_a_null_pointer_is_named():
     good = dict(images=1, table=1, constants=1, views=1)
     for name in good:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from softcl.data import DataError, load_dataset
+from softcl.data import DataError, load_dataset, sets
 from softcl.data.arrays import load_pickle
+from softcl.data.image_set import Arrays
 from softcl.data.sets import FORMATS, READERS, training_split
 
 Image = pytest.importorskip("PIL.Image")
@@ -356,3 +357,14 @@ def test_formats_are_recognised_and_can_be_demanded(tmp_path):
     with pytest.raises(ValueError, match="data_format must be one of auto"):
         load_dataset(str(tmp_path / "a"), data_format="lmdb")
     assert set(READERS) < set(FORMATS)
+
+
+def test_a_new_format_is_a_reader_and_a_line(tmp_path, monkeypatch):
+    def read_numpy(folder: Path, split: str) -> Arrays:
+        return Arrays(np.load(folder / f"{split}.npy"), None, [], "imagenet")
+
+    line = {"numpy": sets.Format(read_numpy, (("train.npy", "test.npy"),))}
+    monkeypatch.setattr(sets, "READERS", line | sets.READERS)
+    for seed, split in enumerate(("train", "test")):
+        np.save(tmp_path / f"{split}.npy", pixels(3, 8, seed))
+    check(tmp_path, "test", pixels(3, 8, 1), None, "numpy")

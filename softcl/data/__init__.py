@@ -10,7 +10,7 @@ from softcl.data.kernels import describe_kernel, kernel_missing
 from softcl.data.recipe import RECIPES, Recipe
 from softcl.data.sets import FORMATS, SPLITS, find_format, load_dataset, training_split
 from softcl.data.shapes import make_shapes
-from softcl.data.stream import batch_indices, batches, num_batches
+from softcl.data.stream import batch_indices, batches
 from softcl.data.views import VIEWS, Share, center_view, random_view, strong_view, weak_view
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "kernel_missing",
     "load_dataset",
     "make_shapes",
-    "num_batches",
     "random_view",
     "strong_view",
     "training_split",

@@ -18,6 +18,7 @@ import torch
 
 from softcl.data.image_set import ImageSet, Pixels, Wanted
 
+AHEAD = 2  # batches that are decoded before they are asked for
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -57,15 +58,6 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.from_numpy(np.argsort(keys, kind="stable"))
 
 
-def num_batches(num_samples: int, batch_size: int) -> int:
-    """Whole batches in an epoch; the last incomplete one is dropped."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if num_samples < 0:
-        raise ValueError(f"num_samples must be at least 0, got {num_samples}")
-    return num_samples // batch_size
-
-
 def batch_indices(
     num_samples: int, batch_size: int, seed: int, epoch: int, step: int
 ) -> torch.Tensor:
@@ -76,7 +68,9 @@ def batch_indices(
 
     Raises ValueError where no such batch exists.
     """
-    steps = num_batches(num_samples, batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    steps = num_samples // batch_size
     if steps == 0:
         raise ValueError(
             f"batch_size={batch_size} is larger than the {num_samples} samples: "
@@ -98,18 +92,15 @@ def batches(
     order: Iterable[Wanted],
     *,
     device: torch.device | str = "cpu",
-    depth: int = 2,
 ) -> Iterator[tuple[Wanted, Pixels]]:
     """Yield (wanted, its pixels on `device`) for each entry of `order`.
 
     An index tensor (N,) gives uint8 images (N, 3, H, W), a `CropOrder` a dictionary of crops. A
     resident set without files is indexed directly. Where images are decoded on demand, one thread
-    keeps `depth` batches ready, unless the set was told to use no threads; order and content are
+    keeps AHEAD batches ready, unless the set was told to use no threads; order and content are
     those of `order`, whatever the number of workers.
     An error while decoding is raised at the batch concerned.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
     device = torch.device(device)
     source = image_set.images if image_set.files is None else image_set.files
     if isinstance(source, torch.Tensor) or source.workers == 0:
@@ -130,7 +121,7 @@ def batches(
         try:
             for wanted in order:
                 waiting.append((wanted, thread.submit(read, wanted)))
-                if len(waiting) > depth:
+                if len(waiting) > AHEAD:
                     wanted, future = waiting.popleft()
                     yield wanted, _moved(future.result(), device)
             while waiting:

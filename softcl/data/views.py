@@ -337,8 +337,8 @@ def center_view(images: torch.Tensor, size: int, mean: Triple, std: Triple) -> t
     return render(images, table, size, mean, std, colors=False)
 
 
-Transform = Callable[..., torch.Tensor]  # called as `random_view`
-VIEWS: dict[str, Transform] = {
+# Transforms, called as `random_view`, by the name of their recipe.
+VIEWS: dict[str, Callable[..., torch.Tensor]] = {
     name: partial(random_view, recipe=recipe) for name, recipe in RECIPES.items()
 }
 strong_view, weak_view = VIEWS["strong"], VIEWS["weak"]
