@@ -14,7 +14,7 @@ from run_comparison import assert_same_run
 from softcl.data import DataError, ImageSet, kernels, load_dataset, sets
 from softcl.data.decode import Box, decode_crops
 from softcl.data.image_set import CropOrder, Cut
-from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe, draw_box
+from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe
 from softcl.distributed import World
 from softcl.methods import ASCL
 from softcl.train import main
@@ -72,20 +72,6 @@ def test_crops_reach_every_corner_of_a_wide_image(wide):
     assert int(images.images[:, 0].min()) > 80  # what is stored for the evaluation
 
 
-def test_boxes_are_those_of_the_views():
-    """Whatever is seen of a red and green ramp says where the box was."""
-    file = io.BytesIO()
-    Image.fromarray(ramp(200, 300)).save(file, "PNG")
-    order = cut(50, side=8)
-    for numbers in order.numbers.tolist():
-        box = Box(*draw_box(numbers, 200, 300, RECIPE), 8)
-        file.seek(0)
-        (pixels,) = decode_crops(file, lambda height, width, box=box: [box])
-        across, down = pixels[0].mean() / 255 * 299, pixels[1].mean() / 255 * 199
-        assert across == pytest.approx(box.left + (box.width - 1) / 2, abs=1.0)
-        assert down == pytest.approx(box.top + (box.height - 1) / 2, abs=1.0)
-
-
 def test_pixels_are_those_of_torchvision():
     functional = pytest.importorskip("torchvision.transforms.functional")
     chooser = np.random.default_rng(0)
@@ -118,16 +104,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(orientation):
     assert abs(pixels - expected)[:2].max() <= 4 and abs(pixels - expected)[:2].mean() <= 1
 
 
-def test_a_small_image_is_enlarged():
-    file = io.BytesIO()
-    Image.fromarray(ramp(3, 5)).save(file, "PNG")
-    file.seek(0)
-    (pixels,) = decode_crops(file, lambda height, width: [Box(0, 0, height, width, 16)])
-    assert pixels.shape == (3, 16, 16) and pixels[0, 0, 0] == 0 and pixels[0, 0, -1] == 255
-
-
-@pytest.mark.parametrize("workers", [0, 1, 5])
-@pytest.mark.parametrize("memory_limit", [None, 0])
+@pytest.mark.parametrize(("workers", "memory_limit"), [(0, 0), (1, None), (5, 0)])
 def test_threads_and_storage_change_nothing(wide, workers, memory_limit):
     indices = torch.tensor([3, 39, 0, 3])
     order = CropOrder(indices, {"a": cut(4), "b": cut(4, side=9, seed=1)})

@@ -53,20 +53,6 @@ def test_modes(tmp_path, suffix, picture, expected):
     assert (read(tmp_path / f"x.{suffix}") == expected).all()
 
 
-def test_transparent_palette_entry(tmp_path):
-    picture = Image.fromarray((GRAY > 100).astype(np.uint8)).convert("P")
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.save(tmp_path / "x.png", transparency=0)
-    expected = np.where((GRAY > 100)[..., None], [40, 50, 60], [255, 255, 255])
-    assert (read(tmp_path / "x.png") == expected).all()
-
-
-def test_cmyk(tmp_path):
-    plain = Image.new("RGB", (WIDTH, HEIGHT), (200, 120, 40))
-    plain.convert("CMYK").save(tmp_path / "x.jpg")
-    assert np.abs(read(tmp_path / "x.jpg").astype(int) - np.asarray(plain)).max() <= 3
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
     upright = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
