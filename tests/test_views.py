@@ -85,6 +85,18 @@ def test_sizes(name, number, height, width, size, nan_filled_memory):
     assert (made >= low.view(3, 1, 1) - 1e-4).all() and (made <= high.view(3, 1, 1) + 1e-4).all()
 
 
+@pytest.mark.parametrize(("name", "cropped"), [("weak", True), ("strong", False), ("strong", True)])
+def test_the_kernel_makes_the_views_of_pytorch(name, cropped, made_by):
+    if made_by == "PyTorch":
+        pytest.skip("nothing to compare")
+    images, options = noise(32, 32, 32), dict(cropped=cropped)
+    by_kernel, by_pytorch = (
+        VIEWS[name](images, 32, MEAN, STD, generator(3), kernel=wanted, **options)
+        for wanted in (True, False)
+    )
+    torch.testing.assert_close(by_kernel, by_pytorch, rtol=0, atol=2e-5)
+
+
 class _Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -72,23 +72,26 @@ def find_format(root: Path, wanted: str = "auto") -> Found:
         raise ValueError(f"data_format must be one of {', '.join(FORMATS)}, got {wanted!r}")
     if not root.exists():
         return Found("folder", root)  # whose reader says what is wrong with the path
+    try:
+        parts = [root, *(entry for entry in sorted(root.iterdir())[:50] if entry.is_dir())]
+    except OSError:  # a file; or the reader of folders says what is wrong
+        parts = [root]
     for name, stored in READERS.items():
         if wanted in ("auto", name):
-            place = _place(root, stored, deep=wanted == name)
+            place = _place(root, parts, stored, deep=wanted == name)
             if place is not None:
                 return Found(name, place)
     raise DataError(f"{printable(root)}: nothing of format {wanted} here")
 
 
-def _place(root: Path, stored: Format, deep: bool) -> Path | None:
+def _place(root: Path, parts: list[Path], stored: Format, deep: bool) -> Path | None:
     """What the format's reader takes, or None if `root` is nothing of it."""
     if root.is_file():
         matches = any(all(map(root.match, group)) for group in stored.signs)
         return root if matches and stored.container else None
     if () in stored.signs:
         return root
-    below = [entry for entry in sorted(root.iterdir())[:50] if entry.is_dir()]
-    for part in (root, *below):
+    for part in parts:
         for group in stored.signs:
             if all(any(f.is_file() for f in part.glob(pattern)) for pattern in group):
                 return root if stored.container else part
