@@ -51,7 +51,7 @@ class Row {
     if (value != std::floor(value)) refuse(name, value, double(least), double(most));
     return static_cast<std::int64_t>(value);
   }
-  bool flag(int column) const { return row_[column] != 0.0f; }
+  bool flag(int column) const { return row_[column] > 0.0f; }
 
   [[noreturn]] void refuse(const char* name, double value, double least, double most) const {
     const auto shown = [](double x) {
@@ -69,26 +69,26 @@ class Row {
   std::int64_t sample_;
 };
 
+// order % 3 is the first blend, order / 3 % 2 whether the other two follow it in cyclic order, and
+// order / 6 how many of the three come before the hue.
 void read_jitter(const Row& row, ViewTask& task) {
-  const std::int64_t slot = row.count(ViewColumn::kHueSlot, "hue_slot", 0, 3);
-  unsigned seen = 0;
+  const int order = static_cast<int>(row.number(ViewColumn::kOrder, "order", 0.0, 23.999999));
+  const int first = order % 3, second = (first + 1 + order / 3 % 2) % 3;
+  const int kinds[] = {first, second, 3 - first - second};
   for (int i = 0; i <= 3; ++i) {
-    if (i == slot) {
+    if (i == order / 6) {
       task.steps[task.num_steps++] = {ColorKind::kHue,
                                       row.number(ViewColumn::kHue, "hue", -1.0, 1.0)};
     }
     if (i == 3) break;
-    const std::int64_t kind = row.count(ViewColumn::kKind + i, "kind", 0, 2);
-    if (seen >> kind & 1u) throw std::invalid_argument("table: a kind comes twice in a sample");
-    seen |= 1u << kind;
-    const float factor = row.number(ViewColumn::kFactor + i, "factor", 0.0, 1e6);
-    if (kind == 1) task.contrast_at = task.num_steps;
-    task.steps[task.num_steps++] = {ColorKind(kind), factor};
+    const float factor = row.number(ViewColumn::kFactor + kinds[i], "factor", 0.0, 1e6);
+    if (kinds[i] == 1) task.contrast_at = task.num_steps;
+    task.steps[task.num_steps++] = {ColorKind(kinds[i]), factor};
   }
 }
 
 // A box's radius such that three of them have the variance sigma^2, see blur_matrix in
-// softcl/data/resample.py.
+// softcl/data/views.py.
 void set_box(double sigma, ViewTask& task) {
   const double variance = sigma * sigma / 3.0;
   const double whole = std::floor((std::sqrt(12.0 * variance + 1.0) - 1.0) / 2.0);
@@ -115,8 +115,9 @@ ViewTask read_task(const ViewsParams& p, std::int64_t sample) {
   if (!p.colors) return task;
   if (row.flag(ViewColumn::kJittered)) read_jitter(row, task);
   if (row.flag(ViewColumn::kGrayed)) task.steps[task.num_steps++] = {ColorKind::kGray, 0.0f};
-  const float sigma = row.number(ViewColumn::kSigma, "sigma", 0.0, kLargestSigma);
-  if (sigma > 0.0f) set_box(sigma, task);
+  if (row.flag(ViewColumn::kBlurred)) {
+    set_box(row.number(ViewColumn::kSigma, "sigma", 0.0, kLargestSigma), task);
+  }
   task.solarized = row.flag(ViewColumn::kSolarized);
   return task;
 }

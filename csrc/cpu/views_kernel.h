@@ -31,7 +31,7 @@ constexpr std::int64_t kVectorsInSum = 64;  // of fp32 greys, before their sum i
 
 // ------------------------------------------------------------------------------------- resize
 
-/// The weights of one axis, as softcl.data.resample.crop_matrix has them, times `multiplier`. The
+/// The weights of one axis, as softcl.data.views.crop_matrix has them, times `multiplier`. The
 /// inputs are counted from the crop's first, and all lie within the crop.
 void fill_axis(std::int64_t length, std::int64_t size, bool mirror, float multiplier,
                const ViewAxis& axis) {
@@ -175,7 +175,7 @@ inline Vector hue_peak(Vector turns, Vector smallest, Vector spread) {
   return smallest + clamp01(2.0f - 6.0f * absolute(turns - rounded(turns))) * spread;
 }
 
-/// softcl.data.color.shift_hue, the circle's length being 1.
+/// softcl.data.views.shift_hue, the circle's length being 1.
 inline Pixels shifted_hue(const Pixels& p, float shift) {
   const Vector largest = max(max(p.red, p.green), p.blue);
   const Vector smallest = min(min(p.red, p.green), p.blue);
@@ -295,7 +295,7 @@ void fill_margins(float* lines, std::int64_t stride, std::int64_t margin, std::i
   }
 }
 
-/// softcl.data.resample.blur_matrix on both axes, box by box.
+/// softcl.data.views.blur_matrix on both axes, box by box.
 void blur(const ViewTask& task, const ViewWorkspace& w) {
   const std::int64_t size = task.size, radius = task.box_radius, margin = radius + 1;
   const float share = 1.0f / (2.0f * (float(radius) + task.box_part) + 1.0f);
