@@ -32,10 +32,10 @@ def build(folder: Path, sanitizer: str) -> Path:
     common = [
         *(COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}"),
         *("-fno-sanitize-recover=all", "-DSOFTCL_X86", "-DSOFTCL_STD_THREADS"),
-        *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"),
+        *(f"-I{ROOT / 'csrc' / folder}" for folder in ("", "cpu", "include")),
     ]
     objects = []
-    for source in (*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), DRIVER):
+    for source in (*sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")), DRIVER):
         objects.append(folder / f"{source.stem}.o")
         isa = FLAGS.get(source.stem.partition("_")[2], ())
         subprocess.run([*common, *isa, "-c", source, "-o", objects[-1]], check=True, timeout=280)

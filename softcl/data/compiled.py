@@ -1,4 +1,4 @@
-"""The compiled kernel of the views for CPUs (csrc/cpu/views_kernel.h), and its table of parameters.
+"""The compiled kernel of the views for CPUs (csrc/cpu/views), and its table of parameters.
 
 It computes all of what softcl/data/views.py does in PyTorch, which is its reference. A view's bits
 are a function of its own image, its parameters and the instruction set (`softcl._C.isa()`): other
