@@ -1,9 +1,9 @@
 // softcl_cuda_check: the kernels against a double-precision host reference, then their times, with
 // no Python and no torch: to develop, sanitise and profile them by themselves.
 //
-//     cmake -S . -B build/check -DSOFTCL_PYTHON=OFF && cmake --build build/check -t
-//     softcl_cuda_check build/check/softcl_cuda_check [--rows N --queue K --dim D] [--neighbors n]
-//     [--time] ...
+//     cmake -S . -B build/check -DSOFTCL_PYTHON=OFF
+//     cmake --build build/check -t softcl_cuda_check
+//     build/check/softcl_cuda_check [--rows N --queue K --dim D] [--neighbors n] [--time] ...
 //
 // Exit status: 0 all results within their tolerances, 1 some are not, 2 an unusable argument,
 // 77 no CUDA device.

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "emulated_ptx.h"
 #include "hopper_state.h"
-#include "ptx.h"
 
 namespace softcl::cuda::host {
 

@@ -2,11 +2,11 @@
 
 #include <cstdint>
 
-#include "views.h"
+#include "views/views.h"
 
 #define SOFTCL_ISA views_portable
 #define SOFTCL_VECTOR_WIDTH 4
-#include "views_kernel.h"
+#include "views/views_kernel.h"
 
 namespace softcl::cpu {
 

@@ -5,9 +5,9 @@
 
 #include "bindings.h"
 #include "block.h"
+#include "emulated_ptx.h"
 #include "hopper_layout.h"
 #include "plan.h"
-#include "ptx.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;

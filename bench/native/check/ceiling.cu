@@ -13,7 +13,7 @@
 #include "check/ceiling.h"
 #include "check/device_memory.h"
 #include "check/timing.h"
-#include "cuda/hopper_ptx.h"  // not the one of csrc/cuda/host
+#include "hopper_ptx.h"
 #include "launch.h"
 
 namespace softcl::check {

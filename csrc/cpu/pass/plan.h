@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "queue_pass.h"
+#include "pass/queue_pass.h"
 
 namespace softcl::cpu {
 

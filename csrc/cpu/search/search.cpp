@@ -2,7 +2,7 @@
 // Y - error at least, so a row whose y is below Y - 2 error is not among the k nearest. The others,
 // k and a few more, are multiplied again in fp32.
 
-#include "search.h"
+#include "search/search.h"
 
 #include <algorithm>
 #include <atomic>
@@ -12,10 +12,10 @@
 
 #include "arena.h"
 #include "isa.h"
-#include "neighbors.h"
 #include "parallel.h"
 #include "pieces.h"
 #include "rows.h"
+#include "search/neighbors.h"
 
 namespace softcl::cpu {
 

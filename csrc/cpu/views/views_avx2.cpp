@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#include "views.h"
+#include "views/views.h"
 
 #define SOFTCL_ISA views_avx2
 #define SOFTCL_VECTOR_WIDTH 8
-#include "views_kernel.h"
+#include "views/views_kernel.h"
 
 namespace softcl::cpu {
 

@@ -6,13 +6,13 @@
 #include <cstring>
 
 #include "convert.h"
-#include "screen.h"
+#include "search/screen.h"
 
 #define SOFTCL_ISA screen_avx2
 #define SOFTCL_VECTOR_WIDTH 8
 #define SOFTCL_VECTORS 2
 #define SOFTCL_ROWS 6
-#include "screen_kernel.h"
+#include "search/screen_kernel.h"
 
 namespace softcl::cpu {
 

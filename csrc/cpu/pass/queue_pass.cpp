@@ -1,4 +1,4 @@
-#include "queue_pass.h"
+#include "pass/queue_pass.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,8 +7,8 @@
 #include "arena.h"
 #include "isa.h"
 #include "parallel.h"
+#include "pass/plan.h"
 #include "pieces.h"
-#include "plan.h"
 
 namespace softcl::cpu {
 

@@ -1,7 +1,7 @@
 // The search for neighbours in a tile's similarities, once per instruction set: included by
 // sweep_kernel.h, in its namespace.
 
-#include "products_kernel.h"
+#include "pass/products_kernel.h"
 
 // Rows of a tile that share a maximum per lane: a search looks into few of these groups.
 constexpr std::int64_t kGroupRows = 12;

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#include "views.h"
+#include "views/views.h"
 
 #define SOFTCL_ISA views_avx512
 #define SOFTCL_VECTOR_WIDTH 16
-#include "views_kernel.h"
+#include "views/views_kernel.h"
 
 namespace softcl::cpu {
 

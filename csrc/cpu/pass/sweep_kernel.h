@@ -26,7 +26,7 @@ namespace SOFTCL_ISA {
 
 namespace {
 
-#include "candidates_kernel.h"  // includes products_kernel.h
+#include "search/candidates_kernel.h"  // includes products_kernel.h
 
 constexpr float kHeadroom = 40.0f;
 constexpr std::int64_t kFlushTiles = 16;

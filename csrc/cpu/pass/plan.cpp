@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "pass/plan.h"
 
 #include "isa.h"
 #include "pieces.h"

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "neighbors.h"
+#include "search/neighbors.h"
 #include "softcl/element_type.h"
 
 namespace softcl::cpu {
@@ -88,10 +88,6 @@ struct SweepKernels {
   /// same operations in the same order as in the sweep: equal rows give equal bits.
   void (*similarities)(const float* tile, std::int64_t tile_rows, const float* strip,
                        std::int64_t dim, float* s);
-  /// Loops of nothing but this, `repeats` times, for the floors of bench/; return how many were
-  /// done. `array` holds 2048 floats below 1.
-  std::int64_t (*multiply_add)(std::int64_t repeats, float* array);
-  std::int64_t (*exponentials)(std::int64_t repeats, float* array);
 };
 
 extern const SweepKernels kPortableKernels;

@@ -12,7 +12,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "softcl/checks.h"
-#include "views.h"
+#include "views/views.h"
 
 namespace softcl::cpu {
 

@@ -1,5 +1,5 @@
-// The instructions of ../hopper_ptx.h as functions of a host compiler. What they do together is in
-// warpgroup.h.
+// The instructions of csrc/cuda/hopper_ptx.h as functions of a host compiler. What they do together
+// is in warpgroup.h.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-#include "neighbors.h"
+#include "search/neighbors.h"
 
 #include <algorithm>
 #include <functional>

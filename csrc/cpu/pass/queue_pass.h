@@ -15,9 +15,9 @@
 #include <cstdint>
 #include <functional>
 
+#include "pass/sweep.h"
 #include "rows.h"
 #include "softcl/element_type.h"
-#include "sweep.h"
 
 namespace softcl::cpu {
 

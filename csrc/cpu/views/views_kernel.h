@@ -23,7 +23,7 @@ namespace {
 
 #include "simd.h"
 // After it: its vectors.
-#include "views_vectors.h"
+#include "views/views_vectors.h"
 
 static_assert(kViewPadding >= 2 * kWidth && kViewPadding % kWidth == 0, "windows are padding");
 

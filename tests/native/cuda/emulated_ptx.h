@@ -1,4 +1,4 @@
-// The instructions of ../ptx.h as functions of a host compiler, written from the PTX ISA.
+// The instructions of csrc/cuda/ptx.h as functions of a host compiler, written from the PTX ISA.
 //
 // Where the ISA leaves rounding open, these stand at its rough end: matrix products align eight
 // products and the sum so far to the largest of them and cut off what lies below, as measurements
