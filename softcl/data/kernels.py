@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from softcl import trust
 from softcl.data.recipe import COLUMNS
 
 LARGEST_IMAGE = 2**31 // 3  # pixels: places inside one image are counted in 32 bits
@@ -34,7 +35,7 @@ def kernel_for(images: torch.Tensor, wanted: bool | None = None) -> Kernel | Non
     """
     if wanted is False:
         return None
-    reason = kernel_missing(images.device)
+    reason = kernel_missing(images.device, tried=wanted is None)
     if reason is None and images.shape[-2] * images.shape[-1] >= LARGEST_IMAGE:
         reason = f"takes images of less than {LARGEST_IMAGE} pixels"
     if reason is None:
@@ -44,8 +45,11 @@ def kernel_for(images: torch.Tensor, wanted: bool | None = None) -> Kernel | Non
     return None
 
 
-def kernel_missing(device: torch.device) -> str | None:
-    """Why no kernel runs on a device, or None where one does."""
+def kernel_missing(device: torch.device, tried: bool = True) -> str | None:
+    """Why no kernel runs on a device, or None where one does.
+
+    A GPU's is used, unless it is demanded, after it was right once there (softcl/trust.py).
+    """
     if not _is_tritons(device):
         return native()[1] or None
     if device.type not in ("cpu", "cuda"):
@@ -53,7 +57,38 @@ def kernel_missing(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.version.hip is None:
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "needs compute capability 8.0 or later"
-    return None if _has_triton() else "needs triton"
+    if not _has_triton():
+        return "needs triton"
+    if device.type == "cpu" or not tried:
+        return None
+    reason = trust.reason_against(
+        "softcl.data.kernels:try_kernel", "the views' kernel", device, columns=len(COLUMNS)
+    )
+    return None if reason is None else f"failed on this machine: {reason}"
+
+
+def try_kernel(device: str, columns: int) -> None:
+    """Weak and strong views of random images, by the device's kernel and by PyTorch.
+
+    Raises:
+        AssertionError: they differ by more than rounding does.
+        Exception: the kernel fails.
+    """
+    from softcl.data.recipe import RECIPES
+    from softcl.data.views import random_view
+
+    images = torch.randint(256, (16, 3, 40, 48), generator=torch.Generator().manual_seed(0))
+    images = images.to(device, torch.uint8)
+    for name in ("weak", "strong"):
+        found, expected = (
+            random_view(
+                images, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.Generator().manual_seed(1),
+                recipe=RECIPES[name], kernel=kernel,
+            )
+            for kernel in (True, False)
+        )  # fmt: skip
+        error = float((found - expected).abs().max())
+        assert error <= 0.02, f"a {name} view is off by {error:.2e}"  # of a range of 4
 
 
 def describe_kernel(device: torch.device, wanted: bool | None = None) -> str:
