@@ -6,25 +6,21 @@ import math
 
 import pytest
 import torch
+from triton_calls import check, on, run
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
-    DistillationLabels,
     HardLabels,
     LabelRule,
     MixedLabels,
     NeighborLabels,
-    RelationalLabels,
 )
 from softcl.ops import triton
-from softcl.ops.call import LossCall
 from softcl.testing import (
-    ENTROPY_TOLERANCE,
     LSE_TOLERANCE,
     RULES,
     Problem,
-    assert_loss_close,
     fitting,
     gradient_error,
     loss_oracle,
@@ -43,69 +39,6 @@ SHAPES = [(1, 1, 1), (3, 65, 32), (17, 64, 96), (9, 300, 130)]
 TEMPERATURES = [(0.1, 0.05), (0.02, 0.04), (0.07, 0.07)]  # the running maximum below 0.023
 
 
-def on(device, p):
-    return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
-
-
-def run(p, rule, temperature=0.1, teacher_temperature=0.05, **options):
-    options = {
-        "positive": True,
-        "normalize": False,
-        "excluded": None,
-        "gradient": True,
-        "diagnostics": True,
-        **options,
-    }
-    return triton.run(
-        LossCall(p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options)
-    )
-
-
-def check(
-    p, rule, temperature=0.1, teacher_temperature=0.05, *, positive=True, scale=1.0, excluded=None
-):
-    """One call against the oracle; everything that comes back is judged."""
-    options = {} if excluded is None else {"excluded": excluded}
-    got = run(p, rule, temperature, teacher_temperature, positive=positive, **options)
-    oracle = loss_oracle(
-        p,
-        rule,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        positive=positive,
-        **options,
-    )
-    # One rounding of a cosine, 6e-8, moves a logit by 6e-8 / temperature: what is promised for
-    # temperatures in use grows below them.
-    scale *= max(1.0, 0.05 / min(temperature, teacher_temperature))
-    assert_loss_close(got[0], got[1], oracle, p.query.dtype, temperature=temperature, scale=scale)
-    if rule.needs_softmax:
-        assert relative_error(got[2], oracle[2]) <= scale * ENTROPY_TOLERANCE
-        assert relative_error(got[3], oracle[3]) <= scale * ENTROPY_TOLERANCE
-    else:
-        assert got[2].shape == got[3].shape == (0,)
-    exact = cosines(p.query, p.queue, excluded)
-    own = (p.query.double() * p.key.double()).sum(1, keepdim=True)
-    assert bool((got[4] >= (exact > own + 1e-6).sum(1)).all())
-    assert bool((got[4] <= (exact > own - 1e-6).sum(1)).all())
-    k = rule.num_neighbors
-    assert got[5].shape == (len(p.query), k)
-    if k:
-        exact = cosines(p.key, p.queue, excluded)
-        assert all(len(set(row)) == k for row in got[5].tolist())
-        kept = exact.gather(1, got[5]).sort(1, descending=True).values
-        assert float((kept - exact.topk(k, 1).values).abs().max()) <= 2e-6
-
-
-def cosines(rows, queue, excluded):
-    """Exact ones (N, K), minus infinity where a column is excluded."""
-    exact = rows.double() @ queue.double().T
-    if excluded is not None:
-        n = (excluded >= 0).nonzero()[:, 0]
-        exact[n, excluded[n]] = -math.inf
-    return exact
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_against_oracle(triton_device, rule, shape):
@@ -119,7 +52,7 @@ def test_against_oracle(triton_device, rule, shape):
     check(on(triton_device, p), fitting(rule, K), *temperatures, positive=i % 3 > 0)
 
 
-@pytest.mark.parametrize("rule", random_rules(16, seed=1), ids=repr)
+@pytest.mark.parametrize("rule", random_rules(10, seed=1), ids=repr)
 def test_any_numbers(triton_device, rule):
     i = rule.num_neighbors
     p = make_problem(5, 130, 24, kind=("random", "clustered")[i % 2], seed=i)
@@ -145,16 +78,6 @@ def test_positive_in_the_teachers_softmax(triton_device, entry, dtype):
             p = on(triton_device, make_problem(4, K, 24, kind=kind, dtype=dtype))
             check(p, rule, 0.1, temperature, scale=2.0)
             check(p, rule, 0.1, 0.01, positive=False, scale=2.0)
-
-
-def test_scale_of_the_numbers_does_not_matter(triton_device):
-    """Beyond fp32 too."""
-    p = on(triton_device, make_problem(3, 70, 8))
-    numbers = dict(positive=0.5, confident_mean=2.0, mean=0.25)
-    plain = run(p, LabelRule(**numbers))
-    for factor in (2.0**-900, 2.0**900):
-        scaled = run(p, LabelRule(**{name: x * factor for name, x in numbers.items()}))
-        assert all(torch.equal(x, y) for x, y in zip(plain, scaled, strict=True))
 
 
 @pytest.mark.parametrize("positive", [0.3, 0.7, 3.0])
@@ -226,76 +149,6 @@ def test_excluded_row(triton_device, monkeypatch, rule, target, temperature):
     check(p, rule, 0.1, temperature, excluded=excluded, scale=2.0)  # as in test_sharp_labels
 
 
-@pytest.mark.parametrize("target", ["interpreter", "sm_90", "sm_80"])
-@pytest.mark.parametrize(
-    "temperatures", [(1e-6, 1e6), (1e6, 1e-6), (1e6, 1e6), (1e6, 0.1)], ids=str
-)
-def test_excluded_row_at_any_temperature(triton_device, monkeypatch, target, temperatures):
-    """The others' results to the bit: a row that takes no part may hold anything finite."""
-    if triton_device == "cpu":
-        monkeypatch.setattr(triton, "target_of", lambda device: (target, 40))
-    elif target != "interpreter":
-        pytest.skip("other architectures' tiles need not fit here")
-    p = make_problem(4, 65, 24, dtype=B)
-    queue = p.queue.clone()
-    queue[64] = 0.25 * p.queue[3]
-    others = on(triton_device, Problem(p.query, p.key, queue))
-    p = on(triton_device, p)
-    excluded = torch.full((4,), 64, device=triton_device)
-    for rule in (RelationalLabels(), AdaptiveSoftLabels(3), AdaptiveNeighborLabels(3)):
-        first, again = (run(x, rule, *temperatures, excluded=excluded) for x in (p, others))
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-        assert not bool((first[5] == 64).any())
-        oracle = loss_oracle(
-            p, rule, temperature=temperatures[0], teacher_temperature=temperatures[1],
-            excluded=excluded,
-        )  # fmt: skip
-        scale = max(1.0, 0.05 / min(temperatures))
-        assert gradient_error(first[1], oracle[1], temperatures[0]) <= scale * 1e-3
-        assert relative_error(first[2], oracle[2]) <= scale * ENTROPY_TOLERANCE
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 40])
-@pytest.mark.parametrize("temperatures", [(0.1, 1e-4), (1e-4, 1e-4), (0.1, 1e-6)], ids=str)
-def test_merge_at_low_temperatures(triton_device, monkeypatch, temperatures, multiprocessors):
-    """Cosines are exact, so nothing but the softmax and its merge rounds: as at any temperature.
-
-    The logits are 14427 and 1442695 in base 2. The nearest rows tie, in several splits.
-    """
-    target, _ = triton.target_of(torch.device(triton_device, 0))
-    monkeypatch.setattr(triton, "target_of", lambda device: (target, multiprocessors))
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(2, (200, 16), generator=generator) * 0.5 - 0.25
-    queue = signs.clone()
-    queue[50:53] = queue[150] = queue[1]
-    queue[120] = queue[2]
-    key = queue[:6].clone()
-    key[0] = -queue[0]
-    query = key.clone()
-    query[3] = queue[9]
-    p = on(triton_device, Problem(query, key, queue))
-    rules = AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), DistillationLabels(), MixedLabels(0.3)
-    for rule in rules:
-        got = run(p, rule, *temperatures)
-        oracle = loss_oracle(
-            p, rule, temperature=temperatures[0], teacher_temperature=temperatures[1]
-        )
-        # z.m is a product of rows, whose rounding the temperature divides.
-        size = max(1.0, 0.1 / temperatures[0])
-        assert relative_error(got[0] / size, oracle[0] / size) <= LSE_TOLERANCE
-        assert gradient_error(got[1], oracle[1], temperatures[0]) <= LSE_TOLERANCE
-        assert relative_error(got[2], oracle[2]) <= ENTROPY_TOLERANCE
-        assert relative_error(got[3], oracle[3]) <= ENTROPY_TOLERANCE
-
-
-@pytest.mark.parametrize("kind", ["random", "clustered"])
-def test_clipped_labels_at_low_temperatures(triton_device, kind):
-    """What clips a label is a sum of the neighbours' own: it fits theirs at any temperature."""
-    p = on(triton_device, make_problem(5, 300, 40, kind=kind))
-    check(p, AdaptiveSoftLabels(7), 0.1, 1e-4)
-    check(p, AdaptiveSoftLabels(7), 1e-4, 1e-4, positive=False)
-
-
 def test_one_row_left(triton_device):
     """A queue of two rows without one of them says nothing about relations: no confidence."""
     p = on(triton_device, make_problem(3, 2, 8))
@@ -348,40 +201,6 @@ def test_normalize(triton_device, rule, dtype):
     assert relative_error(got[0], loss) <= LSE_TOLERANCE
     # Rows differ in length, and so do their gradients: each is judged by its own.
     assert gradient_error(got[1] * norm, du, 0.1) <= (5e-6 if dtype == F else 1e-3)
-
-
-def test_tiny_rows_have_no_direction(triton_device):
-    """Norms up to 1e-12 are taken for 1e-12, and such rows get no gradient."""
-    p = make_problem(5, 10, 4)
-    lengths = torch.tensor([1.0, 0.0, 1e-20, 0.5e-12, 4e-12])[:, None]
-    p = on(triton_device, Problem(p.query * lengths, p.key * lengths.flip(0), p.queue))
-    got = run(p, AdaptiveSoftLabels(2), normalize=True)
-    oracle = loss_oracle(p, AdaptiveSoftLabels(2), normalize=True)
-    assert relative_error(got[0], oracle[0]) <= LSE_TOLERANCE
-    assert not bool(got[1][1:4].any())
-    for n in (0, 4):
-        assert gradient_error(got[1][n : n + 1], oracle[1][n : n + 1]) <= 5e-6
-
-
-@pytest.mark.parametrize("dtype", [F, B], ids=str)
-def test_rows_of_any_length(triton_device, dtype):
-    """Squares of 1e19 are beyond fp32, and so is the norm of the last row of the keys."""
-    p = make_problem(7, 150, 40, dtype=dtype)
-    lengths = torch.tensor([1e-11, 1.0, 1e15, 2e15, 1e19, 1e30, 1e38], dtype=F)[:, None]
-    query, key = (p.query.float() * lengths).to(dtype), (p.key.float() * lengths).to(dtype)
-    key[6] = 3e38
-    p = on(triton_device, Problem(query, key, p.queue))
-    norm = p.query.double().norm(dim=1, keepdim=True)
-    unit = [torch.nn.functional.normalize(x.double()).float().to(dtype) for x in (p.query, p.key)]
-    got = run(p, AdaptiveSoftLabels(2), normalize=True)
-    oracle = loss_oracle(Problem(*unit, p.queue), AdaptiveSoftLabels(2))
-    assert relative_error(got[0], oracle[0]) <= LSE_TOLERANCE
-    z, dz = unit[0].double(), oracle[1]
-    du = dz - z * (z * dz).sum(1, keepdim=True)
-    # Each row by its own size; a gradient of 1e-38 has lost its last bits.
-    error = gradient_error(got[1][:6] * norm[:6], du[:6], 0.1)
-    assert error <= (5e-6 if dtype == F else 1e-3)
-    assert bool(got[1].isfinite().all())
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
