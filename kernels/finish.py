@@ -151,7 +151,8 @@ def finish_kernel(
         if C.NORMALIZE:
             raw = load_row(query_ptr, n, C)
             shrink, norm = norms(raw, 0)
-            gradient = (gradient - z * tl.sum(z * gradient, 0)) * shrink / norm
+            gradient = (gradient - z * tl.sum(z * gradient, 0)) * shrink
+            gradient = gradient / tl.maximum(norm, NORM_FLOOR)
             gradient = tl.where(norm <= NORM_FLOOR, 0.0, gradient)
         tl.store(dquery_ptr + n * C.D + d, gradient, mask=d < C.D)
     if C.DIAGNOSTICS:

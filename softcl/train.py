@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from softcl.data import DataError
-from softcl.data.fused import describe_kernel
+from softcl.data.kernels import describe_kernel
 from softcl.distributed import ALONE, PeerError, World
 from softcl.training.allocator import keep_freed_pages
 from softcl.training.build import Parts, RunError, assemble, fingerprint

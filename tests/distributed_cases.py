@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import softcl
-from softcl.distributed import ShardedQueue, ShardedRows, World, traffic
+from bench import traffic
+from softcl.distributed import ShardedQueue, ShardedRows, World
 from softcl.labels import AdaptiveSoftLabels, HardLabels, MixedLabels
 from softcl.nn import MemoryQueue
 from softcl.testing import (

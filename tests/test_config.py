@@ -95,7 +95,7 @@ def test_settings_come_from_the_methods_defaults():
     [
         ("shapes", 32, "shapes"),
         ("cifar100", 32, "cifar100"),
-        ("tiny", 64, "tiny_imagenet"),
+        ("tiny-imagenet", 64, "tiny-imagenet"),
         ("imagenet", 32, "cifar10"),  # a folder without published constants, small images
         ("imagenet", 224, "imagenet"),
     ],
@@ -109,7 +109,7 @@ def test_defaults_follow_the_data(statistics: str, size: int, name: str):
     [
         (96, "stl10", None, 64),  # as ASCL and ReSSL have it
         (96, "stl10", 96, 96),
-        (64, "tiny", None, 64),
+        (64, "tiny-imagenet", None, 64),
         (32, "cifar10", None, 32),
         (16, "shapes", None, 16),  # never larger than the images
         (96, "imagenet", None, 96),  # a set without a recipe of its own

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from run_comparison import assert_same_run
 
-from softcl.data import load as load_module
-from softcl.data import on_demand
+from softcl.data import decode, sets
 from softcl.train import main
 from softcl.training.checkpoint import read_checkpoint
 
@@ -18,8 +17,8 @@ STEPS = 8
 @pytest.fixture
 def lazy_flags(flags: list[str], monkeypatch) -> list[str]:
     """The usual run with its images decoded on demand; some cannot be read."""
-    monkeypatch.setattr(load_module, "_default_memory_limit", lambda: 0)
-    monkeypatch.setattr(on_demand, "UNREADABLE_LIMIT", 0.05)
+    monkeypatch.setattr(sets, "_default_memory_limit", lambda: 0)
+    monkeypatch.setattr(decode, "UNREADABLE_LIMIT", 0.05)
     return [*flags, "--knn-every", "0"]
 
 

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from softcl.kernels import enqueue, launch  # noqa: E402
-from softcl.labels import AdaptiveSoftLabels, HardLabels  # noqa: E402
+from softcl.labels import AdaptiveSoftLabels, HardLabels, LabelRule  # noqa: E402
 from softcl.ops import triton as backend  # noqa: E402
 from softcl.testing import make_problem  # noqa: E402
 
@@ -83,6 +83,22 @@ def test_two_or_three_launches_the_same_again(launches, rule, names):
         assert first[:2] == again[:2]
         assert plain(first[2]) == plain(again[2])
         assert len(first[2]) > 10 and isinstance(first[2][-1], tuple)
+
+
+def test_numbers_of_a_rule_compile_nothing(launches):
+    """Which terms a rule has does; those that cannot matter do not."""
+    p = make_problem(40, 500, 64, dtype=torch.bfloat16)
+    terms = dict(confident_mean=2.0, clip=True, num_neighbors=5)
+    run_loss(backend, p, LabelRule(**terms))
+    compiled = len(launch._compiled)
+    for other in (dict(positive=0.3), dict(mean=0.7), dict(confident_mean=1e200)):
+        run_loss(backend, p, LabelRule(**terms | other))
+    assert len(launch._compiled) == compiled
+    numbers = [arguments[-6:-1] for name, _, arguments in launches if name == "finish_kernel"]
+    assert numbers[0] == (0.25, 0.0, 0.5, 0.0, 0.0)  # a quarter of them
+    assert len(set(numbers)) == 4 and all(0.5 <= max(x) < 1.0 for x in numbers)
+    run_loss(backend, p, LabelRule(**terms, teacher_positive="zero"))
+    assert len(launch._compiled) == compiled + 1
 
 
 def test_what_a_compilation_depends_on(launches):

@@ -9,17 +9,14 @@ import math
 import pytest
 import torch
 from loss_calls import check_statistics, pairs, run_statistics, some_long
+from triton_calls import on
 
 from softcl.ops import triton
-from softcl.testing import GRADIENT_TOLERANCE, Problem, assert_neighbors_close, make_problem
+from softcl.testing import GRADIENT_TOLERANCE, assert_neighbors_close, make_problem
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
-
-
-def on(device, p):
-    return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
 
 
 run = functools.partial(run_statistics, triton)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
 import pytest
 import torch
-from loss_calls import case_id, check_loss, cosines_of, pairs, run_loss, some_long, stretched
+from loss_calls import case_id, cosines_of, pairs, some_long, stretched
+from triton_calls import check, on, run
 
 from softcl.labels import (
     AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
     DistillationLabels,
     HardLabels,
+    LabelRule,
+    MixedLabels,
     NeighborLabels,
 )
 from softcl.ops import triton
 from softcl.testing import (
-    GRADIENT_TOLERANCE,
     KINDS,
     LSE_TOLERANCE,
     RULES,
@@ -42,17 +43,6 @@ TEMPERATURES = [(0.1, 0.05), (0.02, 0.04), (0.07, 0.07)]  # the running maximum 
 
 
 ONE_OF_A_KIND = [HardLabels(), AdaptiveNeighborLabels(2), AdaptiveSoftLabels(2)]
-
-run = functools.partial(run_loss, triton)
-
-
-def check(p, *arguments, **options):
-    tolerance = GRADIENT_TOLERANCE[p.query.dtype]
-    return check_loss(triton, p, *arguments, gradient_tolerance=tolerance, **options)
-
-
-def on(device, p):
-    return Problem(p.query.to(device), p.key.to(device), p.queue.to(device))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -78,6 +68,32 @@ def test_rules_without_a_name(triton_device, kind):
             mass = rule.mean + rule.confident_mean
             scale *= max(1.0, mass / (rule.positive * rule.num_neighbors))
         check(p, rule, scale=scale, **options)
+
+
+@pytest.mark.parametrize(("entry", "dtype"), [("zero", F), ("self", B)], ids=str)
+def test_positive_in_the_teachers_softmax(triton_device, entry, dtype):
+    """Its share is half and more in a small queue, and next to nothing in one without it."""
+    own = dict(teacher_positive=entry)
+    for rule in (
+        MixedLabels(0.3, **own),
+        LabelRule(positive=0.0, mean=1.0, **own),
+        LabelRule(mean=0.5, confident_mean=3.0, clip=True, num_neighbors=3, **own),
+        LabelRule(mean=0.5, neighbor=0.2, confident_neighbor=1.0, num_neighbors=2, **own),
+    ):
+        for K, kind, temperature in ((3, "random", 1.0), (200, "clustered", 0.04)):
+            p = on(triton_device, make_problem(4, K, 24, kind=kind, dtype=dtype))
+            check(p, rule, 0.1, temperature, scale=2.0)
+            check(p, rule, 0.1, 0.01, positive=False, scale=2.0)
+
+
+@pytest.mark.parametrize("positive", [0.3, 0.7, 3.0])
+def test_labels_of_the_positive_alone_are_hard(triton_device, positive):
+    """To the bit: without confidence, in a queue of one row, m = t, and t - m takes no part."""
+    p = on(triton_device, make_problem(5, 1, 24))
+    hard = run(p, HardLabels())
+    rule = LabelRule(positive=positive, confident_mean=2.0, clip=True, num_neighbors=1)
+    for got in (run(p, LabelRule(positive=positive)), run(p, rule)):
+        assert torch.equal(got.loss, hard.loss) and torch.equal(got.dquery, hard.dquery)
 
 
 TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
@@ -182,22 +198,6 @@ def test_normalize(triton_device, rule, dtype):
     """Raw projections give the loss of their rounded unit rows, and the gradient of the chain."""
     p = stretched(make_problem(11, 150, 40, dtype=dtype))
     check(on(triton_device, p), rule, normalize=True)
-
-
-@pytest.mark.parametrize("length", [1e19, 1e30, 1e-10])
-def test_normalize_rows_of_any_norm(triton_device, length):
-    """Squares over- and underflow; the norms do not."""
-    p = make_problem(5, 60, 8)
-    p = on(triton_device, Problem(p.query * length, p.key * length, p.queue))
-    check(p, AdaptiveSoftLabels(3), normalize=True)
-
-
-def test_tiny_rows_have_no_gradient(triton_device):
-    p = make_problem(3, 10, 4)
-    p.query[1] = 0.0
-    p.query[2] *= 1e-20
-    got = check(on(triton_device, p), HardLabels(), normalize=True)
-    assert not bool(got.dquery[1:].any())
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)

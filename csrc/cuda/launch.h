@@ -9,7 +9,7 @@
 
 #include "check.h"
 #if !defined(__CUDACC__)
-  #include "host/block.h"
+  #include "block.h"
 #endif
 
 namespace softcl::cuda {

@@ -1,7 +1,8 @@
 // Every instruction of the kernels that C++ has no word for, by name. Kernels write no assembly.
 //
 // Compiled by nvcc these are the instructions; compiled by a host compiler they are the functions
-// of host/ptx.h, written from the PTX ISA, so that the same kernels run on a CPU, thread by thread.
+// of tests/native/cuda/emulated_ptx.h, written from the PTX ISA, so that the same kernels run on
+// a CPU, thread by thread.
 //
 // Shared memory is addressed by 32-bit numbers and never by pointers, in both.
 
@@ -9,7 +10,7 @@
 
 #if !defined(__CUDACC__)
 
-  #include "host/ptx.h"
+  #include "emulated_ptx.h"
 
 #else
 

@@ -4,7 +4,7 @@
 // Tiling: one block of 128 threads per row. Traffic: the splits' sums (splits x D) once, the chunk
 // maxima, k chunks of queue rows from L2, the results.
 //
-// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+// Experimental: has not yet run on a GPU; tests/native/cuda runs it on a CPU.
 
 #include "finish.h"
 

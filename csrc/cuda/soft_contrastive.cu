@@ -13,7 +13,7 @@
 // sums (splits x D) once, the chunk maxima, n chunks and n rows of the queue from L2, the row in
 // and its gradient out.
 //
-// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+// Experimental: has not yet run on a GPU; tests/native/cuda runs it on a CPU.
 
 #include "finish.h"
 

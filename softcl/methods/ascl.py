@@ -168,7 +168,7 @@ DEFAULTS: dict[str, Defaults] = {
     "cifar100": _small("resnet18", 32, num_neighbors=5),
     # 64 px, trained on train + unlabeled.
     "stl10": _small("resnet18", 64),
-    "tiny_imagenet": _small("resnet18", 64),
+    "tiny-imagenet": _small("resnet18", 64),
     "imagenet": Defaults(
         # Code, ImageNet-1K/builder.py: K 65536, m 0.999, the MoCo v2 head of width 2048,
         # temperatures 0.1 and 0.05, one neighbour. num_splits: 8 real devices in MoCo.

@@ -124,7 +124,7 @@ DEFAULTS: dict[str, Defaults] = {
     # The code is for ImageNet alone. Its losses on small data, with the MNN bench's network and
     # schedule, are ours: no source.
     "cifar10": mnn_bench_defaults(ReCo(), 32),
-    "tiny_imagenet": mnn_bench_defaults(ReCo(queue_size=16384, momentum=0.996), 64),
+    "tiny-imagenet": mnn_bench_defaults(ReCo(queue_size=16384, momentum=0.996), 64),
     # Code, main_reco.py with the README's --moco-t 0.2: head 2048-2048-256, K 65536, m 0.999,
     # lr 0.03 at 256 images, weight decay 1e-4, 5 epochs of warm-up, cosine per step.
     "imagenet": Defaults(

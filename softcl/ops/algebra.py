@@ -181,7 +181,7 @@ def finish(
     dquery = (expected - label_mean) / temperature
     if norm is not None:
         dquery = (dquery - z * (z * dquery).sum(1, keepdim=True)) / norm
-        dquery = torch.where(norm > NORM_FLOOR, dquery, torch.zeros_like(dquery))
+        dquery = dquery.masked_fill(norm <= NORM_FLOOR, 0.0)  # and not that of a NaN
     return loss, dquery.to(dtype)
 
 

@@ -8,7 +8,7 @@
     csrc/cuda/queue_statistics.cu    merge, exact neighbours
 
 Experimental: it has not yet run on a GPU, and backend="auto" does not choose it. The same sources,
-compiled for the CPU by ``csrc/cuda/host``, run in the tests.
+compiled for the CPU by ``tests/native/cuda``, run in the tests.
 
 Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Where both are of one
 16-bit type their own products are made; otherwise every number is taken in two 16-bit parts, at

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from softcl.data import DataError, ImageSet, find_format, load_dataset, training_split
-from softcl.data.fused import kernel_missing
+from softcl.data.kernels import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods.method import Method

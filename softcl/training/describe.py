@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import softcl
-from softcl.data.fused import describe_kernel
+from softcl.data.kernels import describe_kernel
 from softcl.training.speed import describe_speed
 
 if TYPE_CHECKING:

@@ -60,7 +60,7 @@ def defaults_for(
     Where a method has a recipe of its own for vision transformers, ``arch`` picks it.
     """
     known = importlib.import_module(method_class(method).__module__).DEFAULTS
-    name = _recipe_name(images)
+    name = images.statistics
     # "imagenet" is also the normalisation of sets that nobody published constants for.
     if name not in known or name == "imagenet":
         name = "cifar10" if image_size <= SMALL_IMAGE else "imagenet"
@@ -72,12 +72,8 @@ def defaults_for(
 def recipe_size(method: str, images: ImageSet) -> int | None:
     """Side of the views in the method's own recipe for these images; None if it has none."""
     known = importlib.import_module(method_class(method).__module__).DEFAULTS
-    name = _recipe_name(images)
+    name = images.statistics
     return known[name].image_size if name in known and name != "imagenet" else None
-
-
-def _recipe_name(images: ImageSet) -> str:
-    return {"tiny": "tiny_imagenet"}.get(images.statistics, images.statistics)
 
 
 def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainConfig, Any, str]:
