@@ -45,6 +45,7 @@ from softcl.testing import (
     make_problem,
     relative_error,
     rule_name,
+    statistics_oracle,
 )
 
 SECONDS = 5.0  # of self-check for each backend and device
@@ -267,7 +268,7 @@ def check_one(
 def check_statistics(backend: str, problem: Problem, k: int) -> None:
     vectors, queue = problem.key, problem.queue
     found = queue_statistics(vectors, queue, 0.1, num_neighbors=k, backend=backend)
-    exact = queue_statistics(vectors.double(), queue.double(), 0.1, backend="reference")
+    exact = statistics_oracle(vectors, queue, 0.1)
     for name, tolerance in (("lse", LSE_TOLERANCE), ("entropy", ENTROPY_TOLERANCE)):
         error = relative_error(getattr(found, name), getattr(exact, name))
         assert error <= tolerance, f"{name} is off by {error:.2e}"

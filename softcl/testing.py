@@ -218,6 +218,37 @@ def loss_oracle(
     return LossOracle(loss.detach(), dquery, made.confidence, made.entropy, rank, made.nearest)
 
 
+class StatisticsOracle(NamedTuple):
+    """What a call of the statistics should give, in float64 and differentiable."""
+
+    lse: Tensor  # (N,)
+    mean: Tensor  # (N, D)
+    entropy: Tensor  # (N,)
+    neighbor_logits: Tensor  # (N, k)
+    neighbor_indices: Tensor  # (N, k)
+
+
+def statistics_oracle(
+    vectors: Tensor,  # (N, D)
+    queue: Tensor,  # (K, D)
+    temperature: float,
+    num_neighbors: int = 0,
+    *,
+    excluded: Tensor | None = None,  # (N,)
+) -> StatisticsOracle:
+    """The softmax of every vector over the queue's rows, written out."""
+    queue = queue.double()
+    logits = vectors.double() @ queue.T / temperature  # (N, K)
+    if excluded is not None:
+        places = torch.arange(len(queue), device=excluded.device) == excluded[:, None]
+        logits = logits.masked_fill(places, -torch.inf)
+    share, lse = logits.softmax(1), logits.logsumexp(1)
+    # Of a row that takes no part p log p has no derivative: 0 times infinity is left out.
+    entropy = lse - (share * torch.where(logits.isfinite(), logits, 0.0)).sum(1)
+    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :num_neighbors]
+    return StatisticsOracle(lse, share @ queue, entropy, logits.gather(1, order), order)
+
+
 def unit(rows: Tensor) -> Tensor:
     """Rows divided by their norms; rows of norm 1e-12 or less have no gradient."""
     norm = rows.norm(dim=1, keepdim=True)

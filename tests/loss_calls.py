@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from softcl.labels import LabelRule
-from softcl.ops import reference
 from softcl.ops.call import LossCall, StatisticsCall
 from softcl.testing import (
     ENTROPY_TOLERANCE,
@@ -25,6 +24,7 @@ from softcl.testing import (
     loss_oracle,
     relative_error,
     rule_name,
+    statistics_oracle,
 )
 
 
@@ -195,9 +195,7 @@ def check_statistics(
 ) -> Statistics:
     """Sums and neighbours, and the search alone, against float64; the results with sums."""
     got = run_statistics(backend, query, queue, temperature, num_neighbors, excluded=excluded)
-    want = run_statistics(
-        reference, query.double(), queue.double(), temperature, num_neighbors, excluded=excluded
-    )
+    want = statistics_oracle(query, queue, temperature, num_neighbors, excluded=excluded)
     scale = scale_of(temperature)
     assert relative_error(got.lse, want.lse) <= LSE_TOLERANCE
     assert gradient_error(got.mean, want.mean) <= scale * mean_tolerance

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,16 @@ from softcl.ops import (
     label_mean,
     reference,
 )
-from softcl.testing import KINDS, RULES, Problem, loss_oracle, make_problem, rule_name
+from softcl.testing import (
+    KINDS,
+    RULES,
+    Problem,
+    dense_labels,
+    loss_oracle,
+    make_problem,
+    rule_name,
+    statistics_oracle,
+)
 
 TEMPERATURES = {"temperature": 0.1, "teacher_temperature": 0.05}
 EXCLUDED = torch.tensor([3, -1, 0, 22, 3, 10])
@@ -54,47 +62,34 @@ def test_excluding_a_row_is_a_queue_without_it(rule, kind, monkeypatch):
 
 @pytest.mark.parametrize("piece", [1 << 22, 6 * 5, 6])
 def test_statistics_without_the_excluded_row(piece, monkeypatch):
+    """Values, and the gradient in vectors and queue of a function of them all."""
     monkeypatch.setattr(algebra, "PIECE_ELEMENTS", piece)
     p = make_problem(6, 23, 9, kind="clustered", dtype=torch.float64)
-    query, queue = p.query.clone().requires_grad_(), p.queue.clone().requires_grad_()
-    got = queue_statistics(query, queue, 0.1, num_neighbors=4, excluded=EXCLUDED)
-    dense_query, dense_queue = p.query.clone().requires_grad_(), p.queue.clone().requires_grad_()
-    total = expected_total = 0.0
-    for i, row in enumerate(EXCLUDED.tolist()):
-        rows = without_row(dense_queue, row)
-        logits = dense_query[i] @ rows.T / 0.1
-        share = logits.softmax(0)
-        entropy = -(share * share.log()).sum()
-        best = logits.topk(4).values
-        expected = (logits.logsumexp(0), share @ rows, entropy, best)
-        actual = (got.lse[i], got.mean[i], got.entropy[i], got.neighbor_logits[i])
-        for scale, (a, b) in enumerate(zip(actual, expected, strict=True), start=1):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
-            numbers = torch.arange(1.0, a.numel() + 1).to(a)
-            total = total + scale * (a * numbers).sum()
-            expected_total = expected_total + scale * (b * numbers).sum()
-        assert row not in got.neighbor_indices[i]
+    leaves, exact = ([x.clone().requires_grad_() for x in (p.query, p.queue)] for _ in range(2))
+    got = queue_statistics(*leaves, 0.1, num_neighbors=4, excluded=EXCLUDED, backend="reference")
+    want = statistics_oracle(*exact, 0.1, 4, excluded=EXCLUDED)
+    assert torch.equal(got.neighbor_indices, want.neighbor_indices)
+    assert not bool((got.neighbor_indices == EXCLUDED[:, None]).any())
+    totals = [0.0, 0.0]
+    for place, (a, b) in enumerate(zip(got[:4], want[:4], strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        weights = torch.linspace(1.0, 2.0 + place, a.numel(), dtype=torch.float64).view_as(a)
+        totals = [total + (x * weights).sum() for total, x in zip(totals, (a, b), strict=True)]
     for a, b in zip(
-        torch.autograd.grad(total, (query, queue)),
-        torch.autograd.grad(expected_total, (dense_query, dense_queue)),
-        strict=True,
+        torch.autograd.grad(totals[0], leaves), torch.autograd.grad(totals[1], exact), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_label_mean_within_the_batch():
     """The in-batch use: the queue is the batch itself, each row without its own."""
-    t = make_problem(8, 3, 6, kind="clustered", dtype=torch.float64).key
-    got = label_mean(
-        AdaptiveSoftLabels(3), t, t, teacher_temperature=0.05, excluded=torch.arange(8)
-    )
-    for i in range(8):
-        others = without_row(t, i)
-        q = (others @ t[i] / 0.05).softmax(0)
-        c = 1 + float((q * q.log()).sum()) / math.log(7)
-        y = (3 * c * q).clamp(max=1.0)
-        expected = (t[i] + y @ others) / (1 + y.sum())
-        torch.testing.assert_close(got.mean[i], expected, rtol=1e-10, atol=1e-11)
+    t, own = make_problem(8, 3, 6, kind="clustered", dtype=torch.float64).key, torch.arange(8)
+    got = label_mean(AdaptiveSoftLabels(3), t, t, teacher_temperature=0.05, excluded=own)
+    logits = (t @ t.T / 0.05).fill_diagonal_(-torch.inf)
+    made = dense_labels(AdaptiveSoftLabels(3), logits, torch.full((8, 1), 20.0).double())
+    expected = made.labels[:, :1] * t + made.labels[:, 1:] @ t
+    torch.testing.assert_close(got.mean, expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(got.confidence, made.confidence, rtol=1e-10, atol=1e-11)
 
 
 def test_a_backend_is_one_file_and_one_line(monkeypatch):
