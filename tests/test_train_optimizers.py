@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from softcl.data import ImageSet
 from softcl.methods import ASCL
 from softcl.nn import MemoryQueue, build_backbone, make_teacher
-from softcl.training.config import TrainConfig
-from softcl.training.optimizers import build_optimizer, parameter_groups
-from softcl.training.schedules import teacher_momentum
-from softcl.training.settings import fill
-from softcl.training.step import MEASURES, TrainState, query_spread, train_step
+from softcl.train.config import TrainConfig
+from softcl.train.defaults import fill
+from softcl.train.optim import build_optimizer, parameter_groups, teacher_momentum
+from softcl.train.step import MEASURES, TrainState, query_spread, train_step
 
 
 class Small(nn.Sequential):
@@ -27,7 +26,7 @@ class Small(nn.Sequential):
 def settings(**given):
     images = torch.zeros(512, 3, 32, 32, dtype=torch.uint8)
     third = (0.5, 0.5, 0.5)
-    return fill(TrainConfig(**given), ImageSet(images, None, [], third, third, "none"), 32)[0]
+    return fill(TrainConfig.of(**given), ImageSet(images, None, [], third, third, "none"), 32)[0]
 
 
 def test_biases_and_norms_can_be_spared_from_decay():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from softcl.methods import ASCL
 from softcl.methods import method as method_module
 from softcl.nn import MemoryQueue, make_teacher
-from softcl.training.schedules import learning_rate
-from softcl.training.step import (
+from softcl.train.optim import learning_rate
+from softcl.train.step import (
     MEASURES,
     StepRandom,
     TrainState,

@@ -9,8 +9,8 @@ from run_comparison import assert_same_run
 
 from softcl.data import load as load_module
 from softcl.data import on_demand
-from softcl.train import main
-from softcl.training.checkpoint import read_checkpoint
+from softcl.train.__main__ import main
+from softcl.train.checkpoint import read_checkpoint
 
 STEPS = 8
 

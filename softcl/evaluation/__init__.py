@@ -4,7 +4,6 @@ features     features of a set, computed once
 knn          the weighted vote of the nearest neighbours, in training and after it
 probe        linear classifiers on cached features, by SGD or L-BFGS
 retrieval    how many of the nearest images are of the query's class
-backbone     the backbone in a checkpoint
 """
 
 from softcl.evaluation.features import eval_mode, extract, thinned

@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass of numbers, derived from `Method` or, for those that compare two
 views with one queue under a label rule, from `QueueMethod`. It holds no network, no queue and no
-loop: `softcl.training.step.train_step` does for every method
+loop: `softcl.train.step.train_step` does for every method
 
     views     = views() of the images, then prepare() (CutMix, for one)
     EMA         of the teacher, if teacher_follows is "before"

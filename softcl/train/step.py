@@ -1,29 +1,72 @@
-"""One training step, the state it changes, and the randomness of each step."""
+"""One training step, the state it changes, its randomness, and where its numbers failed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softcl.data.recipe import Recipe
 from softcl.data.views import Share
 from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.methods.method import Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
-from softcl.training.parallel import Trained, shuffled_among
+from softcl.train.parallel import shuffled_among
 
 # What train_step returns, in this order.
 MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
 
 # uint8 (N, 3, H, W) -> float (N, 3, S, S)
-View = Callable[[Tensor, torch.Generator | Share], Tensor]
+Transform = Callable[[Tensor, torch.Generator | Share], Tensor]
 Images = Tensor | Mapping[str, Tensor]  # of a batch; crops by the name of their view
+
+
+@dataclass(frozen=True)
+class RecipeTransform:
+    """What makes one of the method's views; also of crops, which were cut out of image files.
+
+    Attributes:
+        make: `softcl.data.strong_view` or another of VIEWS.
+        recipe: what it does to each sample.
+        side: of the view, in pixels.
+        mean, std: of the normalisation.
+        kernel: whether the device's kernel is demanded or left; None for where it runs.
+    """
+
+    make: Callable[..., Tensor]
+    recipe: Recipe
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    kernel: bool | None = None
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | Share, *, cropped: bool = False
+    ) -> Tensor:
+        return self.make(
+            images, self.side, self.mean, self.std, generator,
+            recipe=self.recipe, cropped=cropped, kernel=self.kernel,
+        )  # fmt: skip
+
+
+class Trained(nn.Module):
+    """All that is trained, as one module: views -> projections and predictions, by name."""
+
+    def __init__(self, student: nn.Module, heads: nn.ModuleDict) -> None:
+        super().__init__()
+        self.student, self.heads = student, heads
+
+    def forward(self, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        student = {name: self.student(images) for name, images in views.items()}
+        if "predictor" not in self.heads:
+            return student, student
+        return student, {name: self.heads["predictor"](rows) for name, rows in student.items()}
 
 
 @dataclass
@@ -81,7 +124,7 @@ class TrainState:
 def train_step(
     state: TrainState,
     images: Images,  # this process's
-    views: Mapping[str, View],
+    views: Mapping[str, Transform],
     *,
     seed: int,
     backend: str,
@@ -146,7 +189,7 @@ def train_step(
 
 
 def make_view(
-    views: Mapping[str, View], name: str, images: Images, generator: torch.Generator | Share
+    views: Mapping[str, Transform], name: str, images: Images, generator: torch.Generator | Share
 ) -> Tensor:
     """One view (N, 3, S, S) of a batch of whole images, or of its crops."""
     if isinstance(images, Mapping):
@@ -260,3 +303,74 @@ def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed from numbers and words; any change of a part gives an unrelated seed."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+# ------------------------------------------------------------------------------ failing numbers
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def stored_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint keeps of the networks, with a name for each."""
+    for who in ("student", "teacher", "heads"):
+        module = getattr(state, who)
+        for name, tensor in module.named_parameters():
+            yield f"parameter {name} of the {who}", tensor
+        for name, tensor in module.named_buffers():
+            yield f"buffer {name} of the {who}", tensor
+
+
+def first_damaged(state: TrainState) -> str | None:
+    """The first parameter or buffer that is not finite, or None."""
+    return next((name for name, x in stored_tensors(state) if not _is_finite(x)), None)
+
+
+def first_non_finite(
+    state: TrainState, images: Images, views: Mapping[str, Transform], seed: int
+) -> str:
+    """A clause that names the tensor in which the numbers first fail, for an error message.
+
+    Gradients of the last backward pass first, then parameters and buffers, then the output of each
+    module for this batch. Changes the running statistics of batch norm: for a run that has failed.
+    """
+    for name, parameter in state.student.named_parameters():
+        if parameter.grad is not None and not _is_finite(parameter.grad):
+            return f"the gradient of {name} is not finite"
+    damaged = first_damaged(state)
+    if damaged is not None:
+        return f"{damaged} is not finite"
+    name = state.method.student_sees()[0]
+    random = StepRandom(seed, state.step, device_of(images))
+    view = make_view(views, name, images, random(f"view {name}"))
+    found = _first_bad_output(state.student, view)
+    if found is not None:
+        return f"the output of {found} of the student is not finite"
+    return "every parameter and the student's outputs are finite"
+
+
+@torch.no_grad()
+def _first_bad_output(module: nn.Module, images: Tensor) -> str | None:
+    """The name of the first submodule, in the order of computation, with such an output."""
+    bad: list[str] = []
+    hooks = []
+
+    def watch(name: str) -> None:
+        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not _is_finite(output):
+                bad.append(name)
+
+        hooks.append(module.get_submodule(name).register_forward_hook(look))
+
+    for name, part in module.named_modules():
+        if name and not any(part.children()):
+            watch(name)
+    try:
+        module(images)
+    except (ValueError, RuntimeError):  # a later module may refuse such numbers
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None

@@ -1,4 +1,4 @@
-"""neighbors.png: images and the training images that the backbone finds most similar."""
+"""The pictures of a run: the nearest neighbours of some images, and what the networks see."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from softcl.data import ImageSet, center_view, contact_sheet
 from softcl.evaluation import KNN, TEMPERATURE
+from softcl.evaluation.features import sampled
 from softcl.ops import queue_statistics
+from softcl.train.images import crop_order
+from softcl.train.step import StepRandom, Transform, make_view
 
 ROWS, COLUMNS = 10, 8  # queries, neighbours of each
 _CELL, _BORDER, _GAP, _TOP, _LEFT = 64, 4, 6, 44, 110  # pixels
 _GREY = (128, 128, 128)
+_SHOWN = 96  # pixels that an image of the sheet of views is enlarged to at least
 
 
 def choose_queries(knn: KNN, rows: int = ROWS) -> Tensor:
@@ -112,3 +118,28 @@ def _font(size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
+
+
+def draw_views(
+    path: Path, images: ImageSet, views: dict[str, Transform], size: int, count: int, seed: int
+) -> None:
+    """Write a PNG with a row for each of `count` images, drawn from the whole set.
+
+    Columns: the whole image, then one draw of each view in the method's order, as in step 0; crops
+    smaller than `size` are enlarged to it.
+    """
+    indices = sampled(len(images), count)
+    batch = images.batch(indices).cpu()
+    seen = batch if images.files is None else images.read(crop_order(indices, views, seed, 0))
+    random = StepRandom(seed, 0, batch.device)
+    columns = [center_view(batch, size, images.mean, images.std)]
+    for name in views:
+        made = make_view(views, name, seen, random(f"view {name}"))
+        if made.shape[-1] != size:
+            made = F.interpolate(made, size=(size, size), mode="nearest")
+        columns.append(made)
+    rows = torch.stack(columns, dim=1).flatten(0, 1)  # image by image
+    enlarge = max(1, -(-_SHOWN // size))
+    contact_sheet(
+        rows, path, columns=len(columns), enlarge=enlarge, mean=images.mean, std=images.std
+    )

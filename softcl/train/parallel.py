@@ -17,21 +17,7 @@ from softcl.distributed import World
 from softcl.nn import SplitBatchNorm2d, convert_split_batch_norm
 
 
-class Trained(nn.Module):
-    """All that is trained, as one module: views -> projections and predictions, by name."""
-
-    def __init__(self, student: nn.Module, heads: nn.ModuleDict) -> None:
-        super().__init__()
-        self.student, self.heads = student, heads
-
-    def forward(self, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        student = {name: self.student(images) for name, images in views.items()}
-        if "predictor" not in self.heads:
-            return student, student
-        return student, {name: self.heads["predictor"](rows) for name, rows in student.items()}
-
-
-def average_gradients(trained: Trained, world: World, *, accumulate: int = 1) -> nn.Module:
+def average_gradients(trained: nn.Module, world: World, *, accumulate: int = 1) -> nn.Module:
     """DDP around what is trained: the mean of the processes' gradients after each backward pass.
 
     The graph is the same in every step, so buckets are filled and sent in a fixed order; gradients
