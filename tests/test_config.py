@@ -67,7 +67,7 @@ def test_flags_give_typed_values_and_only_those_given():
 def test_config_survives_json():
     config = TrainConfig.of(lr=0.1, epochs=3, warmup_epochs=0.5, fused=True, out="x", labels="hard")
     again = TrainConfig.of(**json.loads(json.dumps(config.to_dict())))
-    assert again == config and again.identity_hash() == config.identity_hash()
+    assert again == config and again.identity() == config.identity()
     with pytest.raises(ConfigError, match=r"--epoch 3: unknown setting; did you mean epochs\?"):
         TrainConfig.of(epoch=3)
 
@@ -80,7 +80,7 @@ def test_identity_covers_what_a_run_computes_and_nothing_else():
         value = 64 if name == "image_size" else value
         if name in ("resume", "method", "form") or value == config.to_dict()[name]:
             continue
-        same = config.changed(**{name: value}).identity_hash() == config.identity_hash()
+        same = config.changed(**{name: value}).identity() == config.identity()
         assert same == rules.may_change, name
 
 

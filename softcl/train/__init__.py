@@ -31,7 +31,6 @@ import torch
 
 from softcl.command import ConfigError, report_for
 from softcl.data import DataError
-from softcl.data.fused import describe_kernel
 from softcl.distributed import ALONE, PeerError, World
 from softcl.train.config import TrainConfig, own_settings
 from softcl.train.folder import (
@@ -45,7 +44,7 @@ from softcl.train.folder import (
     settle_restart,
 )
 from softcl.train.images import fingerprint
-from softcl.train.log import Diverged, device_name, versions
+from softcl.train.log import Diverged, record
 from softcl.train.loop import Run, StopRequest, StopVote
 from softcl.train.parts import Parts, RunError, assemble
 from softcl.train.pictures import draw_views
@@ -188,20 +187,10 @@ def first_opens(
 
 def show_plan(parts: Parts) -> Fitted:
     """--dry-run: every setting as it would be, as config.json has it, and no run is written."""
-    config, device = parts.config, parts.knn.device
-    content = {
-        "config": config.to_dict(),
-        "defaults": parts.defaults,
-        "images": parts.images.describe(),
-        "evaluation": parts.evaluation,
-        "backend": str(parts.backend),
-        "views": describe_kernel(device, config.view_kernel),
-        "device": device_name(device),
-        "versions": versions(),
-    }
+    config = parts.config
 
     def show() -> None:
-        print(json.dumps(content, indent=2))
+        print(json.dumps(record(parts, config), indent=2))
         if config.show_views is not None:
             size, count = config.image_size, config.show_views
             draw_views(Path(VIEWS), parts.images, parts.views, size, count, config.seed)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
-import json
 import math
 import re
 import types
@@ -214,10 +212,6 @@ class TrainConfig:
         """The settings that decide what a run computes: a resumed run must have the same."""
         own = {n: getattr(self, n) for n, rules in own_settings().items() if not rules.may_change}
         return {**own, **self.numbers}
-
-    def identity_hash(self) -> str:
-        """SHA-256 over `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------- settings

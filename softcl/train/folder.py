@@ -45,7 +45,7 @@ _EVENTS = "events.out.tfevents.*"
 
 FORMAT = 3  # of a checkpoint's content
 AUTO = "auto"
-_PARTS = ("step", "student", "teacher", "queues", "optimizer", "heads", "config", "config_hash")
+_PARTS = ("step", "student", "teacher", "queues", "optimizer", "heads", "config")
 
 
 class RunFolderError(RuntimeError):

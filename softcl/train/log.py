@@ -8,9 +8,9 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -179,34 +179,6 @@ class MetricsLog:
 PLAIN_SECONDS = 10.0  # between two plain lines
 
 
-@dataclass(frozen=True)
-class Status:
-    """What is shown of a run.
-
-    Attributes:
-        step, steps: done and in all.
-        epoch, epochs: the one under way (from 1) and in all.
-        data_wait: share of the time spent waiting for images, in [0, 1].
-        seconds_left: estimated.
-    """
-
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float
-    lr: float
-    images_per_s: float
-    data_wait: float
-    seconds_left: float
-
-    def numbers(self) -> str:
-        return (
-            f"loss {self.loss:.4f}  lr {self.lr:.4f}  {self.images_per_s:,.0f} images/s  "
-            f"data wait {self.data_wait:.0%}  ETA {clock(self.seconds_left)}"
-        )
-
-
 def clock(seconds: float) -> str:
     """1:05, or 2:01:05 from an hour on."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
@@ -225,13 +197,11 @@ class PlainProgress:
         if self.stream is not None:
             print(line, file=self.stream, flush=True)
 
-    def show(self, status: Status) -> None:
+    def show(self, step: int, steps: int, epoch: str, numbers: str) -> None:
         now = time.monotonic()
-        if now - self._shown < PLAIN_SECONDS and status.step < status.steps:
-            return
-        self._shown = now
-        place = f"epoch {status.epoch}/{status.epochs}  step {status.step}/{status.steps}"
-        self.say(f"{place}  {status.numbers()}")
+        if now - self._shown >= PLAIN_SECONDS or step >= steps:
+            self._shown = now
+            self.say(f"epoch {epoch}  step {step}/{steps}  {numbers}")
 
     def close(self) -> None:
         pass
@@ -260,12 +230,11 @@ class BarProgress:
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
 
-    def show(self, status: Status) -> None:
-        epoch = f"{status.epoch}/{status.epochs}"
+    def show(self, step: int, steps: int, epoch: str, numbers: str) -> None:
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task("", total=status.steps, epoch=epoch, numbers="")
-        self._bar.update(self._task, completed=status.step, epoch=epoch, numbers=status.numbers())
+            self._task = self._bar.add_task("", total=steps, epoch=epoch, numbers="")
+        self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
 
     def close(self) -> None:
         if self._task is not None:
@@ -318,7 +287,11 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
     yield f"networks   {describe_speed(config)}"
     yield f"views      {describe_kernel(parts.knn.device, config.view_kernel)}"
     yield f"method     {config.method} (defaults of {parts.defaults!r})"
-    yield from (f"           {line}" for line in wrapped(dataclasses.asdict(state.method)))
+    numbers = ((k.replace("_", " "), v) for k, v in dataclasses.asdict(state.method).items())
+    words = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers)
+    # A number stays beside its name: textwrap does not break at a no-break space.
+    text = ", ".join(word.replace(" ", "\xa0") for word in words)
+    yield from (f"           {x}".replace("\xa0", " ") for x in textwrap.wrap(text, 85))
     yield (
         f"training   {config.epochs} epochs of {parts.feed.steps_per_epoch} steps, "
         f"batch {config.batch_size}, {config.optimizer}, lr {config.lr:g} after "
@@ -334,10 +307,13 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
 
 
 def record(parts: Parts, config: TrainConfig) -> dict[str, Any]:
-    """The content of config.json: the settings, and what they came to on this machine."""
+    """The content of config.json: the settings, and what they come to on this machine."""
     device = parts.knn.device
     return {
         "config": config.to_dict(),
+        "defaults": parts.defaults,
+        "images": parts.images.describe(),
+        "evaluation": parts.evaluation,
         "backend": {"name": parts.backend.name, "passed_over": parts.backend.reasons},
         "views": describe_kernel(device, config.view_kernel),
         "device": device_name(device),
@@ -364,15 +340,3 @@ def describe_baselines(baselines: Mapping[str, Any], trained: float | None = Non
     if trained is None:
         return f"k-NN       before training: {shares}"
     return f"k-NN       {shares}, trained {trained:.1%}"
-
-
-def wrapped(numbers: dict[str, Any], width: int = 85) -> list[str]:
-    """``name value`` of each number, in lines of at most `width` columns."""
-    lines = [""]
-    for name, value in numbers.items():
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        word = f"{name.replace('_', ' ')} {shown}"
-        if lines[-1] and len(lines[-1]) + len(word) + 2 > width:
-            lines.append("")
-        lines[-1] += f", {word}" if lines[-1] else word
-    return lines

@@ -32,7 +32,6 @@ from softcl.train.log import (
     Meter,
     MetricsLog,
     PlainProgress,
-    Status,
     clock,
     describe,
     describe_baselines,
@@ -44,7 +43,7 @@ from softcl.train.optim import learning_rate, teacher_momentum
 from softcl.train.parallel import average_buffers
 from softcl.train.parts import Parts
 from softcl.train.pictures import choose_queries, draw_neighbors, draw_views, nearest
-from softcl.train.step import Images, first_damaged, first_non_finite, query_spread, train_step
+from softcl.train.step import Images, first_damaged, query_spread, train_step
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
@@ -108,10 +107,9 @@ class Run:
             if self._checkpoint_is_due():
                 self.save()
 
-    def _diverged(self, images: Images, what: str) -> Diverged:
-        seed = self.config.seed
-        tensor = first_non_finite(self.state, images, self.parts.views, seed)
-        return Diverged(f"{what}: {tensor}")
+    def _diverged(self, what: str) -> Diverged:
+        found = first_damaged(self.state, gradients=True)
+        return Diverged(f"{what}: {found or 'gradients and parameters are finite'}")
 
     def _one_step(self, images: Images) -> None:
         config, state = self.config, self.state
@@ -148,11 +146,11 @@ class Run:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
             what = f"step {state.step + 1} failed ({error})"
-            raise self._diverged(images, what) from error
+            raise self._diverged(what) from error
         try:
             self.meter.add(state.step, measures)
         except Diverged as error:
-            raise self._diverged(images, str(error)) from error
+            raise self._diverged(str(error)) from error
 
     def _show(self, last: int) -> None:
         """The numbers of this step, in the log and on the terminal; `last` step of this part."""
@@ -163,19 +161,12 @@ class Run:
         self._warn_of_collapse(row)
         done, left = self.state.step - self._first_step, last - self.state.step
         pace = (time.perf_counter() - self._loop_started) / max(done, 1)
-        self.progress.show(
-            Status(
-                step=self.state.step,
-                steps=self.total_steps,
-                epoch=(self.state.step - 1) // self.feed.steps_per_epoch + 1,
-                epochs=self.config.epochs,
-                loss=row["loss"],
-                lr=lr,
-                images_per_s=row["images_per_s"],
-                data_wait=row["data_wait"],
-                seconds_left=pace * left,
-            )
+        epoch = f"{(self.state.step - 1) // self.feed.steps_per_epoch + 1}/{self.config.epochs}"
+        numbers = (
+            f"loss {row['loss']:.4f}  lr {lr:.4f}  {row['images_per_s']:,.0f} images/s  "
+            f"data wait {row['data_wait']:.0%}  ETA {clock(pace * left)}"
         )
+        self.progress.show(self.state.step, self.total_steps, epoch, numbers)
 
     def _warn_of_collapse(self, row: dict[str, Any]) -> None:
         """Once, when the student's outputs all point the same way; again after a recovery."""
@@ -327,12 +318,11 @@ class Run:
         self.meter.check()
         damaged = first_damaged(self.state)
         if damaged is not None:
-            raise Diverged(f"after step {self.state.step} {damaged} is not finite")
+            raise Diverged(f"after step {self.state.step} {damaged}")
         content = {
             "format": FORMAT,
             **self.state.state_dict(),
             "config": self.config.to_dict(),
-            "config_hash": self.config.identity_hash(),
             "fingerprint": fingerprint(images),
             "normalisation": [list(images.mean), list(images.std)],
             "accuracy": self.accuracy,

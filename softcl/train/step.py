@@ -308,69 +308,25 @@ def derived_seed(*parts: int | str) -> int:
 # ------------------------------------------------------------------------------ failing numbers
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def first_damaged(state: TrainState, *, gradients: bool = False) -> str | None:
+    """What is not finite, in words: the first such gradient, parameter or buffer; None if none is.
 
-
-def stored_tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint keeps of the networks, with a name for each."""
-    for who in ("student", "teacher", "heads"):
-        module = getattr(state, who)
-        for name, tensor in module.named_parameters():
-            yield f"parameter {name} of the {who}", tensor
-        for name, tensor in module.named_buffers():
-            yield f"buffer {name} of the {who}", tensor
-
-
-def first_damaged(state: TrainState) -> str | None:
-    """The first parameter or buffer that is not finite, or None."""
-    return next((name for name, x in stored_tensors(state) if not _is_finite(x)), None)
-
-
-def first_non_finite(
-    state: TrainState, images: Images, views: Mapping[str, Transform], seed: int
-) -> str:
-    """A clause that names the tensor in which the numbers first fail, for an error message.
-
-    Gradients of the last backward pass first, then parameters and buffers, then the output of each
-    module for this batch. Changes the running statistics of batch norm: for a run that has failed.
+    Args:
+        gradients: look at those of the last backward pass first, which break the rest.
     """
-    for name, parameter in state.student.named_parameters():
-        if parameter.grad is not None and not _is_finite(parameter.grad):
-            return f"the gradient of {name} is not finite"
-    damaged = first_damaged(state)
-    if damaged is not None:
-        return f"{damaged} is not finite"
-    name = state.method.student_sees()[0]
-    random = StepRandom(seed, state.step, device_of(images))
-    view = make_view(views, name, images, random(f"view {name}"))
-    found = _first_bad_output(state.student, view)
-    if found is not None:
-        return f"the output of {found} of the student is not finite"
-    return "every parameter and the student's outputs are finite"
 
+    def tensors() -> Iterator[tuple[str, Tensor | None]]:
+        if gradients:
+            for name, parameter in state.student.named_parameters():
+                yield f"the gradient of {name}", parameter.grad
+        for who in ("student", "teacher", "heads"):
+            module = getattr(state, who)
+            for name, tensor in module.named_parameters():
+                yield f"parameter {name} of the {who}", tensor
+            for name, tensor in module.named_buffers():
+                yield f"buffer {name} of the {who}", tensor
 
-@torch.no_grad()
-def _first_bad_output(module: nn.Module, images: Tensor) -> str | None:
-    """The name of the first submodule, in the order of computation, with such an output."""
-    bad: list[str] = []
-    hooks = []
-
-    def watch(name: str) -> None:
-        def look(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not _is_finite(output):
-                bad.append(name)
-
-        hooks.append(module.get_submodule(name).register_forward_hook(look))
-
-    for name, part in module.named_modules():
-        if name and not any(part.children()):
-            watch(name)
-    try:
-        module(images)
-    except (ValueError, RuntimeError):  # a later module may refuse such numbers
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return bad[0] if bad else None
+    for name, tensor in tensors():
+        if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{name} is not finite"
+    return None
