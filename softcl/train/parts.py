@@ -334,17 +334,11 @@ def settle_speed(config: TrainConfig, method: Method, device: torch.device) -> T
     """
     is_gpu, filled = device.type == "cuda", {}
     if config.precision is None:
-        filled["precision"] = "bf16" if is_gpu and _has_bf16(device) else "fp32"
+        in_hardware = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        filled["precision"] = "bf16" if in_hardware else "fp32"
     if config.channels_last is None:
         filled["channels_last"] = is_gpu and method.num_splits == 1
     return dataclasses.replace(config, **filled)
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """In hardware: since compute capability 8.0, and on AMD's data-centre GPUs."""
-    if torch.version.hip is not None:
-        return True
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _compiler() -> str | None:

@@ -6,7 +6,6 @@ import colorsys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,43 +54,39 @@ def draw_neighbors(
     Raises:
         OSError: the file cannot be written.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     side = _CELL + 2 * _BORDER
-    widths = [_LEFT + side] + [tensor.shape[1] * (side + 1) for _, tensor in panels]
-    width = sum(widths) + 3 * _GAP * len(widths)
+    columns = [("query", knn.query_indices[places][:, None], knn.queries)]
+    columns += [(title, knn.bank_indices[found], knn.bank) for title, found in panels]
+    width = _LEFT + sum(indices.shape[1] * (side + 1) + 3 * _GAP for _, indices, _ in columns)
     sheet = Image.new("RGB", (width, _TOP + len(places) * (side + _GAP) + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    query_images = _pixels(knn.queries, knn.query_indices[places])
-    draw.text((_GAP, 16), "query", fill="black", font=_font(16))
-    for row, image in enumerate(query_images):
-        top = _TOP + row * (side + _GAP)
-        label = _label(knn.queries, int(knn.query_indices[places[row]]))
-        draw.text((_GAP, top + side // 2 - 8), label[0][:14], fill="black", font=_font(14))
-        _paste(sheet, draw, image, (_LEFT, top), label[1])
-    left = widths[0] + 3 * _GAP
-    for (title, neighbors), panel_width in zip(panels, widths[1:], strict=True):
-        draw.text((left, 16), title, fill="black", font=_font(16))
-        _draw_panel(sheet, draw, knn, neighbors, left)
-        left += panel_width + 3 * _GAP
+    draw, left = ImageDraw.Draw(sheet), _LEFT
+    for title, indices, images in columns:
+        at = _GAP if title == "query" else left
+        draw.text((at, 16), title, fill="black", font=ImageFont.load_default(16))
+        for row, line in enumerate(indices.tolist()):
+            top = _TOP + row * (side + _GAP)
+            if title == "query":
+                text, font = _class_of(images, line[0])[0][:14], ImageFont.load_default(14)
+                draw.text((_GAP, top + side // 2 - 8), text, fill="black", font=font)
+            for column, index in enumerate(line):
+                tile = _tile(images, index)
+                sheet.paste(tile, (left + column * (side + 1), top))
+        left += indices.shape[1] * (side + 1) + 3 * _GAP
     sheet.save(path, format="PNG")
 
 
-def _draw_panel(sheet: Any, draw: Any, knn: KNN, neighbors: Tensor, left: int) -> None:
-    side = _CELL + 2 * _BORDER
-    for row, bank_places in enumerate(neighbors):
-        indices = knn.bank_indices[bank_places]
-        top = _TOP + row * (side + _GAP)
-        for column, image in enumerate(_pixels(knn.bank, indices)):
-            colour = _label(knn.bank, int(indices[column]))[1]
-            _paste(sheet, draw, image, (left + column * (side + 1), top), colour)
+def _tile(images: ImageSet, index: int) -> Any:
+    """An image, enlarged, in the colour of its class."""
+    from PIL import Image, ImageOps
+
+    (pixels,) = images.batch(torch.tensor([index])).permute(0, 2, 3, 1).cpu().numpy()
+    image = Image.fromarray(pixels.copy()).resize((_CELL, _CELL))
+    return ImageOps.expand(image, _BORDER, fill=_class_of(images, index)[1])
 
 
-def _pixels(images: Any, indices: Tensor) -> list[np.ndarray]:
-    return [image.permute(1, 2, 0).cpu().numpy() for image in images.batch(indices)]
-
-
-def _label(images: Any, index: int) -> tuple[str, tuple[int, int, int]]:
+def _class_of(images: ImageSet, index: int) -> tuple[str, tuple[int, int, int]]:
     """Name and colour of an image's class."""
     if images.labels is None:
         return "", _GREY
@@ -100,24 +95,6 @@ def _label(images: Any, index: int) -> tuple[str, tuple[int, int, int]]:
     hue = (label / count if count <= 12 else label * 0.618034) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.9, 0.9 if label % 2 == 0 else 0.6)
     return images.classes[label], (int(red * 255), int(green * 255), int(blue * 255))
-
-
-def _paste(
-    sheet: Any, draw: Any, image: np.ndarray, corner: tuple[int, int], colour: tuple[int, int, int]
-) -> None:
-    from PIL import Image
-
-    left, top = corner
-    side = _CELL + 2 * _BORDER
-    draw.rectangle((left, top, left + side - 1, top + side - 1), fill=colour)
-    enlarged = Image.fromarray(np.ascontiguousarray(image)).resize((_CELL, _CELL))
-    sheet.paste(enlarged, (left + _BORDER, top + _BORDER))
-
-
-def _font(size: int) -> Any:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
 
 
 def draw_views(
@@ -139,7 +116,11 @@ def draw_views(
             made = F.interpolate(made, size=(size, size), mode="nearest")
         columns.append(made)
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # image by image
-    enlarge = max(1, -(-_SHOWN // size))
     contact_sheet(
-        rows, path, columns=len(columns), enlarge=enlarge, mean=images.mean, std=images.std
+        rows,
+        path,
+        columns=len(columns),
+        enlarge=max(1, -(-_SHOWN // size)),
+        mean=images.mean,
+        std=images.std,
     )
