@@ -169,7 +169,7 @@ def measure_centred(folder: Path) -> None:
     from torch.nn.functional import normalize
 
     from softcl.evaluation import eval_mode, extract
-    from softcl.evaluation.calibration import calibrated
+    from softcl.evaluation.recalibration import recalibrated
     from softcl.train.checkpoint import find_checkpoint
     from softcl.train.config import TrainConfig
     from softcl.train.defaults import fill
@@ -192,7 +192,7 @@ def measure_centred(folder: Path) -> None:
         mean = bank.mean(0)
         return knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
 
-    with calibrated(encoder, knn.bank, knn.size, device):
+    with recalibrated(encoder, knn.bank, knn.size, device):
         scores = {"untrained": score()}
     encoder.load_state_dict(content["student"])
     scores["trained"] = score()

@@ -77,7 +77,7 @@ def test_the_untrained_backbone_is_measured_recalibrated(flags, whole, tmp_path,
         for norm in norms:
             norm.running_var.fill_(1)
 
-    monkeypatch.setattr(loop, "calibrated", constant)
+    monkeypatch.setattr(loop, "recalibrated", constant)
     assert main([*flags, "--out", "run", "--max-steps", "1"]) == 0
     found = (path / "baselines.json" for path in (whole, Path("run")))
     right, flat = (json.loads(path.read_text()) for path in found)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from softcl.distributed import World
-from softcl.evaluation.calibration import calibrated
+from softcl.evaluation.recalibration import recalibrated
 from softcl.train.checkpoint import BEST, LAST, name_too, write_checkpoint
 from softcl.train.folder import (
     BASELINES,
@@ -194,7 +194,7 @@ class Run:
         knn, student = self.knn, self.state.student
         stored = self.folder.read_json(BASELINES)
         if stored is None or stored.get("num_neighbors") != knn.num_neighbors:
-            with calibrated(student, knn.bank, knn.size, knn.device):
+            with recalibrated(student, knn.bank, knn.size, knn.device):
                 queries, bank = knn.encoder_features(student)
             found = nearest(queries[choose_queries(knn).to(knn.device)], bank)
             stored = {"num_neighbors": knn.num_neighbors, "untrained_neighbors": found.tolist()}
