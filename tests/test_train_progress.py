@@ -26,7 +26,6 @@ from softcl.train.log import (
 from softcl.train.parts import keep_freed_pages
 
 ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
-
 STATUS = (120, 390, "4/10", "loss 6.5432  ETA 1:01")  # step, steps, epoch, numbers
 
 
@@ -39,17 +38,7 @@ def measures(loss: float) -> torch.Tensor:
     return torch.tensor([loss, 0.5, 2.0, 1.0, 0.9])
 
 
-def test_clock():
-    assert [clock(s) for s in (0, 61.4, 3599.4, 3600, 86399)] == [
-        "0:00",
-        "1:01",
-        "59:59",
-        "1:00:00",
-        "23:59:59",
-    ]
-
-
-def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     progress = make_progress(stream)
     assert isinstance(progress, PlainProgress)
@@ -57,31 +46,25 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     progress._shown -= 11
     progress.show(*STATUS)
     progress.say("k-NN 51 %")
-    progress.close()
-    assert stream.getvalue().splitlines() == [
-        "epoch 4/10  step 120/390  loss 6.5432  ETA 1:01",
-        "k-NN 51 %",
-    ]
+    lines = ["epoch 4/10  step 120/390  loss 6.5432  ETA 1:01", "k-NN 51 %"]
+    assert stream.getvalue().splitlines() == lines
+    times = [clock(s) for s in (0, 61.4, 3599.4, 3600, 86399)]
+    assert times == ["0:00", "1:01", "59:59", "1:00:00", "23:59:59"]
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_bar_on_a_terminal_that_can_move_its_cursor(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_progress(Terminal()), PlainProgress)
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     progress = make_progress(stream)
     assert isinstance(progress, BarProgress)
     progress.show(*STATUS)
     progress.say("[k-NN] 51 %")
-    progress.show(*STATUS)
     progress.close()
-    text = stream.getvalue()
-    assert "loss 6.5432" in text and "ETA 1:01" in text and "4/10" in text and "31%" in text
-    assert "[k-NN] 51 %" in text
-
-
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(make_progress(Terminal()), PlainProgress)
+    for text in ("loss 6.5432", "ETA 1:01", "4/10", "31%", "[k-NN] 51 %"):
+        assert text in stream.getvalue()
 
 
 def test_meter_gives_early_steps_a_row_each_and_then_some():
@@ -92,17 +75,13 @@ def test_meter_gives_early_steps_a_row_each_and_then_some():
             rows.append(meter.row(0.0))
     assert [row["step"] for row in rows] == [*range(1, 51), 60, 70, 75]
     assert all(row["loss"] == row["step"] for row in rows) and rows[-1]["positive_top1"] == 1.0
-
-
-@pytest.mark.parametrize("loss", [math.nan, -math.inf])
-def test_meter_names_the_step_that_diverged(loss: float):
-    meter = Meter(10, 4)
-    meter.add(1, measures(1.0))
-    meter.check()
-    with pytest.raises(Diverged, match="the loss of step 2 is"):
-        meter.add(2, measures(loss))
-    with pytest.raises(Diverged, match="the loss of step 2 is"):
+    for loss in (math.nan, -math.inf):
         meter.check()
+        with pytest.raises(Diverged, match="the loss of step 76 is"):
+            meter.add(76, measures(loss))
+        with pytest.raises(Diverged, match="the loss of step 76 is"):
+            meter.check()
+        meter.add(76, measures(1.0))
 
 
 def test_meter_leaves_other_work_out_of_the_speed():
@@ -132,13 +111,8 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_second_signal_exits_at_once(number: int, code: int):
-    with subprocess.Popen(
-        [sys.executable, "-c", _WAITING],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", _WAITING], cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "asked\n"

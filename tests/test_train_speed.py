@@ -147,28 +147,12 @@ def test_a_run_in_bf16_resumes_bit_exact_and_says_what_it_is(
     assert config["precision"] == "bf16" and config["channels_last"] is False
 
 
-REFUSED = [
-    ("--cuda-graph --device cpu", "--cuda-graph: needs a CUDA device, and this run is on the CPU"),
-    ("--precision fp16", "--precision fp16: must be one of fp32, bf16"),
-    ("--compile yes", "unexpected 'yes'"),
-]
-
-
-@pytest.mark.parametrize("line, message", REFUSED)
-def test_refused(flags: list[str], tmp_path: Path, capsys, line: str, message: str):
-    assert main([*flags, *line.split(), "--out", "run"]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) <= 3
-    assert not (tmp_path / "run").exists()
-
-
-def test_without_a_compiler(monkeypatch):
+def test_defaults_of_the_cpu_words_and_refusals(monkeypatch):
+    with pytest.raises(ConfigError, match="--cuda-graph: needs a CUDA device, and this run is on"):
+        check_speed(TrainConfig(cuda_graph=True), CPU)
     monkeypatch.setattr(parts, "_compiler", lambda: None)
     with pytest.raises(ConfigError, match="--compile: torch.compile needs a C\\+\\+ compiler"):
         check_speed(TrainConfig(compile=True), CPU)
-
-
-def test_defaults_of_the_cpu_and_words():
     config = settle_speed(TrainConfig(), ASCL(), CPU)
     assert (config.precision, config.channels_last) == ("fp32", False)
     assert describe_speed(config) == "fp32"
