@@ -45,7 +45,10 @@ def test_the_methods_own_numbers_are_its_flags_with_help(method: str, monkeypatc
 def test_help_shows_the_defaults_of_the_chosen_method(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     for line, expected in (
-        ("--method snclr --help method", "--queue-size N K (default: 4096; tiny_imagenet 16384; "),
+        (
+            "--method snclr --help method",
+            "K, rows of the memory queue (default: 4096; tiny_imagenet 16384; ",
+        ),
         ("--method snclr --help method", "(code) (default: off)"),
         ("--method=moco --help optimisation", "--lr X peak learning rate (default: 0.06; imagene"),
         ("--help evaluation", "(default: 10)"),

@@ -198,8 +198,10 @@ def _overview(parser: CommandParser, groups: dict[str, Any]) -> str:
         wrapped = textwrap.wrap(flags, width - indent, break_on_hyphens=False)
         heads = [f"  {name}", *[""] * (len(wrapped) - 1)]
         lines += [f"{head:<{indent}}{rest}" for head, rest in zip(heads, wrapped, strict=True)]
+    method = groups["method"].title.split(" ")[1]
     example = f"python -m {parser.prog} --method snclr --help method"
-    text = f"'{example}' tells what a group's flags mean and their defaults, '--help all' all."
+    text = f"These are the flags of {method}. '{example}' tells what a group's flags mean, with "
+    text += "their defaults; '--help all' tells all."
     return "\n".join([*lines, "", *textwrap.wrap(text, width)])
 
 

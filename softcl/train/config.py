@@ -97,7 +97,7 @@ class TrainConfig:
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
 
     method: str = setting(_METHOD, "ascl", metavar="NAME", choices=tuple(METHODS),
-        help="its own numbers are flags, too: --method NAME --help method")
+        help="ascl, snclr, reco, moco, ressl, sce, nnclr or msf; each has flags of its own")
 
     epochs: int | None = setting(_OPTIM, at_least=1,
         help="passes over the data")
