@@ -98,7 +98,8 @@ class Run:
         last = min(self.total_steps, self.config.max_steps or self.total_steps)
         self._evaluate_if_due()  # a run stopped between an epoch's last step and its evaluation
         for images in self.feed.batches(self.state.step, last):
-            self._one_step(images)
+            with self.world.watching(f"in step {self.state.step + 1}"):
+                self._one_step(images)
             if self.meter.due(self.state.step, self.total_steps):
                 self._show(last)
             if vote.asked():
@@ -131,22 +132,20 @@ class Run:
             total_steps=self.total_steps,
         )
         try:
-            with self.world.watching(f"in step {state.step + 1}"):
-                measures = train_step(
-                    state,
-                    images,
-                    self.parts.views,
-                    seed=config.seed,
-                    backend=self.backend.name,
-                    momentum=momentum,
-                    accumulate=config.accumulate,
-                    clip_norm=config.clip_norm,
-                )
+            measures = train_step(
+                state,
+                images,
+                self.parts.views,
+                seed=config.seed,
+                backend=self.backend.name,
+                momentum=momentum,
+                accumulate=config.accumulate,
+                clip_norm=config.clip_norm,
+            )
         except ValueError as error:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
-            what = f"step {state.step + 1} failed ({error})"
-            raise self._diverged(what) from error
+            raise self._diverged(f"step {state.step + 1} failed ({error})") from error
         try:
             self.meter.add(state.step, measures)
         except Diverged as error:

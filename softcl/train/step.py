@@ -114,7 +114,7 @@ class TrainState:
         """Keys of this process's part of the batch; those of all enter, in the batch's order."""
         for name, rows in keys.items():
             queue = self.queues[name]
-            if not isinstance(queue, ShardedQueue):
+            if not self.world.alone and not isinstance(queue, ShardedQueue):
                 rows = self.world.gather_rows(rows.detach())
             queue.enqueue(rows, normalize=True)
 
