@@ -92,10 +92,13 @@ def fit(**given: Any) -> Fitted:
         raise RunError(f'training needs {named}: pip install "softcl[train]"')
     world = join(config)
     given = world.first(lambda: settle_auto(settle_restart(given, os.environ)))
-    if "resume" in given:
-        fitted = resume(world.first(lambda: read_run(given)), world)
+    stored = world.first(lambda: read_run(given)) if "resume" in given else None
+    if stored is not None and stored.finished:
+        world.first(lambda: print(f"{stored.folder}: finished, nothing to resume"))
+        fitted = Fitted(0, stored.folder, read_json(stored.folder / RESULT))
     else:
-        fitted = start(TrainConfig.of(**given), world)
+        config = TrainConfig.of(**given) if stored is None else stored.config
+        fitted = start(config, stored, world)
     world.close()
     return fitted
 
@@ -117,52 +120,31 @@ def join(config: TrainConfig) -> World:
     return world
 
 
-def start(config: TrainConfig, world: World = ALONE) -> Fitted:
-    """A new run."""
+def start(config: TrainConfig, stored: StoredRun | None = None, world: World = ALONE) -> Fitted:
+    """A new run, or a stored one from its checkpoint on, by any number of processes."""
     out = None if config.out is None else Path(config.out).expanduser()
-    if out is not None:
+    if stored is None and out is not None:
         world.first(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
     parts = assemble(config, world)
+    if stored is not None and fingerprint(parts.images) != stored.content["fingerprint"]:
+        reason = f"not the images that {stored.folder} was trained on"
+        raise DataError(f"{config.data}: {reason}")
     if config.dry_run:
         return show_plan(parts)
 
-    def create() -> RunFolder:
+    def open_folder() -> RunFolder:
+        if stored is not None:
+            for line in stored.warnings:
+                report_for("softcl.train")(f"warning: {line}; going on from {stored.checkpoint}", 0)
+            return RunFolder.reopen(stored.folder, stored.content["step"], stored.checkpoint)
         if out is not None:
             return RunFolder.create(out, overwrite=config.overwrite)
         data = Path(config.data.partition(":")[0]).expanduser().resolve().name
         return RunFolder.create_next(RUNS, f"{config.method}-{data}")
 
     # Only now, when everything else is known to work, is a run that is to be overwritten removed.
-    with first_opens(create, world) as (path, folder), Run(parts, path, folder) as run:
-        run.tell()
-        run.write_config()
-        run.show_views()
-        run.measure_baselines()
-        return carry_out(run)
-
-
-def resume(stored: StoredRun, world: World = ALONE) -> Fitted:
-    """A run continued from a checkpoint, by any number of processes."""
-    if stored.finished:
-        world.first(lambda: print(f"{stored.folder}: finished, nothing to resume"))
-        return Fitted(0, stored.folder, read_json(stored.folder / RESULT))
-    parts = assemble(stored.config, world)
-    if fingerprint(parts.images) != stored.content["fingerprint"]:
-        reason = f"not the images that {stored.folder} was trained on"
-        raise DataError(f"{stored.config.data}: {reason}")
-    if stored.config.dry_run:
-        return show_plan(parts)
-    for line in stored.warnings if world.is_first else ():
-        report_for("softcl.train")(f"warning: {line}; going on from {stored.checkpoint}", 0)
-
-    def reopen() -> RunFolder:
-        return RunFolder.reopen(stored.folder, stored.content["step"], stored.checkpoint)
-
-    with first_opens(reopen, world) as (path, folder), Run(parts, path, folder) as run:
-        run.tell()
-        run.measure_baselines()
-        run.load(stored.content)
-        run.progress.say(f"resumed    at step {run.state.step} of {run.total_steps}")
+    with first_opens(open_folder, world) as (path, folder), Run(parts, path, folder) as run:
+        run.begin(None if stored is None else stored.content)
         return carry_out(run)
 
 

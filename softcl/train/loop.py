@@ -84,9 +84,19 @@ class Run:
         if self.log is not None:
             self.log.close()
 
-    def tell(self) -> None:
+    def begin(self, content: dict[str, Any] | None) -> None:
+        """Tell what the run is; go on from the content of a checkpoint, if there is one."""
         for line in describe(self.parts, self.path):
             self.progress.say(line)
+        if content is None:
+            if self.folder is not None:
+                self.folder.write_json(CONFIG, record(self.parts, self.config))
+            self._list_skipped()
+            self._show_views()
+        self.world.first(self._measure_baselines)
+        if content is not None:
+            self.load(content)
+            self.progress.say(f"resumed    at step {self.state.step} of {self.total_steps}")
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -181,14 +191,11 @@ class Run:
 
     # ------------------------------------------------------------------------------- evaluation
 
-    def measure_baselines(self) -> None:
-        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder)."""
-        self.world.first(self._measure_baselines)
-        self.meter.restart(self.feed.waited)
-
     def _measure_baselines(self) -> None:
-        """They are num_neighbors; untrained_neighbors, the rows for the picture; and with labels
-        the accuracies untrained and pixels. Batch norms have the statistics of the images.
+        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder).
+
+        They are num_neighbors; untrained_neighbors, the rows for the picture; and with labels the
+        accuracies untrained and pixels. Batch norms have the statistics of the images.
         """
         knn, student = self.knn, self.state.student
         stored = self.folder.read_json(BASELINES)
@@ -366,13 +373,7 @@ class Run:
             f"python -m softcl.train --resume {self.path}"
         )
 
-    def write_config(self) -> None:
-        """config.json, and skipped.txt if images were unreadable."""
-        if self.folder is not None:
-            self.folder.write_json(CONFIG, record(self.parts, self.config))
-        self._list_skipped()
-
-    def show_views(self) -> None:
+    def _show_views(self) -> None:
         """views.png, where it was asked for."""
         config, parts, path = self.config, self.parts, self.path / VIEWS
         if config.show_views is not None and self.folder is not None:
