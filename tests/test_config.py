@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from softcl.command import ConfigError, did_you_mean
 from softcl.data import ImageSet
 from softcl.methods import METHODS
+from softcl.methods.defaults import shapes_defaults
 from softcl.train.__main__ import main, parse_flags
 from softcl.train.config import TrainConfig, method_settings, own_settings, settings_of
 from softcl.train.defaults import defaults_for, fill
@@ -40,6 +43,37 @@ def test_the_methods_own_numbers_are_its_flags_with_help(method: str, monkeypatc
     assert set(settings_of(method)) == {*own_settings(), *(field.name for field in fields)}
     foreign = {n for other in METHODS for n in method_settings(other)} - set(settings_of(method))
     assert foreign and not [name for name in foreign if f"{flag_of(name)} " in text]
+
+
+def test_a_method_of_ones_own_has_its_flags(monkeypatch, capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Near(METHODS["moco"]):
+        """A method that somebody adds.
+
+        Attributes:
+            trust: how far a near row
+                is trusted.
+        """
+
+        trust: float = 0.5
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not 0 <= self.trust <= 1:
+                raise ValueError(f"trust must be in [0, 1], got {self.trust}")
+
+    page = types.ModuleType("near")
+    page.DEFAULTS = {"shapes": shapes_defaults(Near(queue_size=512, num_splits=1, trust=0.25))}
+    monkeypatch.setitem(sys.modules, "near", page)
+    monkeypatch.setattr(Near, "__module__", "near")
+    monkeypatch.setitem(METHODS, "near", Near)
+    with pytest.raises(SystemExit):
+        main(["--method", "near", "--help", "method"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--trust X how far a near row is trusted (default: 0.25)" in text
+    assert "--trust 2.0: must be in [0, 1]" in refused("--method near --trust 2", capsys)
+    _, method, _ = fill(TrainConfig.of(method="near", trust=1.0), image_set(), 32)
+    assert type(method) is Near and (method.trust, method.queue_size) == (1.0, 512)
 
 
 def test_help_shows_the_defaults_of_the_chosen_method(monkeypatch, capsys):

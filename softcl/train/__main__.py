@@ -144,7 +144,8 @@ def _argument(rules: Setting, text: str) -> dict[str, Any]:
 
 def _help_of(rules: Setting, method: str) -> str:
     """What a setting means, and its default; where that depends on the data, for each kind."""
-    text, values = rules.help, default_values(method, rules.name)
+    text = rules.help.replace("{methods}", ", ".join(METHODS))
+    values = default_values(method, rules.name)
     if rules.default is not None and rules.kind is not bool:
         text += f" (default: {rules.default})"
     elif values and rules.name != "image_size":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 import re
 import types
@@ -96,8 +97,8 @@ class TrainConfig:
     arch: str | None = setting(_MODEL, metavar="NAME",
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
 
-    method: str = setting(_METHOD, "ascl", metavar="NAME", choices=tuple(METHODS),
-        help="ascl, snclr, reco, moco, ressl, sce, nnclr or msf; each has flags of its own")
+    method: str = setting(_METHOD, "ascl", metavar="NAME",
+        help="one of {methods}; each has flags of its own")
 
     epochs: int | None = setting(_OPTIM, at_least=1,
         help="passes over the data")
@@ -228,10 +229,13 @@ def own_settings() -> dict[str, Setting]:
     }
 
 
-@functools.cache
 def method_settings(method: str) -> dict[str, Setting]:
     """The numbers of a method, by name, explained as its dataclass explains them."""
-    kind = method_class(method)
+    return _number_settings(method_class(method))
+
+
+@functools.cache
+def _number_settings(kind: type[Method]) -> dict[str, Setting]:
     hints, texts, choices = typing.get_type_hints(kind), _attribute_texts(kind), kind.choices()
     found = {}
     for f in dataclasses.fields(kind):
@@ -284,12 +288,12 @@ def _attribute_texts(kind: type) -> dict[str, str]:
     """What the docstrings of a class and of its bases say under "Attributes:", by name."""
     texts: dict[str, str] = {}
     for base in kind.__mro__:
-        lines = (base.__doc__ or "").partition("Attributes:\n")[2].splitlines()
+        lines = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].splitlines()
         entries: list[list[str]] = []
         for line in lines:
-            if re.match(r" {8}\w[\w, ]*: ", line):
+            if re.match(r" {4}\w[\w, ]*: ", line):
                 entries.append([line.strip()])
-            elif entries and line.startswith(" " * 12):
+            elif entries and line.startswith(" " * 8):
                 entries[-1].append(line.strip())
         for entry in entries:
             names, _, text = " ".join(entry).partition(": ")
