@@ -20,8 +20,8 @@ from softcl.nn import SplitBatchNorm2d
 from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
 from softcl.train.folder import read_metrics
-from softcl.train.loop import Run, StopVote
-from softcl.train.parallel import divide_splits, synchronise_norms
+from softcl.train.loop import Run
+from softcl.train.parallel import StopVote, divide_splits, synchronise_norms
 
 FLAGS = (
     "--epochs 6 --batch-size 36 --queue-size 66 --num-splits 4 --lr 0.05 --arch resnet_tiny "

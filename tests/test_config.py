@@ -126,11 +126,11 @@ def test_settings_come_from_the_methods_defaults():
     assert name == "shapes" and config.arch == "resnet_tiny"
     assert config.numbers == dataclasses.asdict(method)
     assert (method.queue_size, method.temperature, method.momentum) == (512, 0.1, 0.99)
-    assert method.rule().name == "adaptive_soft"
+    assert method.labels == "soft"
     for field in ("epochs", "batch_size", "lr", "weight_decay", "sgd_momentum"):
         assert getattr(config, field) is not None
     config, method, _ = fill(TrainConfig.of(labels="ahcl", lr=1.0), image_set(), 32)
-    assert (method.labels, method.rule().name, config.lr) == ("ahcl", "adaptive_neighbors", 1.0)
+    assert (method.labels, config.numbers["labels"], config.lr) == ("ahcl", "ahcl", 1.0)
     config, _, _ = fill(TrainConfig.of(epochs=1, num_splits=8), image_set(60), 32)
     assert config.batch_size == 56  # a multiple of the 8 splits of batch norm
     assert config.warmup_epochs == pytest.approx(0.1)

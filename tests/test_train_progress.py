@@ -99,7 +99,7 @@ def test_meter_leaves_other_work_out_of_the_speed():
 
 _WAITING = """
 import sys, time
-from softcl.train.loop import StopRequest
+from softcl.train.parallel import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while stop.exit_code is None:

@@ -8,11 +8,11 @@ config        the settings, of which flags are made; defaults: what they leave o
 images        image sets, views and batches
 parts         everything a run is made of
 step          one training step, and the state that it changes
-loop          steps, evaluations, checkpoints, stops; here: how a run starts and goes on
+loop          steps, evaluations, checkpoints; here: how a run starts and goes on
 log           rows, lines and diagnoses; pictures: two PNG files
 folder        what is on disk, who may write there, how a run goes on
 checkpoint    how it gets there whole
-parallel      what changes among several processes
+parallel      what changes among several processes, and how they stop
 optim         the optimisers, and what changes by plan from step to step
 """
 
@@ -45,7 +45,8 @@ from softcl.train.folder import (
 )
 from softcl.train.images import fingerprint
 from softcl.train.log import Diverged, record
-from softcl.train.loop import Run, StopRequest, StopVote
+from softcl.train.loop import Run
+from softcl.train.parallel import StopRequest, StopVote
 from softcl.train.parts import Parts, RunError, assemble
 from softcl.train.pictures import draw_views
 
