@@ -1,7 +1,8 @@
 """The student's optimiser, which parameters decay, and what changes by plan from step to step.
 
 A method's lr and weight decay are for the optimiser that they were published with. Under another
-one they come from STANDARD, unless given.
+one they come from STANDARD, unless given. The schedules are functions of the step alone, where
+torch's schedulers have a state that checkpoints would have to hold.
 """
 
 from __future__ import annotations
