@@ -210,6 +210,7 @@ REFUSED = {
     "--queue-size 0": "--queue-size 0: must be at least 1",
     "--num-neighbors -1": "--num-neighbors -1: must be in [0, queue_size=",
     "--queue-size 64 --num-neighbors 65": "--num-neighbors 65: must be in [0, queue_size=64]",
+    "--method snclr --queue-size 3": "--num-neighbors 5: must be in [0, queue_size=3]",
     "--momentum 1.5": "--momentum 1.5: must be in [0, 1]",
     "--temperature 0": "--temperature 0.0: must be positive and finite",
     "--method snclr --threshold": "--threshold True: belongs to the code form, got form='paper'",

@@ -60,12 +60,8 @@ def setting(group: str, default: Any = None, **rules: Any) -> Any:
 
 _DATA, _MODEL, _METHOD = "data", "model", "method"
 _OPTIM, _RUN, _EVAL = "optimisation", "run", "evaluation"
-_OF_MODEL = (
-    "projection_",
-    "projector_",
-    "predictor_",
-    "num_splits",
-)  # a method's numbers in _MODEL
+# How the numbers of a method begin that are of the model.
+_OF_MODEL = ("projection_", "projector_", "predictor_", "num_splits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +238,8 @@ def _number_settings(kind: type[Method]) -> dict[str, Setting]:
         group = _MODEL if f.name.startswith(_OF_MODEL) else _METHOD
         known = tuple(choices.get(f.name, ()))
         text = texts.get(f.name, "")
-        found[f.name] = Setting(f.name, hints[f.name], None, group, text, choices=known)
+        plain = _without_none(hints[f.name])
+        found[f.name] = Setting(f.name, plain, None, group, text, choices=known)
     return found
 
 
@@ -357,15 +354,14 @@ def check_numbers(method: str, numbers: Mapping[str, Any]) -> None:
         except ValueError as error:
             refused = error
     if refused is not None:
-        raise refusal(refused, numbers)
+        raise refusal(method, refused, numbers)
 
 
-def refusal(error: ValueError, numbers: Mapping[str, Any]) -> ValueError:
-    """A method's own words about one of its numbers, as a ConfigError."""
+def refusal(method: str, error: ValueError, numbers: Mapping[str, Any]) -> ConfigError:
+    """A method's own words about one of its numbers, given or not, as a ConfigError."""
     match = re.fullmatch(r"(\w+) (.*?)(, got (.*))?", str(error), flags=re.DOTALL)
-    name = "" if match is None else match[1]
-    if name not in numbers:
-        return error
-    value = numbers[name]
+    if match is None or match[1] not in method_settings(method):
+        return ConfigError("method", method, str(error))
+    value = numbers.get(match[1], match[4] or "")
     repeated = match[4] in (str(value), repr(value))
-    return ConfigError(name, value, match[2] + ("" if repeated else match[3] or ""))
+    return ConfigError(match[1], value, match[2] + ("" if repeated else match[3] or ""))

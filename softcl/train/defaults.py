@@ -60,7 +60,7 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
     try:
         method = type(defaults.method)(**numbers)
     except ValueError as error:
-        raise refusal(error, numbers) from error
+        raise refusal(config.method, error, numbers) from error
     # As the method has them: one may follow from another.
     return config.changed(**filled, **dataclasses.asdict(method)), method, name
 
