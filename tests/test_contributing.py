@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy, normalize
 from softcl.methods import METHODS, Batch
 from softcl.methods.losses import MethodLoss
 from softcl.nn import MemoryQueue
-from softcl.training.config import TrainConfig
-from softcl.training.settings import fill
-from softcl.training.step import train_step
+from softcl.train.config import TrainConfig
+from softcl.train.defaults import fill
+from softcl.train.step import train_step
 
 CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 SMALL = dict(queue_size=24, projection_dim=6, projector_hidden=12, num_splits=1)
