@@ -81,7 +81,7 @@ def test_help_shows_the_defaults_of_the_chosen_method(monkeypatch, capsys):
     for line, expected in (
         (
             "--method snclr --help method",
-            "rows of the memory queue (default: 4096; tiny_imagenet 16384; ",
+            "rows of the memory queue (default: 4096; tiny-imagenet 16384; ",
         ),
         ("--method snclr --help method", "(code) (default: off)"),
         ("--method=moco --help optimisation", "--lr X peak learning rate (default: 0.06; imagene"),

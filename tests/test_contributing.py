@@ -80,10 +80,10 @@ def test_the_example_has_settings(near):
 
     pixels = torch.zeros(4096, 3, 32, 32, dtype=torch.uint8)
     images = ImageSet(pixels, None, [], (0.5,) * 3, (0.5,) * 3, "shapes", statistics="shapes")
-    config, method, name = fill(TrainConfig(method="near", num_neighbors=3), images, 32)
+    config, method, name = fill(TrainConfig.of(method="near", num_neighbors=3), images, 32)
     assert method == near.Near(**{**dataclasses.asdict(near.DEFAULTS["shapes"].method),
                                   "num_neighbors": 3})  # fmt: skip
-    assert name == "shapes" and config.queue_size == 512
+    assert name == "shapes" and method.queue_size == 512
 
 
 def test_the_example_has_a_loss_module(near):
