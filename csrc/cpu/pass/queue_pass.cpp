@@ -239,7 +239,9 @@ class Pass {
         weighted += factor * (r.weighted[row + lane] - difference * r.sum[row + lane]);
         if (r.alignment != nullptr) alignment += factor * r.alignment[row + lane];
       }
-      const double log_sum = std::log(sum);
+      // One weight of unit rows is near 1. Where all are 0, logits were beyond float's precision:
+      // no number then, where a logarithm of 0 would leave a loss finite and wrong.
+      const double log_sum = sum > 0.0 ? std::log(sum) : std::nan("");
       result.offset[lane] = offset;
       result.sum[lane] = sum;
       result.lse[lane] = kLn2 * offset + log_sum;
