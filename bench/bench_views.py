@@ -27,7 +27,7 @@ from bench.view_peers import PEERS, absent, by_pillow, make_peer
 from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, weak_view
 from softcl.data.kernels import kernel_missing
 from softcl.data.recipe import RECIPES, draw
-from softcl.training.allocator import keep_freed_pages
+from softcl.train.parts import keep_freed_pages
 
 ON_CPU, ON_GPU = "torch on the CPU", "torch on the GPU"
 SECONDS, MOST_ROUNDS = 3.0, 50

@@ -47,6 +47,7 @@ PROGRAM_SOURCES = (
     "bench/native/check/reference.cpp",
 )
 INCLUDE = ("tests/native/cuda", "csrc", "csrc/cuda", "csrc/include", "bench/native")
+CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++17", "-DSOFTCL_WITH_CUDA", "-O2", "-fPIC", "-w", "-fno-strict-aliasing"]
 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
     FLAGS.append("-mavx2")  # eight columns of a product at once; without -mfma the same bits

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tensorboard.summary.writer.record_writer  # noqa: E402, F401  (once, not in every child)
-import timm  # noqa: E402, F401
+import timm  # noqa: E402, F401  (once, not in every child)
 import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402, F401
 from PIL import Image  # noqa: E402
 from run_comparison import assert_same_run  # noqa: E402
 
@@ -33,8 +33,8 @@ from softcl.data import (
     make_shapes,  # noqa: E402
     sets,  # noqa: E402
 )
-from softcl.train import main as train  # noqa: E402
-from softcl.training.checkpoint import read_checkpoint  # noqa: E402
+from softcl.train.__main__ import main as train  # noqa: E402
+from softcl.train.checkpoint import read_checkpoint  # noqa: E402
 
 
 def make_images(root: Path) -> None:

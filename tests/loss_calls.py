@@ -66,15 +66,23 @@ def run_statistics(
 
 
 def pairs(*axes) -> list[tuple]:
-    """Tuples of one value of each axis, in which every two values of two axes meet."""
+    """Tuples of one value of each axis, in which every two values of two axes meet, and values of
+    one axis come up about equally often."""
     places = list(itertools.combinations(range(len(axes)), 2))
     every = list(itertools.product(*map(range, map(len, axes))))
     met = [{(a, b, row[a], row[b]) for a, b in places} for row in every]
+    used = [[0] * len(axis) for axis in axes]
     chosen, missing = [], set().union(*met)
+
+    def worth(i: int) -> tuple[int, int]:
+        return len(met[i] & missing), -sum(used[a][x] for a, x in enumerate(every[i]))
+
     while missing:
-        best = max(range(len(every)), key=lambda i: len(met[i] & missing))
-        chosen.append(tuple(axis[i] for axis, i in zip(axes, every[best], strict=True)))
+        best = max(range(len(every)), key=worth)
+        chosen.append(tuple(axis[x] for axis, x in zip(axes, every[best], strict=True)))
         missing -= met[best]
+        for a, x in enumerate(every[best]):
+            used[a][x] += 1
     return chosen
 
 

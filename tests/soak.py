@@ -31,7 +31,7 @@ LARGEST_SLOPE = 1.0  # MB per minute
 TRAIN = """
 import sys
 from softcl.data import sets
-from softcl.train import main
+from softcl.train.__main__ import main
 sets._default_memory_limit = lambda: 0
 sys.exit(main(sys.argv[1:]))
 """

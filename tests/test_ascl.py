@@ -25,7 +25,7 @@ from softcl.methods.ascl import ASCL, DEFAULTS, LABELS
 from softcl.methods.losses import ASCLLoss
 from softcl.nn import MemoryQueue, convert_split_batch_norm, make_teacher
 from softcl.ops import soft_contrastive_loss
-from softcl.training.step import StepRandom, TrainState, train_step
+from softcl.train.step import StepRandom, TrainState, train_step
 
 
 def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:

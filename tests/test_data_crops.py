@@ -17,9 +17,9 @@ from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe
 from softcl.distributed import World
 from softcl.methods import ASCL
-from softcl.train import main
-from softcl.training.run_folder import read_metrics
-from softcl.training.views import build_views, crop_order
+from softcl.train.__main__ import main
+from softcl.train.folder import read_metrics
+from softcl.train.images import build_views, crop_order
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -84,7 +84,9 @@ def lowest_first(vectors, queue, k):
     return exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("target",), some_long([("sm_80",), ("sm_90",), ("sm_100",), ("gfx942",)], ("sm_90",).__eq__)
+)
 def test_lowest_of_equal_rows_in_every_layout(triton_device, monkeypatch, target):
     """However the chunks of the architecture's tiles interleave, and a tie of the chunks too."""
     if triton_device == "cuda":

@@ -45,15 +45,15 @@ TEMPERATURES = [(0.1, 0.05), (0.02, 0.04), (0.07, 0.07)]  # the running maximum 
 ONE_OF_A_KIND = [HardLabels(), AdaptiveNeighborLabels(2), AdaptiveSoftLabels(2)]
 
 
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_oracle(triton_device, shape):
-    """Every rule at every shape; of all the rest, every two, over all shapes."""
+def test_against_oracle(triton_device, shape, half):
+    """Both halves together: every two of shapes, rules, dtypes, temperatures and the positive."""
     N, K, D = shape
-    for row in pairs(SHAPES, RULES, DTYPES, TEMPERATURES, (True, False)):
-        if row[0] == shape:
-            _, rule, dtypes, temperatures, positive = row
-            p = make_problem(N, K, D, dtype=dtypes[0], queue_dtype=dtypes[1], seed=N + D)
-            check(on(triton_device, p), fitting(rule, K), *temperatures, positive=positive)
+    rows = pairs(SHAPES, RULES, DTYPES, TEMPERATURES, (True, False))
+    for _, rule, dtypes, temperatures, positive in [x for x in rows if x[0] == shape][half::2]:
+        p = make_problem(N, K, D, dtype=dtypes[0], queue_dtype=dtypes[1], seed=N + D)
+        check(on(triton_device, p), fitting(rule, K), *temperatures, positive=positive)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,7 +63,7 @@ SOFTCL_DEVICE T shuffle_up(T x, int delta) {
 /// one was launched early (launch.h); otherwise that was so from the start. Asked by every thread,
 /// before all else.
 SOFTCL_DEVICE void wait_for_previous_grid() {
-  #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900  // kFirstWaitingVersion of launch.h
   asm volatile("griddepcontrol.wait;" ::: "memory");
   #endif
 }

@@ -138,7 +138,7 @@ void queue_statistics(const Call& call, const Launch& where) {
   finish.neighbor_indices = call.neighbor_indices;
   launch(&statistics_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(finish.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
-         finish, can_launch_early(where.device));
+         finish, can_launch_early(&statistics_kernel));
 }
 
 }  // namespace softcl::cuda

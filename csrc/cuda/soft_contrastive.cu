@@ -275,7 +275,7 @@ void soft_contrastive(const Call& call, const Launch& where) {
   const LossParams loss = loss_params(call, work, plan, stream, where.workspace);
   launch(&finish_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(loss.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
-         loss, can_launch_early(where.device));
+         loss, can_launch_early(&finish_kernel));
 }
 
 }  // namespace softcl::cuda

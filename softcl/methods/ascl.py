@@ -73,9 +73,9 @@ class ASCL(QueueMethod):
     """The method's numbers; the defaults are the code's for CIFAR, STL-10 and Tiny-ImageNet.
 
     Attributes:
-        form: "moco" or "byol", see the module's text.
-        labels: "soft", "ahcl", "hard" or "normal", see the module's formulas.
-        num_neighbors: n; unused with labels="normal". n <= queue_size.
+        form: "moco", with a queue, or "byol", with a predictor and the batch's relations.
+        labels: "soft", "ahcl" (adaptive hard), "hard" or "normal" (MoCo's).
+        num_neighbors: n, at most queue_size; unused with labels "normal".
     """
 
     form: str = "moco"

@@ -42,8 +42,10 @@ class ReCo(Method):
     """The method's numbers; the defaults are the code's losses with a small-data network.
 
     Attributes:
-        global_weight, local_weight: of the two relations; 0 leaves the term out.
-        teacher_temperature, global_temperature: of the global relation's two softmaxes.
+        global_weight: of the global relation; 0 leaves it out.
+        local_weight: of the local relation; 0 leaves it out.
+        teacher_temperature: of the teacher in the global relation.
+        global_temperature: of the student in the global relation.
         mix: "cutmix" or "mixup".
     """
 

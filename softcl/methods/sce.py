@@ -36,7 +36,7 @@ class SCE(RelationalMethod):
     """The method's numbers; the defaults are the code's for CIFAR-10.
 
     Attributes:
-        form: "paper" or "code", see the module's text.
+        form: "paper" or "code": the paper's labels or the released code's.
         positive_weight: w, the positive's share of the labels, in [0, 1].
     """
 

@@ -49,7 +49,7 @@ class SNCLR(Method):
     """The method's numbers; the defaults are the MNN bench's for CIFAR, with the paper's loss.
 
     Attributes:
-        form: "paper" or "code", see the module's text.
+        form: "paper" or "code": the paper's loss or the released code's.
         num_neighbors: n, soft neighbours of each key.
         positiveness_scale: the paper's gamma, which divides the positiveness; unused in the code.
         threshold: drop positiveness up to 1/n without rescaling the rest (code).

@@ -241,8 +241,9 @@ bool is_flipped(Site site) {
   return !m.options.flip.empty() && name_of(site) == m.options.flip;
 }
 
+// Code of older PTX has no such instruction.
 void wait_for_previous_grid(Site site) {
-  if (m.early && is_kept(site)) m.threads[m.current].may_go_on = true;
+  if (m.early && loaded_version() >= 90 && is_kept(site)) m.threads[m.current].may_go_on = true;
 }
 
 // At everything that is watched.

@@ -42,8 +42,18 @@ struct Options {
 };
 void set_options(const Options& options);
 
-/// The device's compute capability from now on, ten times: 80 (at first) or 90.
+/// The device's compute capability from now on, ten times: 80 at first.
 void set_capability(int value);
+
+/// Its multiprocessors: 2 at first.
+void set_multiprocessors(int value);
+
+/// The PTX that its code was compiled from, as the build has it: sm_90a's on 9.0, otherwise
+/// sm_80's.
+int loaded_version();
+
+/// Calls of cudaSetDevice so far.
+int count_devices_set();
 
 /// "file:line" of every barrier and wait met since the options were set, in order of appearance.
 std::vector<std::string> sites();

@@ -14,7 +14,7 @@ using namespace pybind11::literals;
 
 namespace {
 
-// (splits, tiles per split, steps per chunk, chunks, filled chunks) for a device of
+// (splits, tiles per split, chunk shift, chunks, filled chunks) for a device of
 // `multiprocessors`.
 std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
                                             bool paired, int mean_rows, std::int64_t num_neighbors,
@@ -23,7 +23,7 @@ std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t 
   const softcl::cuda::Plan plan = softcl::cuda::make_plan(
       {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
        num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type), hopper});
-  return {plan.splits, plan.tiles_per_split, plan.steps_per_chunk, plan.num_chunks,
+  return {plan.splits, plan.tiles_per_split, plan.chunk_shift, plan.num_chunks,
           plan.num_filled_chunks};
 }
 
@@ -54,7 +54,11 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
       "Draw the order of threads from `seed`; give the site `omit` (file:line) no effect; let the "
       "site `flip` wait for the other phase.");
   module.def("set_capability", &softcl::cuda::host::set_capability, "capability"_a,
-             "The device's compute capability from now on, ten times: 80 (at first) or 90.");
+             "The device's compute capability from now on, ten times: 80 at first.");
+  module.def("set_multiprocessors", &softcl::cuda::host::set_multiprocessors, "count"_a,
+             "Its multiprocessors from now on: 2 at first.");
+  module.def("count_devices_set", &softcl::cuda::host::count_devices_set,
+             "Calls of cudaSetDevice so far.");
   module.def("sites", &softcl::cuda::host::sites, "The barriers and waits met since set_options.");
   module.def("exchange_in_global_memory", &exchange_in_global_memory, "block_stride"_a,
              "synchronize"_a);
@@ -87,6 +91,6 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
   module.def("split_line", &softcl::cuda::split_line, "lane"_a, "half"_a);
   module.def("split_piece", &softcl::cuda::split_piece, "lane"_a);
   module.def("line_offset", &softcl::cuda::line_offset, "line"_a, "byte"_a);
-  module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "steps_per_chunk"_a);
-  module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "steps_per_chunk"_a);
+  module.def("chunk_column", &softcl::cuda::chunk_column, "chunk"_a, "i"_a, "chunk_shift"_a);
+  module.def("chunk_of", &softcl::cuda::chunk_of, "step"_a, "lane"_a, "chunk_shift"_a);
 }

@@ -29,7 +29,14 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+namespace {
+
+int devices_set = 0;
+
+}  // namespace
+
 cudaError_t cudaSetDevice(int device) {
+  ++devices_set;
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 
@@ -42,6 +49,8 @@ int capability_at_first() {
 }
 
 int capability = capability_at_first();
+// Few, so that small problems have several splits and rows share a block.
+int multiprocessors = 2;
 
 }  // namespace
 
@@ -51,12 +60,28 @@ void set_capability(int value) {
   capability = value;
 }
 
+void set_multiprocessors(int value) {
+  multiprocessors = value;
+}
+
+int loaded_version() {
+  return capability == 90 ? 90 : 80;
+}
+
+int count_devices_set() {
+  return devices_set;
+}
+
 }  // namespace softcl::cuda::host
 
-// A small one, so that small problems have several splits and rows share a block.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {softcl::cuda::host::loaded_version(), capability};
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return cudaErrorInvalidDevice;
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors
            : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
            : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
                                                             : 227 << 10;
@@ -134,7 +159,7 @@ Device device(int index) {
   if (index < 0 || index >= device_count()) {
     throw std::invalid_argument("cuda device index=" + std::to_string(index));
   }
-  return {"this CPU, thread by thread", capability / 10, capability % 10, 2};
+  return {"this CPU, thread by thread", capability / 10, capability % 10, multiprocessors};
 }
 
 }  // namespace softcl::cuda

@@ -1,29 +1,72 @@
-"""One training step, the state it changes, and the randomness of each step."""
+"""One training step, the state it changes, its randomness, and where its numbers failed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softcl.data.recipe import Recipe
 from softcl.data.views import Share
 from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.methods.method import Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
-from softcl.training.parallel import Trained, shuffled_among
+from softcl.train.parallel import shuffled_among
 
 # What train_step returns, in this order.
 MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
 
 # uint8 (N, 3, H, W) -> float (N, 3, S, S)
-View = Callable[[Tensor, torch.Generator | Share], Tensor]
+Transform = Callable[[Tensor, torch.Generator | Share], Tensor]
 Images = Tensor | Mapping[str, Tensor]  # of a batch; crops by the name of their view
+
+
+@dataclass(frozen=True)
+class RecipeTransform:
+    """What makes one of the method's views; also of crops, which were cut out of image files.
+
+    Attributes:
+        make: `softcl.data.strong_view` or another of VIEWS.
+        recipe: what it does to each sample.
+        side: of the view, in pixels.
+        mean, std: of the normalisation.
+        kernel: whether the device's kernel is demanded or left; None for where it runs.
+    """
+
+    make: Callable[..., Tensor]
+    recipe: Recipe
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    kernel: bool | None = None
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | Share, *, cropped: bool = False
+    ) -> Tensor:
+        return self.make(
+            images, self.side, self.mean, self.std, generator,
+            recipe=self.recipe, cropped=cropped, kernel=self.kernel,
+        )  # fmt: skip
+
+
+class Trained(nn.Module):
+    """All that is trained, as one module: views -> projections and predictions, by name."""
+
+    def __init__(self, student: nn.Module, heads: nn.ModuleDict) -> None:
+        super().__init__()
+        self.student, self.heads = student, heads
+
+    def forward(self, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        student = {name: self.student(images) for name, images in views.items()}
+        if "predictor" not in self.heads:
+            return student, student
+        return student, {name: self.heads["predictor"](rows) for name, rows in student.items()}
 
 
 @dataclass
@@ -71,7 +114,7 @@ class TrainState:
         """Keys of this process's part of the batch; those of all enter, in the batch's order."""
         for name, rows in keys.items():
             queue = self.queues[name]
-            if not isinstance(queue, ShardedQueue):
+            if not self.world.alone and not isinstance(queue, ShardedQueue):
                 rows = self.world.gather_rows(rows.detach())
             queue.enqueue(rows, normalize=True)
 
@@ -81,7 +124,7 @@ class TrainState:
 def train_step(
     state: TrainState,
     images: Images,  # this process's
-    views: Mapping[str, View],
+    views: Mapping[str, Transform],
     *,
     seed: int,
     backend: str,
@@ -146,7 +189,7 @@ def train_step(
 
 
 def make_view(
-    views: Mapping[str, View], name: str, images: Images, generator: torch.Generator | Share
+    views: Mapping[str, Transform], name: str, images: Images, generator: torch.Generator | Share
 ) -> Tensor:
     """One view (N, 3, S, S) of a batch of whole images, or of its crops."""
     if isinstance(images, Mapping):
@@ -260,3 +303,30 @@ def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed from numbers and words; any change of a part gives an unrelated seed."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+# ------------------------------------------------------------------------------ failing numbers
+
+
+def first_damaged(state: TrainState, *, gradients: bool = False) -> str | None:
+    """What is not finite, in words: the first such gradient, parameter or buffer; None if none is.
+
+    Args:
+        gradients: look at those of the last backward pass first, which break the rest.
+    """
+
+    def tensors() -> Iterator[tuple[str, Tensor | None]]:
+        if gradients:
+            for name, parameter in state.student.named_parameters():
+                yield f"the gradient of {name}", parameter.grad
+        for who in ("student", "teacher", "heads"):
+            module = getattr(state, who)
+            for name, tensor in module.named_parameters():
+                yield f"parameter {name} of the {who}", tensor
+            for name, tensor in module.named_buffers():
+                yield f"buffer {name} of the {who}", tensor
+
+    for name, tensor in tensors():
+        if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"{name} is not finite"
+    return None

@@ -1,4 +1,4 @@
-"""What changes in a run of several processes: gradients, batch norm, the teacher's shuffle.
+"""What changes in a run of several processes: gradients, batch norm, the teacher's shuffle, stops.
 
 The batch of --batch-size images is divided among the processes, image i going to process i % W. A
 step then computes what one process would compute (softcl/distributed), with one exception: plain
@@ -8,7 +8,11 @@ batch norm sees a process's own images on CPUs, where PyTorch has no synchronise
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +21,7 @@ from softcl.distributed import World
 from softcl.nn import SplitBatchNorm2d, convert_split_batch_norm
 
 
-class Trained(nn.Module):
-    """All that is trained, as one module: views -> projections and predictions, by name."""
-
-    def __init__(self, student: nn.Module, heads: nn.ModuleDict) -> None:
-        super().__init__()
-        self.student, self.heads = student, heads
-
-    def forward(self, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        student = {name: self.student(images) for name, images in views.items()}
-        if "predictor" not in self.heads:
-            return student, student
-        return student, {name: self.heads["predictor"](rows) for name, rows in student.items()}
-
-
-def average_gradients(trained: Trained, world: World, *, accumulate: int = 1) -> nn.Module:
+def average_gradients(trained: nn.Module, world: World, *, accumulate: int = 1) -> nn.Module:
     """DDP around what is trained: the mean of the processes' gradients after each backward pass.
 
     The graph is the same in every step, so buckets are filled and sent in a fixed order; gradients
@@ -128,3 +118,67 @@ def shuffled_among(
     """
     order = torch.randperm(len(images) * world.size, generator=generator)
     return world.permute(teacher(world.permute(images, order)), order.argsort())
+
+
+# --------------------------------------------------------------------------------------- stops
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number
+
+
+class StopRequest:
+    """Context that turns SIGINT and SIGTERM into a request to stop.
+
+    Attributes:
+        exit_code: None until a signal comes, then 130 (Ctrl-C) or 143 (SIGTERM).
+
+    Python delivers signals to the main thread alone; elsewhere nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.exit_code is not None:
+            # At once: no clean-up. A checkpoint being written leaves the one before it.
+            os.write(2, b"\nsoftcl.train: stopped at once\n")
+            os._exit(EXIT_CODES[number])
+        self.exit_code = EXIT_CODES[number]
+        os.write(2, b"\nsoftcl.train: finishing the step and saving; once more to exit at once\n")
+
+
+class StopVote:
+    """When the processes of a run stop: as soon as one is asked to, all after the same step.
+
+    Each step's vote is counted in the next step, so that nobody waits for it.
+    """
+
+    def __init__(self, world: World, stop: StopRequest) -> None:
+        self.world, self.stop = world, stop
+        self._counted: Callable[[], int] | None = None
+
+    def asked(self) -> bool:
+        """Whether to stop after this step. Every process calls it after each step."""
+        if self.world.alone:
+            return self.stop.exit_code is not None
+        before, self._counted = self._counted, self.world.start_max(self.stop.exit_code or 0)
+        return before is not None and before() > 0
+
+    def settle(self) -> int | None:
+        """The exit code that all agree on, None to go on to the end."""
+        if self.world.alone:
+            return self.stop.exit_code
+        if self._counted is not None:
+            self._counted()
+            self._counted = None
+        return self.world.start_max(self.stop.exit_code or 0)() or None

@@ -1,41 +1,49 @@
-"""The parts of a run, made from its configuration: device, images, networks, optimiser, backend."""
+"""Everything a run is made of: images, networks, queues, optimiser, backend, evaluation."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import ctypes
+import dataclasses
+import importlib.util
+import os
+import platform
+import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from softcl.data import DataError, ImageSet, find_format, load_dataset, training_split
+from softcl.command import ConfigError, did_you_mean
+from softcl.data import DataError, ImageSet
 from softcl.data.kernels import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods.method import Method
-from softcl.nn import (
-    Encoder,
-    MemoryQueue,
-    build_backbone,
-    build_head,
-    make_teacher,
-)
+from softcl.nn import Encoder, MemoryQueue, build_backbone, build_head, make_teacher
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
-from softcl.training.config import ConfigError, TrainConfig, did_you_mean
-from softcl.training.optimizers import build_optimizer
-from softcl.training.parallel import (
-    Trained,
+from softcl.train.config import TrainConfig
+from softcl.train.defaults import fill
+from softcl.train.images import (
+    BatchFeed,
+    build_views,
+    load_images,
+    make_resident,
+    side_of,
+    view_side,
+)
+from softcl.train.optim import build_optimizer
+from softcl.train.parallel import (
     average_gradients,
     divide_splits,
     splits_fit,
     synchronise_norms,
 )
-from softcl.training.settings import check_method_flags, fill, recipe_size
-from softcl.training.speed import check_speed, settle_speed, speed_up
-from softcl.training.step import TrainState, derived_seed
-from softcl.training.views import build_views, side_of
+from softcl.train.step import Trained, TrainState, Transform, derived_seed
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # what autocast takes
+_COMPILERS = ("g++", "clang++", "c++")
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGEST_INT = -1, -4, 2**31 - 1
 
 
 class RunError(RuntimeError):
@@ -54,6 +62,8 @@ class Parts:
         state: networks, queues, optimiser.
         backend: of the operator, for every step.
         knn: evaluation.
+        views: what makes each of the method's views.
+        feed: the batches, in their order.
         world: the processes that train together.
     """
 
@@ -64,6 +74,8 @@ class Parts:
     state: TrainState
     backend: BackendChoice
     knn: KNN
+    views: dict[str, Transform]
+    feed: BatchFeed
     world: World = ALONE
 
 
@@ -73,14 +85,13 @@ def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     Raises:
         ConfigError, DataError, RunError: as the functions below.
     """
-    check_method_flags(config)
     check_arch(config.arch)
     device = resolve_device(config.device, world)
     check_speed(config, device)
     images, bank, queries, evaluation = load_images(config)
     config, method, defaults = fill(config, images, view_side(images, config))
-    config = settle_speed(config, device)
-    build_views(method, images, config.image_size)
+    config = settle_speed(config, method, device)
+    views = build_views(method, images, config.image_size, config.view_kernel)
     missing = kernel_missing(device) if config.view_kernel else None
     if missing is not None:
         raise ConfigError("view_kernel", "", missing)
@@ -88,7 +99,9 @@ def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     state = build_state(config, method, device, world)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
-    return Parts(config, defaults, images, evaluation, state, backend, knn, world)
+    make_resident(images, device)
+    feed = BatchFeed(images, config.batch_size, config.seed, device, world, views)
+    return Parts(config, defaults, images, evaluation, state, backend, knn, views, feed, world)
 
 
 def check_processes(config: TrainConfig, method: Method, world: World) -> None:
@@ -160,76 +173,6 @@ def check_arch(name: str | None) -> None:
     if name not in own and not timm.is_model(name.split(".")[0]):
         hint = did_you_mean(name, [*own, *timm.list_models()])
         raise ConfigError("arch", name, f"unknown backbone{hint}")
-
-
-def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]:
-    """Training images, bank and queries of the k-NN evaluation, and a line about the latter.
-
-    The bank is the training set; where that has images without labels beside the labelled ones
-    (STL-10), the labelled ones. Without a test split the queries are the bank itself, of which KNN
-    holds images out.
-
-    Raises:
-        DataError: the training images, or the images of --eval-data, cannot be read.
-    """
-    options = {"image_size": config.image_size, "workers": config.workers}
-    own = {"data_format": config.data_format}
-    try:
-        split = config.split or training_split(config.data, config.data_format)
-        train = load_dataset(config.data, split, **own, **options)
-    except DataError as error:
-        hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
-        raise DataError(f"{error}{hint}") from error
-    if config.whole_images is False:
-        train.files = None
-    if config.image_size is None:  # to be stored in one size with the training images
-        options["image_size"] = train.size[1]
-    bank = train
-    if split in ("unlabeled", "train+unlabeled"):
-        bank = load_dataset(config.data, "train", **own, **options)
-    try:
-        if config.eval_data is not None:
-            queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
-        else:
-            queries = load_dataset(config.data, "test", **own, **options)
-    except DataError as error:
-        if config.eval_data is not None:
-            raise
-        return train, bank, bank, f"every tenth training image ({error})"
-    queries.files = None  # seen whole
-    return train, bank, queries, queries.describe()
-
-
-def _labelled_split(spec: str) -> str:
-    """The split of --eval-data: its test images if it is divided, else all of it."""
-    if spec.startswith("shapes") and not Path(spec).is_dir():
-        return "test"
-    path = Path(spec).expanduser()
-    if find_format(path).format in ("cifar", "stl10", "tiny-imagenet"):
-        return "test"
-    divided = any((path / name).is_dir() for name in ("test", "val"))
-    return "test" if divided else "all"
-
-
-def view_side(images: ImageSet, config: TrainConfig) -> int:
-    """Side of the views: the one asked for, or that of the images.
-
-    Where the method's recipe for these very images has a smaller one, that: STL-10's 96 px are
-    trained on at 64.
-    """
-    if config.image_size is not None:
-        return config.image_size
-    own = images.size[1]
-    recipe = recipe_size(config.method, images)
-    return own if recipe is None else min(own, recipe)
-
-
-def fingerprint(images: ImageSet) -> str:
-    """Changes when images are added or removed or their classes change (not their pixels)."""
-    digest = hashlib.sha256(json.dumps([len(images), images.classes]).encode())
-    if images.labels is not None:
-        digest.update(images.labels.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def build_state(
@@ -362,3 +305,79 @@ def choose_run_backend(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
         raise RunError(f"--fused: no fused backend runs here ({reasons})")
     return choice
+
+
+# ---------------------------------------------------------------------------------------- speed
+
+
+def check_speed(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what the device or the machine cannot do.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    is_gpu = device.type == "cuda"
+    if config.cuda_graph and not is_gpu:
+        raise ConfigError("cuda_graph", "", "needs a CUDA device, and this run is on the CPU")
+    if config.compile or config.cuda_graph:
+        flag = "cuda_graph" if config.cuda_graph else "compile"
+        if is_gpu and importlib.util.find_spec("triton") is None:
+            raise ConfigError(flag, "", "torch.compile needs triton on a GPU")
+        if not is_gpu and _compiler() is None:
+            raise ConfigError(flag, "", "torch.compile needs a C++ compiler, and there is none")
+
+
+def settle_speed(config: TrainConfig, method: Method, device: torch.device) -> TrainConfig:
+    """Fill what the flags leave open about speed: bf16 on GPUs that have it, channels last on GPUs.
+
+    But not with split batch norm, which would copy there and back at every layer.
+    """
+    is_gpu, filled = device.type == "cuda", {}
+    if config.precision is None:
+        in_hardware = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        filled["precision"] = "bf16" if in_hardware else "fp32"
+    if config.channels_last is None:
+        filled["channels_last"] = is_gpu and method.num_splits == 1
+    return dataclasses.replace(config, **filled)
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, filter(None, (named, *_COMPILERS)))), None)
+
+
+def speed_up(config: TrainConfig, state: TrainState) -> None:
+    """Make the networks of a run compute as a settled configuration says, in place.
+
+    bf16 is autocast's: weights stay float32, and projections leave the networks in float32. All but
+    the precision change the last bits alone; names and values of parameters stay.
+    """
+    networks = [state.student, *([state.teacher] if state.method.teacher_sees() else ())]
+    for network in networks:
+        network.precision = PRECISIONS[config.precision or "fp32"]
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if config.compile or config.cuda_graph:
+            # In place, the call alone: Encoder.features, which evaluation takes, is not compiled.
+            mode = "reduce-overhead" if config.cuda_graph else "default"
+            network.compile(dynamic=False, mode=mode)
+
+
+def keep_freed_pages() -> bool:
+    """Tell glibc's malloc to keep freed memory; call it before the large tensors are made.
+
+    It maps every large block afresh and returns it to the kernel when it is freed, so that each
+    temporary tensor on the CPU would be paid for in page faults.
+
+    Returns:
+        True where it was done, False under another C library.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        libc = ctypes.CDLL(None)
+        # mallopt returns 1 on success.
+        kept = libc.mallopt(_M_MMAP_MAX, 0) == 1
+        return libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT) == 1 and kept
+    except (OSError, AttributeError):
+        return False

@@ -1,55 +1,17 @@
-"""Settling a configuration: what the flags leave open comes from the method's own defaults."""
+"""What the flags leave open: a method's defaults for the data, and what must fit together."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
+from softcl.command import ConfigError
 from softcl.data import ImageSet
-from softcl.methods import METHODS, Defaults
-from softcl.training.config import ConfigError, TrainConfig, did_you_mean, field_names
-from softcl.training.optimizers import standard_settings
+from softcl.methods import Defaults, Method
+from softcl.train.config import TrainConfig, defaults_of, refusal
+from softcl.train.optim import standard_settings
 
-# Settings of a method's defaults that are fields of the configuration under the same name.
-_TRAINING = ("arch", "epochs", "batch_size", "warmup_epochs")
-_METHOD_GROUPS = ("model", "method")
 SMALL_IMAGE = 64  # sets without defaults of their own: up to here CIFAR-10's, above it ImageNet's
-
-
-def method_class(name: str) -> type:
-    """The dataclass of a method.
-
-    Raises:
-        ConfigError: there is no such method.
-    """
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS)
-        raise ConfigError("method", name, f"must be one of {', '.join(METHODS)}{hint}")
-    return METHODS[name]
-
-
-def check_method_flags(config: TrainConfig) -> None:
-    """Refuse settings that the method does not have, and labels that it does not know.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    kind = method_class(config.method)
-    own = {field.name for field in dataclasses.fields(kind)}
-    for field in dataclasses.fields(TrainConfig):
-        group = field.metadata["group"].split(" ")[0]
-        if group not in _METHOD_GROUPS or field.name in ("method", "arch"):
-            continue
-        value = getattr(config, field.name)
-        if value is not None and field.name not in own:
-            reason = f"does not apply to method {config.method}"
-            raise ConfigError(field.name, value, reason)
-    for name, known in kind.choices().items():
-        value = getattr(config, name, None)
-        if value is not None and value not in known:
-            hint = did_you_mean(value, known)
-            raise ConfigError(name, value, f"must be one of {', '.join(known)}{hint}")
 
 
 def defaults_for(
@@ -57,10 +19,9 @@ def defaults_for(
 ) -> tuple[str, Defaults]:
     """A method's defaults for a set of images, and the name they go by.
 
-    Where a method has a recipe of its own for vision transformers, ``arch`` picks it.
+    Where a method has some of its own for vision transformers, ``arch`` picks it.
     """
-    known = importlib.import_module(method_class(method).__module__).DEFAULTS
-    name = images.statistics
+    known, name = defaults_of(method), images.statistics
     # "imagenet" is also the normalisation of sets that nobody published constants for.
     if name not in known or name == "imagenet":
         name = "cifar10" if image_size <= SMALL_IMAGE else "imagenet"
@@ -69,14 +30,13 @@ def defaults_for(
     return name, known[name]
 
 
-def recipe_size(method: str, images: ImageSet) -> int | None:
-    """Side of the views in the method's own recipe for these images; None if it has none."""
-    known = importlib.import_module(method_class(method).__module__).DEFAULTS
-    name = images.statistics
+def default_size(method: str, images: ImageSet) -> int | None:
+    """Side of the views in the method's defaults for these very images; None if it has none."""
+    known, name = defaults_of(method), images.statistics
     return known[name].image_size if name in known and name != "imagenet" else None
 
 
-def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainConfig, Any, str]:
+def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainConfig, Method, str]:
     """Fill every open setting that decides what a run computes.
 
     Returns:
@@ -85,31 +45,20 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
     Raises:
         ConfigError: settings that do not fit the method, the data or each other.
     """
-    check_method_flags(config)
-    kind = method_class(config.method)
-    defaults_name, defaults = defaults_for(config.method, images, image_size, config.arch)
+    name, defaults = defaults_for(config.method, images, image_size, config.arch)
     filled: dict[str, Any] = {"image_size": image_size}
-    for name in _TRAINING:
-        filled[name] = _first(getattr(config, name), getattr(defaults, name))
-    schedule = getattr(defaults.method, "momentum_schedule", "constant")
-    filled["momentum_schedule"] = _first(config.momentum_schedule, schedule)
-    settings = {}
-    for field in dataclasses.fields(kind):
-        settings[field.name] = getattr(defaults.method, field.name)
-        if field.name in field_names():
-            settings[field.name] = _first(getattr(config, field.name), settings[field.name])
-            filled[field.name] = settings[field.name]
-    _fit_to_data(config, filled, len(images))
+    for key in ("arch", "epochs", "batch_size", "warmup_epochs"):
+        filled[key] = _first(getattr(config, key), getattr(defaults, key))
+    numbers = {**dataclasses.asdict(defaults.method), **config.numbers}
+    _fit_to_data(config, filled, numbers["num_splits"], len(images))
     filled.update(_optimizer_settings(config, defaults, filled["batch_size"]))
-    _check_together(filled, config.accumulate)
+    _check_together({**filled, **numbers}, config.accumulate)
     try:
-        method = kind(**settings)
+        method = type(defaults.method)(**numbers)
     except ValueError as error:
-        name = str(error).split(" ")[0]
-        if name not in filled:
-            raise
-        raise ConfigError(name, filled[name], str(error)) from error
-    return dataclasses.replace(config, **filled), method, defaults_name
+        raise refusal(config.method, error, numbers) from error
+    # As the method has them: one may follow from another.
+    return config.changed(**filled, **dataclasses.asdict(method)), method, name
 
 
 def _optimizer_settings(config: TrainConfig, defaults: Defaults, batch_size: int) -> dict[str, Any]:
@@ -129,9 +78,8 @@ def _first(given: Any, default: Any) -> Any:
     return default if given is None else given
 
 
-def _fit_to_data(config: TrainConfig, filled: dict[str, Any], count: int) -> None:
+def _fit_to_data(config: TrainConfig, filled: dict[str, Any], splits: int, count: int) -> None:
     """Make defaults fit a small set or a short run; refuse given values that do not."""
-    splits = filled.get("num_splits", 1)
     if config.batch_size is None and filled["batch_size"] > count:
         filled["batch_size"] = max(count // splits * splits, 2)
     if filled["batch_size"] > count:

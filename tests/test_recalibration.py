@@ -1,4 +1,4 @@
-"""Batch norm of an untrained network, calibrated: what it computes and what it leaves untouched."""
+"""Batch norm of an untrained network, recalibrated: what it computes and leaves untouched."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from softcl.data import ImageSet, center_view
-from softcl.evaluation.calibration import calibrated
 from softcl.evaluation.features import PIECE, eval_mode, sampled
+from softcl.evaluation.recalibration import recalibrated
 from softcl.nn import Encoder, convert_split_batch_norm
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_features_are_those_of_train_mode(count: int, splits: int):
     literal.backbone[3].eval()
     with torch.no_grad():
         expected = literal.features(views)
-    with calibrated(encoder, images, 8, CPU) as same, eval_mode(encoder), torch.no_grad():
+    with recalibrated(encoder, images, 8, CPU) as same, eval_mode(encoder), torch.no_grad():
         assert same is encoder
         torch.testing.assert_close(encoder.features(views), expected, atol=1e-5, rtol=1e-5)
 
@@ -50,7 +50,7 @@ def test_statistics_and_modes_are_restored_even_after_an_error():
     encoder = build(8)
     encoder.backbone[1].eval()
     before = copy.deepcopy(encoder.state_dict())
-    with pytest.raises(ZeroDivisionError), calibrated(encoder, image_set(16), 8, CPU):
+    with pytest.raises(ZeroDivisionError), recalibrated(encoder, image_set(16), 8, CPU):
         assert not torch.equal(encoder.backbone[1].running_mean, torch.zeros(6))
         raise ZeroDivisionError
     after = encoder.state_dict()
@@ -63,5 +63,5 @@ def test_a_network_without_batch_norm_reads_no_image():
     encoder = Encoder(nn.Flatten(), nn.Identity())
     images = image_set(4)
     images.images = None
-    with calibrated(encoder, images, 8, CPU) as same:
+    with recalibrated(encoder, images, 8, CPU) as same:
         assert same is encoder

@@ -1,32 +1,43 @@
-"""A training run: its steps, its log, its checkpoints, its evaluations."""
+"""A training run from its start, or from a checkpoint, to its end: steps, evaluations, saves."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from softcl.data import ImageSet
-from softcl.training.baselines import baselines_of, in_words
-from softcl.training.build import Parts, fingerprint
-from softcl.training.config import identity_hash
-from softcl.training.describe import record, versions
-from softcl.training.diagnose import first_damaged, first_non_finite
-from softcl.training.feed import BatchFeed
-from softcl.training.interrupt import StopVote
-from softcl.training.meter import Diverged, Meter
-from softcl.training.parallel import average_buffers
-from softcl.training.picture import choose_queries, draw_neighbors, nearest
-from softcl.training.progress import Progress, Status, clock
-from softcl.training.resume import FORMAT
-from softcl.training.run_folder import CONFIG, PICTURE, RESULT, SKIPPED, RunFolder
-from softcl.training.schedules import learning_rate, teacher_momentum
-from softcl.training.speed import begin_step
-from softcl.training.step import Images, query_spread, train_step
-from softcl.training.view_sheet import SHEET, draw_views
-from softcl.training.views import build_views
+from softcl.evaluation.recalibration import recalibrated
+from softcl.train.checkpoint import BEST, LAST, name_too, write_checkpoint
+from softcl.train.folder import (
+    BASELINES,
+    CONFIG,
+    FORMAT,
+    PICTURE,
+    RESULT,
+    SKIPPED,
+    VIEWS,
+    RunFolder,
+)
+from softcl.train.images import fingerprint
+from softcl.train.log import (
+    Diverged,
+    Meter,
+    MetricsLog,
+    PlainProgress,
+    clock,
+    describe,
+    describe_baselines,
+    make_progress,
+    record,
+    versions,
+)
+from softcl.train.optim import learning_rate, teacher_momentum
+from softcl.train.parallel import StopVote, average_buffers
+from softcl.train.parts import Parts
+from softcl.train.pictures import choose_queries, draw_neighbors, draw_views, nearest
+from softcl.train.step import Images, first_damaged, query_spread, train_step
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
@@ -36,34 +47,50 @@ class Run:
 
     Args:
         parts: what it is made of, at step 0.
-        folder: where it writes.
-        progress: where it shows itself.
+        path: where it writes.
+        folder: the same, in the process that does; None in the others.
     """
 
-    def __init__(self, parts: Parts, folder: RunFolder, progress: Progress) -> None:
-        self.parts, self.folder, self.progress = parts, folder, progress
+    def __init__(self, parts: Parts, path: Path, folder: RunFolder | None) -> None:
+        self.parts, self.path, self.folder = parts, path, folder
         self.state, self.knn, self.backend = parts.state, parts.knn, parts.backend
-        self.world = parts.world
-        self.device, images = parts.knn.device, parts.images
-        self.config = config = dataclasses.replace(
-            parts.config, out=str(folder.path), overwrite=False, resume=None
-        )
-        self.fingerprint = fingerprint(images)
-        self.images = _resident_on(images, self.device)
-        self.views = build_views(self.state.method, images, config.image_size, config.view_kernel)
-        feed = (self.images, config.batch_size, config.seed, self.device, self.world, self.views)
-        self.feed = BatchFeed(*feed)
+        self.world, self.feed = parts.world, parts.feed
+        self.config = config = parts.config.changed(out=str(path), overwrite=None, resume=None)
+        self.progress = PlainProgress(None) if folder is None else make_progress()
+        self.log = None if folder is None else MetricsLog(folder)
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
         self.best_accuracy, self.best_step = -1.0, -1
+        self.evaluated_step = self.saved_step = -1
         self._warned_of_collapse = False
         self._listed = 0  # unreadable images in skipped.txt
-        self.evaluated_step = self.saved_step = -1
         self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._first_step = self.state.step
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+
+    def begin(self, content: dict[str, Any] | None) -> None:
+        """Tell what the run is; go on from the content of a checkpoint, if there is one."""
+        for line in describe(self.parts, self.path):
+            self.progress.say(line)
+        if content is None:
+            if self.folder is not None:
+                self.folder.write_json(CONFIG, record(self.parts, self.config))
+            self._list_skipped()
+            self._show_views()
+        self.world.first(self._measure_baselines)
+        if content is not None:
+            self.load(content)
+            self.progress.say(f"resumed    at step {self.state.step} of {self.total_steps}")
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -75,23 +102,24 @@ class Run:
         last = min(self.total_steps, self.config.max_steps or self.total_steps)
         self._evaluate_if_due()  # a run stopped between an epoch's last step and its evaluation
         for images in self.feed.batches(self.state.step, last):
-            self._one_step(images)
+            with self.world.watching(f"in step {self.state.step + 1}"):
+                self._one_step(images)
             if self.meter.due(self.state.step, self.total_steps):
-                self._log(last)
+                self._show(last)
             if vote.asked():
                 return
             self._evaluate_if_due()
             if self._checkpoint_is_due():
                 self.save()
 
-    def _diverged(self, images: Images, what: str) -> Diverged:
-        seed = self.config.seed
-        tensor = first_non_finite(self.state, images, self.views, seed)
-        return Diverged(f"{what}: {tensor}")
+    def _diverged(self, what: str) -> Diverged:
+        found = first_damaged(self.state, gradients=True)
+        return Diverged(f"{what}: {found or 'gradients and parameters are finite'}")
 
     def _one_step(self, images: Images) -> None:
         config, state = self.config, self.state
-        begin_step(config)
+        if config.cuda_graph:  # what the last step's graphs returned is no longer needed
+            torch.compiler.cudagraph_mark_step_begin()
         lr = learning_rate(
             state.step,
             peak=config.lr,
@@ -104,51 +132,44 @@ class Run:
         momentum = teacher_momentum(
             state.step,
             start=state.method.momentum,
-            schedule=config.momentum_schedule,
+            schedule=state.method.momentum_schedule,
             total_steps=self.total_steps,
         )
         try:
-            with self.world.watching(f"in step {state.step + 1}"):
-                measures = train_step(
-                    state,
-                    images,
-                    self.views,
-                    seed=config.seed,
-                    backend=self.backend.name,
-                    momentum=momentum,
-                    accumulate=config.accumulate,
-                    clip_norm=config.clip_norm,
-                )
+            measures = train_step(
+                state,
+                images,
+                self.parts.views,
+                seed=config.seed,
+                backend=self.backend.name,
+                momentum=momentum,
+                accumulate=config.accumulate,
+                clip_norm=config.clip_norm,
+            )
         except ValueError as error:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
-            what = f"step {state.step + 1} failed ({error})"
-            raise self._diverged(images, what) from error
+            raise self._diverged(f"step {state.step + 1} failed ({error})") from error
         try:
-            self.meter.add(state.step, lr, measures)
+            self.meter.add(state.step, measures)
         except Diverged as error:
-            raise self._diverged(images, str(error)) from error
+            raise self._diverged(str(error)) from error
 
-    def _log(self, last: int) -> None:
-        for row in self.meter.rows(self.feed.waited):
-            row["epoch"] = row["step"] / self.feed.steps_per_epoch
-            self.folder.log(row)
-            self._warn_of_collapse(row)
+    def _show(self, last: int) -> None:
+        """The numbers of this step, in the log and on the terminal; `last` step of this part."""
+        row, lr = self.meter.row(self.feed.waited), self.state.optimizer.param_groups[0]["lr"]
+        row |= {"lr": lr, "epoch": self.state.step / self.feed.steps_per_epoch}
+        if self.log is not None:
+            self.log.add(row)
+        self._warn_of_collapse(row)
         done, left = self.state.step - self._first_step, last - self.state.step
         pace = (time.perf_counter() - self._loop_started) / max(done, 1)
-        self.progress.show(
-            Status(
-                step=self.state.step,
-                steps=self.total_steps,
-                epoch=(self.state.step - 1) // self.feed.steps_per_epoch + 1,
-                epochs=self.config.epochs,
-                loss=self.meter.loss,
-                lr=self.state.optimizer.param_groups[0]["lr"],
-                images_per_s=self.meter.images_per_s,
-                data_wait=self.meter.data_wait,
-                seconds_left=pace * left,
-            )
+        epoch = f"{(self.state.step - 1) // self.feed.steps_per_epoch + 1}/{self.config.epochs}"
+        numbers = (
+            f"loss {row['loss']:.4f}  lr {lr:.4f}  {row['images_per_s']:,.0f} images/s  "
+            f"data wait {row['data_wait']:.0%}  ETA {clock(pace * left)}"
         )
+        self.progress.show(self.state.step, self.total_steps, epoch, numbers)
 
     def _warn_of_collapse(self, row: dict[str, Any]) -> None:
         """Once, when the student's outputs all point the same way; again after a recovery."""
@@ -164,15 +185,25 @@ class Run:
 
     # ------------------------------------------------------------------------------- evaluation
 
-    def measure_baselines(self) -> None:
-        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder)."""
-        self.world.first(self._measure_baselines)
-        self.meter.restart(self.feed.waited)
-
     def _measure_baselines(self) -> None:
-        state = self.state
-        self.baselines = baselines_of(self.folder, state.student, self.knn, state.step)
-        self.progress.say(in_words(self.baselines))
+        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder).
+
+        They are num_neighbors; untrained_neighbors, the rows for the picture; and with labels the
+        accuracies untrained and pixels. Batch norms have the statistics of the images.
+        """
+        knn, student = self.knn, self.state.student
+        stored = self.folder.read_json(BASELINES)
+        if stored is None or stored.get("num_neighbors") != knn.num_neighbors:
+            with recalibrated(student, knn.bank, knn.size, knn.device):
+                queries, bank = knn.encoder_features(student)
+            found = nearest(queries[choose_queries(knn).to(knn.device)], bank)
+            stored = {"num_neighbors": knn.num_neighbors, "untrained_neighbors": found.tolist()}
+            if knn.labelled:
+                stored["untrained"] = knn.accuracy(queries, bank)
+                stored["pixels"] = knn.pixel_accuracy()
+            self.folder.write_json(BASELINES, stored)
+        self.baselines = stored
+        self.progress.say(describe_baselines(stored))
 
     def _evaluate_if_due(self) -> None:
         epoch, within = divmod(self.state.step, self.feed.steps_per_epoch)
@@ -206,7 +237,7 @@ class Run:
         if self.state.step == self.total_steps:
             self._final_features = features
         epoch = self.state.step / self.feed.steps_per_epoch
-        self.folder.log(
+        self.log.add(
             {
                 "step": self.state.step,
                 "epoch": epoch,
@@ -222,13 +253,13 @@ class Run:
         )
         return accuracy
 
-    def finish(self) -> None:
+    def finish(self) -> dict[str, Any]:
         """The picture and the final numbers, after the last step."""
         self._settle_buffers()
         refused = sum(queue.refused for queue in self.state.queues.values())
-        self.world.first(lambda: self._finish(refused))
+        return self.world.first(lambda: self._finish(refused))
 
-    def _finish(self, refused: int) -> None:
+    def _finish(self, refused: int) -> dict[str, Any]:
         picture = self._draw_picture()
         result = {
             "step": self.state.step,
@@ -245,19 +276,20 @@ class Run:
         }
         self.progress.close()
         if self.accuracy is not None:
-            self.progress.say(in_words(self.baselines, self.accuracy))
+            self.progress.say(describe_baselines(self.baselines, self.accuracy))
         self.progress.say(f"picture    {picture}")
-        self.progress.say(f"done       in {clock(self.seconds())}, in {self.folder.path}")
+        self.progress.say(f"done       in {clock(self.seconds())}, in {self.path}")
         self.folder.write_json(RESULT, result)
+        return result
 
     def _draw_picture(self) -> str:
         places = choose_queries(self.knn)
         if self._final_features is None:
             self._final_features = self.knn.encoder_features(self.state.student)
         queries, bank = self._final_features
-        trained = nearest(queries[places.to(self.device)], bank)
+        trained = nearest(queries[places.to(self.knn.device)], bank)
         untrained = torch.tensor(self.baselines["untrained_neighbors"])
-        path = self.folder.path / PICTURE
+        path = self.path / PICTURE
         panels = [("nearest after training", trained), ("nearest before training", untrained)]
         draw_neighbors(path, self.knn, places, panels)
         return str(path)
@@ -280,21 +312,19 @@ class Run:
         """
         if self.saved_step == self.state.step:
             return
-        started = time.perf_counter()
+        started, images = time.perf_counter(), self.parts.images
         self._settle_buffers()
         self._list_skipped()
         self.meter.check()
         damaged = first_damaged(self.state)
         if damaged is not None:
-            raise Diverged(f"after step {self.state.step} {damaged} is not finite")
+            raise Diverged(f"after step {self.state.step} {damaged}")
         content = {
             "format": FORMAT,
             **self.state.state_dict(),
             "config": self.config.to_dict(),
-            "config_hash": identity_hash(self.config),
-            "fingerprint": self.fingerprint,
-            "normalisation": [list(self.images.mean), list(self.images.std)],
-            "meter": self.meter.state_dict(),
+            "fingerprint": fingerprint(images),
+            "normalisation": [list(images.mean), list(images.std)],
             "accuracy": self.accuracy,
             "best": [self.best_accuracy, self.best_step],
             "evaluated_step": self.evaluated_step,
@@ -306,14 +336,14 @@ class Run:
         self.meter.skip(time.perf_counter() - started)
 
     def _write(self, content: dict[str, Any]) -> None:
-        self.folder.write_checkpoint(content, keep=self.config.keep_checkpoints)
+        self.log.flush()
+        write_checkpoint(self.path / LAST, content)
         if self.best_step == self.state.step:
-            self.folder.mark_best()
+            name_too(self.path / LAST, self.path / BEST)
 
     def load(self, content: dict[str, Any]) -> None:
         """Go on from the content of a checkpoint of the same configuration."""
         self.state.load_state_dict(content)
-        self.meter.load_state_dict(content["meter"], self.device)
         self.accuracy, self.evaluated_step = content["accuracy"], content["evaluated_step"]
         self.best_accuracy, self.best_step = content["best"]
         self._seconds_before = content["seconds"]
@@ -328,45 +358,26 @@ class Run:
         """Where to go on from, in words."""
         if self.saved_step < 0:
             return "there is no checkpoint yet"
-        return f"the last checkpoint is {self.folder.checkpoint}, of step {self.saved_step}"
+        return f"the last checkpoint is {self.path / LAST}, of step {self.saved_step}"
 
     def say_stopped(self) -> None:
         self.progress.close()
         self.progress.say(
             f"stopped    at step {self.state.step} of {self.total_steps}; go on with: "
-            f"python -m softcl.train --resume {self.folder.path}"
+            f"python -m softcl.train --resume {self.path}"
         )
 
-    def write_config(self) -> None:
-        """config.json, and skipped.txt if images were unreadable."""
-        self.folder.write_json(CONFIG, record(self))
-        self._list_skipped()
-
-    def show_views(self) -> None:
+    def _show_views(self) -> None:
         """views.png, where it was asked for."""
-        config = self.config
-        if config.show_views is None or not self.world.is_first:
-            return
-        path = self.folder.path / SHEET
-        images = self.parts.images
-        draw_views(path, images, self.views, config.image_size, config.show_views, config.seed)
-        self.progress.say(f"views      {path}")
+        config, parts, path = self.config, self.parts, self.path / VIEWS
+        if config.show_views is not None and self.folder is not None:
+            size, count = config.image_size, config.show_views
+            draw_views(path, parts.images, parts.views, size, count, config.seed)
+            self.progress.say(f"views      {path}")
 
     def _list_skipped(self) -> None:
         """skipped.txt, of all processes; images decoded on demand are found while they are read."""
-        skipped = dict.fromkeys(sum(self.world.all_of(self.images.skipped), []))
-        if len(skipped) > self._listed:
+        skipped = dict.fromkeys(sum(self.world.all_of(self.parts.images.skipped), []))
+        if len(skipped) > self._listed and self.folder is not None:
             self._listed = len(skipped)
             self.folder.write_text(SKIPPED, "".join(f"{line}\n" for line in skipped))
-
-    def close(self) -> None:
-        self.progress.close()
-        self.folder.close()
-
-
-def _resident_on(images: ImageSet, device: torch.device) -> ImageSet:
-    """The set with its pixels on the device, where they take at most a quarter of its memory."""
-    if not images.resident or device.type != "cuda":
-        return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if images.images.numel() < free // 4 else images

@@ -1,4 +1,9 @@
-"""Batch norm of an untrained network, calibrated: statistics of the data in place of 0 and 1."""
+"""Batch norm of an untrained network, recalibrated: statistics of the data in place of 0 and 1.
+
+Not by `torch.optim.swa_utils.update_bn`, which works in train mode: drop-out would be on, splits
+would have to divide the images, and synchronised norms would wait for processes that measure
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ _NORMS = nn.modules.batchnorm._BatchNorm  # of any dimension, split and synchron
 
 
 @contextlib.contextmanager
-def calibrated(
+def recalibrated(
     encoder: nn.Module, images: ImageSet, size: int, device: torch.device
 ) -> Iterator[nn.Module]:
     """Context in which the encoder's batch norms have the statistics of the images.
