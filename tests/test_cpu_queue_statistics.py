@@ -13,8 +13,6 @@ from softcl.testing import KINDS, make_problem
 pytest.importorskip("softcl._C", reason="softcl._C is not built")
 from softcl.ops import cpu, native  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-
 # Coarse coordinates: products and sums are exact in float32, so ties are ties to the last bit.
 EXACT_STEP = 2.0**-6
 

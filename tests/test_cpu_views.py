@@ -65,7 +65,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("number", "height", "width", "size"), SIZES)
-def test_sizes(number, height, width, size, nan_filled_memory):
+def test_sizes(number, height, width, size):
     table, images = drawn(number, height, width), noise(number, height, width)
     for colors in (False, True):
         assert_is_the_oracles(images, size, table, colors)

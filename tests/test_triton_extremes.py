@@ -23,7 +23,7 @@ from softcl.testing import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory", "triton_device")
+pytestmark = pytest.mark.usefixtures("triton_device")
 
 F, B = torch.float32, torch.bfloat16
 

@@ -36,7 +36,7 @@ def check(query, queue, *arguments, **options):
     ),
     ids=str,
 )
-def test_against_reference(nan_filled_memory, triton_device, shape, dtypes, temperature):
+def test_against_reference(triton_device, shape, dtypes, temperature):
     """Sums and neighbours; the search alone finds the same."""
     N, K, D = shape
     kind = "clustered" if N == 9 else "random"
@@ -59,7 +59,7 @@ COUNTS = [1, 5, 64, 200, 1024]
         lambda case: (ORDERS.index(case[0]) + COUNTS.index(case[1])) % 2,
     ),
 )
-def test_neighbors_and_ties(nan_filled_memory, triton_device, order, k):
+def test_neighbors_and_ties(triton_device, order, k):
     generator = torch.Generator().manual_seed(0)
     vectors, queue = (
         torch.randint(-3, 4, (rows, 12), generator=generator) * EXACT_STEP for rows in (3, 1300)
@@ -104,7 +104,7 @@ def test_lowest_of_equal_rows_in_every_layout(triton_device, monkeypatch, target
 
 
 @pytest.mark.parametrize(("dtype", "temperature"), [(F, 0.1), (B, 0.01), (F, 1e6)], ids=str)
-def test_excluded_row(nan_filled_memory, triton_device, dtype, temperature):
+def test_excluded_row(triton_device, dtype, temperature):
     """Within a batch: the queue is the vectors themselves, each without its own, nearest, row."""
     p = on(triton_device, make_problem(70, 3, 33, kind="clustered", dtype=dtype))
     excluded = torch.arange(70, device=triton_device).repeat_interleave(2)[::2]  # strided
@@ -122,7 +122,7 @@ def test_every_row_is_a_neighbor(triton_device, k):
 
 
 @pytest.mark.parametrize("dtype", [F, B], ids=str)
-def test_the_same_bits_without_sums(nan_filled_memory, triton_device, dtype):
+def test_the_same_bits_without_sums(triton_device, dtype):
     p = on(triton_device, make_problem(5, 700, 70, dtype=dtype))
     full, alone = (run(p.query, p.queue, 0.07, 30, sums=sums) for sums in (True, False))
     assert torch.equal(alone.neighbor_logits, full.neighbor_logits)

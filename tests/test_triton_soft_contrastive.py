@@ -33,7 +33,7 @@ from softcl.testing import (
     rule_name,
 )
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory", "triton_device")
+pytestmark = pytest.mark.usefixtures("triton_device")
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F, F), (B, B), (H, H), (B, F), (F, B), (H, B), (B, H), (F, H), (H, F)]

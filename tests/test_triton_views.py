@@ -47,9 +47,7 @@ SIZES = [
     ("name", "number", "height", "width", "size"),
     [*((name, 8, 32, 32, 32) for name in VIEWS), *(("strong", *sizes) for sizes in SIZES)],
 )
-def test_as_in_pytorch(
-    triton_device, monkeypatch, nan_filled_memory, name, number, height, width, size
-):
+def test_as_in_pytorch(triton_device, monkeypatch, name, number, height, width, size):
     images = noise(number, height, width)
     got, expected = both(VIEWS[name], images, size, triton_device, monkeypatch)
     assert got.shape == expected.shape == (number, 3, size, size)

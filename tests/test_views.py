@@ -75,7 +75,7 @@ def test_processes_make_the_views_of_the_whole_batch(name, made_by):
         ("weak", 0, 9, 9, 8),
     ],
 )
-def test_sizes(name, number, height, width, size, nan_filled_memory):
+def test_sizes(name, number, height, width, size):
     made = VIEWS[name](noise(number, height, width), size, MEAN, STD, generator())
     assert made.shape == (number, 3, size, size)
     assert made.dtype == torch.float32 and made.is_contiguous()
