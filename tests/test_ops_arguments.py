@@ -173,8 +173,13 @@ def test_the_loss_takes_at_most_thirteen_arguments():
 
 
 def test_importing_the_library_loads_the_operator_alone():
+    """Nor does a call load more."""
     code = """
 import sys, softcl
+from softcl.testing import make_problem
+p = make_problem(4, 10, 8)
+softcl.soft_contrastive_loss(p.query, p.key, p.queue, softcl.HardLabels(), temperature=0.1,
+                             teacher_temperature=0.1)
 loaded = [name for name in ("softcl.nn", "softcl.distributed", "softcl.methods", "triton", "timm")
           if name in sys.modules]
 import torch
