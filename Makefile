@@ -47,12 +47,12 @@ setup: $(environment)  ## make the virtual environment
 lint: $(environment)  ## check style: ruff and clang-format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc bench/native tests/native -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(environment)  ## rewrite the sources in that style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+	find csrc bench/native tests/native -type f | xargs $(VENV)/bin/clang-format -i
 
 clean:  ## remove what was built, not the environment
 	rm -rf build dist softcl.egg-info softcl/_C.*

@@ -8,7 +8,8 @@ then timed in turn with ours. On a CPU each has a process of its own: faiss and 
 OpenMP runtimes of theirs.
 
 The floor is that of N K D multiply-adds in fp32. The CPU backend can pass below it: it screens rows
-in 16-bit fixed point and compares in fp32 only what could be among the nearest (csrc/cpu/screen.h).
+in 16-bit fixed point and compares in fp32 only what could be among the nearest (search/screen.h in
+csrc/cpu).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from softcl.testing import (
     loss_oracle,
     make_problem,
 )
-from softcl.training.allocator import keep_freed_pages
+from softcl.train.parts import keep_freed_pages
 
 TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
 DTYPES = ("float32", "bfloat16", "float16")

@@ -2,7 +2,7 @@
 
     pytest bench/bench_train_step.py --benchmark-only [--shapes main] [--full] [--backend cpu] ...
 
-A step is `softcl.training.step.train_step`: views, the teacher's average, networks, loss, optimiser
+A step is `softcl.train.step.train_step`: views, the teacher's average, networks, loss, optimiser
 and queue, with ASCL and the recipe of the data. Contenders are the backends of the loss
 ("reference" is the unfused step) and "bare": forward and backward of the student and forward of the
 teacher, on views made before. Each fused step is first held to the reference's, from the same
@@ -23,12 +23,11 @@ from bench.machine import conditions
 from bench.table import Row
 from softcl.data import STATISTICS, ImageSet, make_shapes
 from softcl.testing import available_backends, make_problem
-from softcl.training.allocator import keep_freed_pages
-from softcl.training.build import build_state
-from softcl.training.config import TrainConfig
-from softcl.training.settings import fill
-from softcl.training.step import TrainState, train_step
-from softcl.training.views import build_views
+from softcl.train.config import TrainConfig
+from softcl.train.defaults import fill
+from softcl.train.images import build_views
+from softcl.train.parts import build_state, keep_freed_pages
+from softcl.train.step import TrainState, train_step
 
 BARE = "bare"
 SECONDS, MOST_ROUNDS, LEAST_ROUNDS = 12.0, 30, 3

@@ -25,9 +25,9 @@ from bench.table import Row
 from bench.timing import measure
 from bench.view_peers import PEERS, absent, by_pillow, make_peer
 from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, weak_view
-from softcl.data.fused import kernel_missing
-from softcl.data.recipe import COLOR_COLUMNS, CROP_COLUMNS, draw_colors, draw_crop
-from softcl.training.allocator import keep_freed_pages
+from softcl.data.kernels import kernel_missing
+from softcl.data.recipe import RECIPES, draw
+from softcl.train.parts import keep_freed_pages
 
 ON_CPU, ON_GPU = "torch on the CPU", "torch on the GPU"
 SECONDS, MOST_ROUNDS = 3.0, 50
@@ -93,16 +93,14 @@ def check(images: ImageSet, side: int, device: str, kernel: bool) -> None:
     images = ImageSet(images.images[:CHECKED], None, [], images.mean, images.std, images.name)
     height, width = images.size
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (images.mean, images.std))
-    for view, columns in ((weak_view, 0), (strong_view, COLOR_COLUMNS)):
+    for view, recipe in ((weak_view, RECIPES["weak"]), (strong_view, RECIPES["strong"])):
         common = (side, images.mean, images.std)
         # A generator on the CPU gives the same numbers for every device.
         same = torch.Generator().manual_seed(1)
         made = view(images.images.to(device), *common, same, kernel=kernel).cpu()
-        generator = torch.Generator().manual_seed(1)
-        numbers = torch.rand((CHECKED, CROP_COLUMNS + columns), generator=generator)
-        crop = draw_crop(numbers[:, :CROP_COLUMNS], height, width)
-        colors = draw_colors(numbers[:, CROP_COLUMNS:]) if columns else None
-        expected = [by_pillow(x, crop, colors, i, side) for i, x in enumerate(images.images)]
+        numbers = torch.rand((CHECKED, recipe.columns), generator=same.manual_seed(1))
+        table = draw(numbers, height, width, recipe)
+        expected = [by_pillow(x, row, side) for x, row in zip(images.images, table, strict=True)]
         levels = ((made * std + mean - torch.stack(expected)) * 255).abs().flatten(1)
         assert float(levels.mean()) <= MEAN_LEVELS, f"{levels.mean():.2f} levels off Pillow"
         worst = float(levels.quantile(0.99, dim=1).max())

@@ -10,17 +10,31 @@ cores and the units of the exponentials work side by side. Memory works beside b
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
 import importlib.util
+import os
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bench.shapes import Cost
 
+ROOT = Path(__file__).resolve().parent.parent
+# For the instruction set that the backend runs on.
+CPU_FLAGS = {
+    "avx512": ("-mavx512f", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "portable": (),
+}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of the source; the largest L2 has 130 MB
 PRODUCT_SIZE = {"cpu": 64, "cuda": 8192}
 
@@ -61,16 +75,51 @@ class Ceilings(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def measured(group: str, device: str) -> Ceilings | None:
-    """The ceilings, anew for each group of contenders: clocks drift. None without softcl._C."""
+    """The ceilings, anew for each group of contenders: clocks drift. None without softcl._C
+    or a compiler."""
     if device == "cuda":
         has_triton = importlib.util.find_spec("triton") is not None
         exponentials = exponential_rate() if has_triton else float("inf")
         return Ceilings(product_rate(device) / 2.0, exponentials, copy_rate(device), True)
+    rates = cpu_rates(torch.get_num_threads(), 0.6)
+    return None if rates is None else Ceilings(*rates, copy_rate(device), False)
+
+
+def cpu_rates(threads: int, seconds: float) -> tuple[float, float] | None:
+    """Multiply-adds and exponentials per second of so many threads, measured for about that long
+    with the instructions in use; None without softcl._C, which says which, or a compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     try:
         from softcl import _C
     except ImportError:
         return None
-    return Ceilings(*_C.cpu_ceilings(torch.get_num_threads(), 0.6), copy_rate(device), False)
+    if compiler is None:
+        return None
+    library = ctypes.CDLL(str(cpu_library(compiler, _C.isa())))
+    rates = (ctypes.c_double * 2)()
+    library.softcl_measure_ceilings(threads, ctypes.c_double(seconds), rates)
+    return rates[0], rates[1]
+
+
+@functools.cache
+def cpu_library(compiler: str, isa: str) -> Path:
+    """bench/native/ceilings.cpp, compiled for one instruction set; kept in build/."""
+    csrc = ROOT / "csrc" / "cpu"
+    source = ROOT / "bench" / "native" / "ceilings.cpp"
+    command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", *CPU_FLAGS[isa]]
+    # Threads of its own: it must not depend on which OpenMP torch has loaded.
+    command += ["-DSOFTCL_STD_THREADS", f"-I{csrc}", str(source)]
+    key = hashlib.sha256(" ".join(command).encode())
+    for file in (source, csrc / "simd.h", csrc / "parallel.h"):
+        key.update(file.read_bytes())
+    library = ROOT / "build" / f"ceilings-{isa}-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            subprocess.run([*command, "-o", str(made)], check=True)
+            os.replace(made, library)
+    return library
 
 
 def product_rate(device: str) -> float:

@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from softcl.data import ImageSet, make_shapes  # noqa: E402
 from softcl.distributed import ALONE, World  # noqa: E402
-from softcl.training.allocator import keep_freed_pages  # noqa: E402
-from softcl.training.build import build_state  # noqa: E402
-from softcl.training.config import TrainConfig  # noqa: E402
-from softcl.training.settings import fill  # noqa: E402
-from softcl.training.step import train_step  # noqa: E402
-from softcl.training.views import build_views  # noqa: E402
+from softcl.train.config import TrainConfig  # noqa: E402
+from softcl.train.defaults import fill  # noqa: E402
+from softcl.train.images import build_views  # noqa: E402
+from softcl.train.parts import (
+    build_state,  # noqa: E402
+    keep_freed_pages,  # noqa: E402
+)
+from softcl.train.step import train_step  # noqa: E402
 
 LIMIT = 1.03
 TOLERANCE = 1e-4  # of the first step's loss; on GPUs the shuffles differ, and so do the splits
@@ -54,7 +56,7 @@ class Steps:
     def __init__(self, options: argparse.Namespace, world: World, sharded: bool) -> None:
         device = torch.device(options.device)
         images: ImageSet = make_shapes(options.batch_size)
-        config = TrainConfig(
+        config = TrainConfig.of(
             arch=options.arch, batch_size=options.batch_size, epochs=200, num_splits=1,
             queue_sharding=sharded,
         )  # fmt: skip

@@ -140,10 +140,10 @@ def control(name: str, flags: list[str]) -> int:
     """softcl.train with keys that tell nothing of their queries."""
     import torch
 
-    from softcl.train import main as train
-    from softcl.training import run as training
+    from softcl.train import parts
+    from softcl.train.__main__ import main as train
 
-    original = training.build_views
+    original = parts.build_views
 
     def views_of_others(method, images, size, kernel=None):
         views = original(method, images, size, kernel)
@@ -159,7 +159,7 @@ def control(name: str, flags: list[str]) -> int:
 
         return {**views, "key": noise if "noise" in name else other}
 
-    training.build_views = views_of_others
+    parts.build_views = views_of_others
     return train(flags)
 
 
@@ -169,14 +169,15 @@ def measure_centred(folder: Path) -> None:
     from torch.nn.functional import normalize
 
     from softcl.evaluation import eval_mode, extract
-    from softcl.evaluation.backbone import find_checkpoint
-    from softcl.evaluation.calibration import calibrated
-    from softcl.training.build import build_knn, build_state, load_images
-    from softcl.training.config import TrainConfig
-    from softcl.training.settings import fill
+    from softcl.evaluation.recalibration import recalibrated
+    from softcl.train.checkpoint import find_checkpoint
+    from softcl.train.config import TrainConfig
+    from softcl.train.defaults import fill
+    from softcl.train.images import load_images
+    from softcl.train.parts import build_knn, build_state
 
     _, content = find_checkpoint(folder / "last.pt")
-    config, device = TrainConfig.from_dict(content["config"]), torch.device("cpu")
+    config, device = TrainConfig.of(**content["config"]), torch.device("cpu")
     images, *sets, _ = load_images(config)
     config, method, _ = fill(config, images, config.image_size)
     encoder, knn = build_state(config, method, device).student, build_knn(config, *sets, device)
@@ -191,7 +192,7 @@ def measure_centred(folder: Path) -> None:
         mean = bank.mean(0)
         return knn.accuracy(*(normalize(x - mean, dim=1) for x in (queries, bank)))
 
-    with calibrated(encoder, knn.bank, knn.size, device):
+    with recalibrated(encoder, knn.bank, knn.size, device):
         scores = {"untrained": score()}
     encoder.load_state_dict(content["student"])
     scores["trained"] = score()

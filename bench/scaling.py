@@ -4,7 +4,7 @@
     python bench/scaling.py --gflops 195 --gigabytes 1.25 --queries 256   # long queues
     torchrun --nproc-per-node=2 bench/scaling.py --queries 256 --rows 4096     # counted, on gloo
 
-The first prints the model of softcl/distributed/traffic.py; computation that runs beside an
+The first prints the model of bench/traffic.py; computation that runs beside an
 exchange would hide some of it. The second takes a measured rate of the loss and prints, for queues
 of up to 100 M rows, bytes and seconds on one device, and from how many on the exchange of a sharded
 loss takes longer than its work. The third runs the exchanges of a step and prints the bytes that
@@ -23,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import softcl  # noqa: E402
+from bench import traffic  # noqa: E402
 from bench.shapes import Shape, loss_cost  # noqa: E402
-from softcl.distributed import ShardedQueue, World, traffic  # noqa: E402
+from softcl.distributed import ShardedQueue, World  # noqa: E402
 from softcl.labels import AdaptiveSoftLabels, HardLabels  # noqa: E402
 
 RULES = {"ascl 5": AdaptiveSoftLabels(5), "ascl 1": AdaptiveSoftLabels(1), "moco": HardLabels()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from softcl.data import ImageSet
-from softcl.data.recipe import RECIPE, Colors, Crop
+from softcl.data.recipe import RECIPE, Parameters, slots
 
 PEERS = ("torchvision", "torchvision workers")
 AHEAD = 8  # batches taken at once from worker processes
@@ -92,27 +92,29 @@ def _collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(weak), torch.stack(strong)
 
 
-def by_pillow(image: Tensor, crop: Crop, colors: Colors | None, place: int, side: int) -> Tensor:
-    """One sample's view by Pillow, with the parameters that ours has drawn for `place`.
+def by_pillow(image: Tensor, row: Tensor, side: int) -> Tensor:
+    """One sample's view by Pillow, with the parameters of its row of the table.
 
     image uint8 (3, H, W) -> float32 (3, side, side) in [0, 1], rounded to 8 bits at every step.
     """
     from PIL import ImageFilter
     from torchvision.transforms import functional as F
 
-    box = [int(x[place]) for x in (crop.top, crop.left, crop.height, crop.width)]
+    p = Parameters(*row.tolist())
+    box = [int(x) for x in p[:4]]
     picture = F.resized_crop(F.to_pil_image(image), *box, [side, side])
-    if crop.mirror[place]:
+    if p.mirror > 0:
         picture = F.hflip(picture)
-    if colors is not None and colors.jittered[place]:
+    if p.jittered > 0:
         adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
-        kinds, factors = colors.kinds[place].tolist(), colors.factors[place].tolist()
-        steps = [(adjust[kind], factor) for kind, factor in zip(kinds, factors, strict=True)]
-        steps.insert(int(colors.hue_slot[place]), (F.adjust_hue, float(colors.hue[place])))
+        factors = (p.brightness, p.contrast, p.saturation)
+        kinds, hue_slot = slots(torch.tensor(p.order))
+        steps = [(adjust[kind], factors[kind]) for kind in map(int, kinds)]
+        steps.insert(int(hue_slot), (F.adjust_hue, p.hue))
         for step, amount in steps:
             picture = step(picture, amount)
-    if colors is not None and colors.grayed[place]:
+    if p.grayed > 0:
         picture = F.to_grayscale(picture, num_output_channels=3)
-    if colors is not None and colors.blurred[place]:
-        picture = picture.filter(ImageFilter.GaussianBlur(float(colors.sigma[place])))
+    if p.blurred > 0:
+        picture = picture.filter(ImageFilter.GaussianBlur(p.sigma))
     return F.to_tensor(picture)

@@ -12,9 +12,8 @@
 #include <utility>
 
 #include "call_fields.h"
-#include "cpu/ceilings.h"
 #include "cpu/isa.h"
-#include "cpu/queue_pass.h"
+#include "cpu/pass/queue_pass.h"
 #include "softcl/enqueue.h"
 #include "softcl/views.h"
 
@@ -92,15 +91,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("openmp_threads", &openmp_threads,
              "Threads that OpenMP would use by itself; 1 if built without it.");
 
-  module.def(
-      "cpu_ceilings",
-      [](int num_threads, double seconds) {
-        const py::gil_scoped_release release;
-        const auto ceilings = softcl::cpu::measure_ceilings(num_threads, seconds);
-        return std::pair(ceilings.multiply_adds, ceilings.exponentials);
-      },
-      "num_threads"_a, "seconds"_a,
-      "Measures how many fp32 multiply-adds and exponentials a second the threads can do.");
   module.def("cpu_run", &cpu_run,
              "Writes a loss and its gradient, or without a key the statistics of a queue. The "
              "keyword arguments are the fields of Call in call.h; see call_fields.h.");

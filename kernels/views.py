@@ -1,7 +1,7 @@
 """One view of a batch: crop, antialiased resize, mirror, colours, normalise; uint8 in, fp32 out.
 
-The mathematics of softcl/data/{resample,color,views}.py, with one table of parameters per sample.
-What follows them there, a blur, commutes with the normalisation: the caller blurs the result.
+The mathematics of softcl/data/views.py, with one row of a table of parameters per sample. What
+follows there, a blur, commutes with the normalisation: the caller blurs the result.
 
     resize   a separable triangle filter, max(scale, 1) wide, over the pixels of the crop
     colours  brightness, contrast and saturation in the sample's order, the hue among them; then
@@ -18,15 +18,11 @@ import triton.language as tl
 
 from .launch import launch as launch_kernel
 
-# Columns of the table of parameters.
-COLUMNS = (
-    *("top", "left", "height", "width", "mirror"),
-    *("jittered", "kind_0", "kind_1", "kind_2", "factor_0", "factor_1", "factor_2"),
-    *("hue", "hue_slot", "grayed"),
-)
-STRIDE = tl.constexpr(16)  # numbers in a row of the table
-CONTRAST = tl.constexpr(1.0)  # of softcl.data.color; a table holds floats
-SATURATION = tl.constexpr(2.0)
+# The table of parameters: softcl.data.recipe.Parameters, a number each. A flag is set above 0.
+STRIDE = tl.constexpr(15)  # numbers in a row
+JITTERED, ORDER, FACTORS, HUE, GRAYED = (tl.constexpr(column) for column in (5, 6, 7, 10, 11))
+CONTRAST = tl.constexpr(1)  # of softcl.data.views
+SATURATION = tl.constexpr(2)
 
 
 @triton.jit
@@ -131,26 +127,28 @@ def shift_hue(red, green, blue, shift):
 @triton.jit
 def jitter(red, green, blue, row_ptr, mean, UNTIL_CONTRAST: tl.constexpr):
     """The four operations in the sample's order; or those that come before its contrast alone."""
-    shift = tl.load(row_ptr + 12)
-    hue_slot = tl.load(row_ptr + 13)
+    shift = tl.load(row_ptr + HUE)
+    order = tl.load(row_ptr + ORDER).to(tl.int32)
+    kind = order % 3
+    step = 1 + order // 3 % 2  # between the kinds of blends that follow each other
     go = tl.full((), 1, tl.int32)
     for slot in tl.static_range(4):
-        if (hue_slot == slot) & (go > 0):
+        if (order // 6 == slot) & (go > 0):
             red, green, blue = shift_hue(red, green, blue, shift)
         if slot < 3:
-            kind = tl.load(row_ptr + 6 + slot)
-            factor = tl.load(row_ptr + 9 + slot)
+            factor = tl.load(row_ptr + FACTORS + kind)
             if UNTIL_CONTRAST:
                 go = tl.where(kind == CONTRAST, 0, go)
                 factor = tl.where(go > 0, factor, 1.0)
             red, green, blue = blend(red, green, blue, kind, factor, mean)
+            kind = (kind + step) % 3
     return red, green, blue
 
 
 @triton.jit(do_not_specialize=["H", "W"])
 def view_kernel(
     images_ptr,  # (N, 3, H, W) uint8
-    table_ptr,  # (N, STRIDE) fp32, COLUMNS
+    table_ptr,  # (N, STRIDE) fp32
     constants_ptr,  # (2, 3) fp32: 1 / std and -mean / std
     view_ptr,  # (N, 3, SIZE, SIZE) fp32 out
     H,
@@ -167,7 +165,7 @@ def view_kernel(
     jittered = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
     if COLORS:
-        jittered = tl.load(row_ptr + 5)
+        jittered = tl.load(row_ptr + JITTERED)
         if jittered > 0.0:
             sums = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, PIXELS, BLOCK):
@@ -182,7 +180,7 @@ def view_kernel(
         if COLORS:
             if jittered > 0.0:
                 red, green, blue = jitter(red, green, blue, row_ptr, mean, False)
-            grayed = tl.load(row_ptr + 14) > 0.0
+            grayed = tl.load(row_ptr + GRAYED) > 0.0
             shade = gray(red, green, blue)
             red = tl.where(grayed, shade, red)
             green = tl.where(grayed, shade, green)
@@ -215,7 +213,7 @@ def warps_for(block: int) -> int:
 
 def launch(
     images: torch.Tensor,  # (N, 3, H, W) uint8, contiguous
-    table: torch.Tensor,  # (N, STRIDE) float32, contiguous; the columns COLUMNS, then anything
+    table: torch.Tensor,  # (N, STRIDE) float32, contiguous
     constants: torch.Tensor,  # (2, 3) float32: 1 / std and -mean / std
     size: int,
     colors: bool,

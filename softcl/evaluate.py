@@ -18,16 +18,21 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from softcl.command import CommandParser, ConfigError, report_for
 from softcl.data import FORMATS, DataError, ImageSet, load_dataset
-from softcl.evaluation.backbone import NETWORKS, Stored, features_of, load_backbone
 from softcl.evaluation.features import extract, sampled
 from softcl.evaluation.knn import BANK_PIECE, NUM_NEIGHBORS, TEMPERATURE, knn_predict
 from softcl.evaluation.probe import EPOCHS, RATE, Labelled, lbfgs_probe, sgd_probe
 from softcl.evaluation.retrieval import retrieval_precision
-from softcl.training.build import resolve_device
-from softcl.training.checkpoint import CheckpointError, replace_file
-from softcl.training.config import ConfigError
-from softcl.training.flags import CommandParser, report_for
+from softcl.train.checkpoint import (
+    NETWORKS,
+    CheckpointError,
+    Stored,
+    features_of,
+    load_backbone,
+    replace_file,
+)
+from softcl.train.parts import resolve_device
 
 MEASURES = ("knn", "lbfgs", "sgd", "retrieval")
 PROG = "softcl.evaluate"

@@ -22,11 +22,15 @@ import torch
 from torch import Tensor, nn
 
 import softcl
-from softcl.evaluation.backbone import NETWORKS, Stored, load_backbone
+from softcl.command import CommandParser, ConfigError, report_for
 from softcl.nn.backbones import ALIASES, OWN_RESNETS
-from softcl.training.checkpoint import CheckpointError, replace_file
-from softcl.training.config import ConfigError
-from softcl.training.flags import CommandParser, report_for
+from softcl.train.checkpoint import (
+    NETWORKS,
+    CheckpointError,
+    Stored,
+    load_backbone,
+    replace_file,
+)
 
 FORMATS = ("timm", "torchvision", "onnx")
 PROG = "softcl.export"

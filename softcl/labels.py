@@ -163,6 +163,8 @@ def _rule_of(values: tuple[float, ...]) -> LabelRule:
 
 
 def _weight(name: str, value: float) -> float:
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, numbers.Real):
+        value = value.item()  # a tensor or an array of one number
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (0.0 <= value < math.inf):

@@ -12,16 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from softcl.command import CommandParser, ConfigError, report_for
 from softcl.data import DataError
 from softcl.reporting.figures import Figure, draw_all
 from softcl.reporting.maps import MOST_IMAGES, WAYS, map_features
 from softcl.reporting.page import make_page
 from softcl.reporting.runs import RunData, read_runs
-from softcl.training.build import resolve_device
-from softcl.training.checkpoint import CheckpointError, replace_file
-from softcl.training.config import ConfigError
-from softcl.training.flags import CommandParser, report_for
-from softcl.training.run_folder import RunFolderError
+from softcl.train.checkpoint import CheckpointError, replace_file
+from softcl.train.folder import RunFolderError
+from softcl.train.parts import resolve_device
 
 PAGE = "index.html"
 PROG = "softcl.report"

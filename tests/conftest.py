@@ -81,13 +81,33 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+RUN = (
+    "--epochs 2 --batch-size 32 --queue-size 64 --num-splits 2 --lr 0.05 --arch resnet_tiny "
+    "--projection-dim 16 --projector-hidden 32 --warmup-epochs 0.5 --device cpu"
+).split()
+
+
 @pytest.fixture
 def flags(folder: Path, tmp_path: Path, monkeypatch, one_thread) -> list[str]:
     """A run of 2 epochs of 4 steps on `folder`, in the folder `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-    line = "--epochs 2 --batch-size 32 --queue-size 64 --num-splits 2 --lr 0.05 --arch resnet_tiny "
-    line += "--projection-dim 16 --projector-hidden 32 --warmup-epochs 0.5 --device cpu"
-    return ["--data", str(folder), *line.split()]
+    return ["--data", str(folder), *RUN]
+
+
+@pytest.fixture(scope="session")
+def whole(folder: Path, tmp_path_factory) -> Path:
+    """The folder of such a run that was left in peace, finished; read it, or copy it."""
+    from softcl.train import fit
+    from softcl.train.__main__ import parse_flags
+
+    out, threads = tmp_path_factory.mktemp("whole") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fitted = fit(**parse_flags(["--data", str(folder), *RUN, "--out", str(out)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert (fitted.exit_code, fitted.folder) == (0, out) and fitted.result["step"] == 8
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Builds what runs the CUDA kernels on the CPU (csrc/cuda/host), once: a module and a program.
+"""Builds what runs the CUDA kernels on the CPU (tests/native/cuda), once: a module and a program.
 
 Not a test file. Both are kept in build/, in a folder named after their sources.
 """
@@ -22,27 +22,32 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
 SOURCES = (
-    "cuda/enqueue.cu",
-    "cuda/plan.cpp",
-    "cuda/queue_statistics.cu",
-    "cuda/soft_contrastive.cu",
-    "cuda/stream.cu",
-    "cuda/stream_64.cu",
-    "cuda/stream_128.cu",
-    "cuda/stream_256.cu",
-    "cuda/stream_hopper.cu",
-    "cuda/stream_hopper_64.cu",
-    "cuda/stream_hopper_128.cu",
-    "cuda/stream_hopper_256.cu",
-    "cuda/host/block.cpp",
-    "cuda/host/products.cpp",
-    "cuda/host/runtime.cpp",
-    "cuda/host/warpgroup.cpp",
+    "csrc/cuda/enqueue.cu",
+    "csrc/cuda/plan.cpp",
+    "csrc/cuda/queue_statistics.cu",
+    "csrc/cuda/soft_contrastive.cu",
+    "csrc/cuda/stream.cu",
+    "csrc/cuda/stream_64.cu",
+    "csrc/cuda/stream_128.cu",
+    "csrc/cuda/stream_256.cu",
+    "csrc/cuda/stream_hopper.cu",
+    "csrc/cuda/stream_hopper_64.cu",
+    "csrc/cuda/stream_hopper_128.cu",
+    "csrc/cuda/stream_hopper_256.cu",
+    "tests/native/cuda/block.cpp",
+    "tests/native/cuda/products.cpp",
+    "tests/native/cuda/runtime.cpp",
+    "tests/native/cuda/warpgroup.cpp",
 )
-MODULE_SOURCES = ("bindings_cuda.cpp", "cuda/host/module.cpp")
-PROGRAM_SOURCES = ("cuda/check/ceiling.cu", "cuda/check/main.cu", "cuda/check/reference.cpp")
+MODULE_SOURCES = ("csrc/bindings_cuda.cpp", "tests/native/cuda/module.cpp")
+PROGRAM_SOURCES = (
+    "bench/native/check/ceiling.cu",
+    "bench/native/check/main.cu",
+    "bench/native/check/reference.cpp",
+)
+INCLUDE = ("tests/native/cuda", "csrc", "csrc/cuda", "csrc/include", "bench/native")
+CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++17", "-DSOFTCL_WITH_CUDA", "-O2", "-fPIC", "-w", "-fno-strict-aliasing"]
 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
     FLAGS.append("-mavx2")  # eight columns of a product at once; without -mfma the same bits
@@ -57,7 +62,7 @@ def load_host_module() -> ModuleType:
 
 
 def find_check_program() -> Path:
-    """csrc/cuda/check's program; skips the test where there is no compiler for it."""
+    """bench/native/check's program; skips the test where there is no compiler for it."""
     module = load_host_module()
     return Path(module.__file__).with_name("softcl_cuda_check")
 
@@ -81,7 +86,8 @@ def build(compiler: str) -> Path:
     import pybind11
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    files = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cu", ".cpp"))
+    folders = (ROOT / name for name in ("csrc", "tests/native/cuda", "bench/native/check"))
+    files = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix in (".h", ".cu", ".cpp")]
     key = hashlib.sha256(" ".join((compiler, suffix, pybind11.__version__, *FLAGS)).encode())
     for file in files:
         if "cpu" not in file.parts:
@@ -109,13 +115,13 @@ def compile_all(compiler: str, folder: Path, module: Path) -> None:
     objects = folder / "objects"
     shutil.rmtree(objects, ignore_errors=True)  # of one that was stopped
     objects.mkdir()
-    include = [CSRC / "cuda/host", CSRC, CSRC / "cuda", CSRC / "include", pybind11.get_include()]
+    include = [*(ROOT / path for path in INCLUDE), pybind11.get_include()]
     include += [sysconfig.get_path("include")]
     objects_of = {}
     for source in (*SOURCES, *MODULE_SOURCES, *PROGRAM_SOURCES):
         objects_of[source] = str(objects / (source.replace("/", "_") + ".o"))
         command = [compiler, *FLAGS, *(f"-I{path}" for path in include)]
-        command += [f'-DSOFTCL_SOURCE_NAME="csrc/{source}"', "-x", "c++", "-c", str(CSRC / source)]
+        command += [f'-DSOFTCL_SOURCE_NAME="{source}"', "-x", "c++", "-c", str(ROOT / source)]
         _run([*command, "-o", objects_of[source]])
     finished = objects / "finished"
     finished.mkdir()

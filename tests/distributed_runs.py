@@ -17,12 +17,11 @@ from torch import nn
 
 from softcl.distributed import ALONE, PeerError, World
 from softcl.nn import SplitBatchNorm2d
-from softcl.train import main
-from softcl.training.checkpoint import read_checkpoint
-from softcl.training.interrupt import StopVote
-from softcl.training.parallel import divide_splits, synchronise_norms
-from softcl.training.run import Run
-from softcl.training.run_folder import read_metrics
+from softcl.train.__main__ import main
+from softcl.train.checkpoint import read_checkpoint
+from softcl.train.folder import read_metrics
+from softcl.train.loop import Run
+from softcl.train.parallel import StopVote, divide_splits, synchronise_norms
 
 FLAGS = (
     "--epochs 6 --batch-size 36 --queue-size 66 --num-splits 4 --lr 0.05 --arch resnet_tiny "
@@ -82,7 +81,9 @@ def skipped(world: World, folder: Path) -> None:
     written = {}
     run = SimpleNamespace(
         world=world,
-        images=SimpleNamespace(skipped=["seen by all", f"seen by {world.rank}"]),
+        parts=SimpleNamespace(
+            images=SimpleNamespace(skipped=["seen by all", f"seen by {world.rank}"])
+        ),
         folder=SimpleNamespace(write_text=lambda name, text: written.update({name: text})),
         _listed=0,
     )

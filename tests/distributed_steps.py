@@ -21,10 +21,10 @@ from softcl.distributed import ALONE, World
 from softcl.methods import ASCL, Method, MoCo
 from softcl.nn import convert_split_batch_norm, make_teacher
 from softcl.testing import LSE_TOLERANCE, gradient_error, relative_error
-from softcl.training.build import build_heads, build_queues
-from softcl.training.config import TrainConfig
-from softcl.training.parallel import Trained, average_buffers, average_gradients, divide_splits
-from softcl.training.step import TrainState, train_step
+from softcl.train.config import TrainConfig
+from softcl.train.parallel import average_buffers, average_gradients, divide_splits
+from softcl.train.parts import build_heads, build_queues
+from softcl.train.step import Trained, TrainState, train_step
 
 SPLITS, IMAGES = 4, 16
 

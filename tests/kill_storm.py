@@ -23,16 +23,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tensorboard.summary.writer.record_writer  # noqa: E402, F401  (once, not in every child)
-import timm  # noqa: E402, F401
+import timm  # noqa: E402, F401  (once, not in every child)
 import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402, F401
 from PIL import Image  # noqa: E402
 from run_comparison import assert_same_run  # noqa: E402
 
-from softcl.data import load as load_module  # noqa: E402
-from softcl.data import make_shapes  # noqa: E402
-from softcl.train import main as train  # noqa: E402
-from softcl.training.checkpoint import read_checkpoint  # noqa: E402
+from softcl.data import (
+    make_shapes,  # noqa: E402
+    sets,  # noqa: E402
+)
+from softcl.train.__main__ import main as train  # noqa: E402
+from softcl.train.checkpoint import read_checkpoint  # noqa: E402
 
 
 def make_images(root: Path) -> None:
@@ -54,7 +56,7 @@ def start(flags: list[str], lazy: bool) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     if lazy:
-        load_module._default_memory_limit = lambda: 0  # decode on demand, with worker threads
+        sets._default_memory_limit = lambda: 0  # decode on demand, with worker threads
     os._exit(train(flags))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from softcl.training.checkpoint import read_checkpoint
-from softcl.training.run_folder import read_metrics
+from softcl.train.checkpoint import read_checkpoint
+from softcl.train.folder import read_metrics
 
 TIMED = ("images_per_s", "data_wait", "seconds")
 
@@ -32,7 +32,7 @@ def assert_same(first, second, path: str = "") -> None:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, queue, optimiser and every logged number agree to the last bit."""
     a, b = read_checkpoint(first / "last.pt"), read_checkpoint(second / "last.pt")
-    for name in ("step", "student", "teacher", "queues", "heads", "optimizer", "meter", "accuracy"):
+    for name in ("step", "student", "teacher", "queues", "heads", "optimizer", "accuracy"):
         assert_same(a[name], b[name], name)
     rows = [
         [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]

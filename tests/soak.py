@@ -30,9 +30,9 @@ LARGEST_SLOPE = 1.0  # MB per minute
 # In the child: the images do not count as small enough to be held in memory.
 TRAIN = """
 import sys
-from softcl.data import load
-from softcl.train import main
-load._default_memory_limit = lambda: 0
+from softcl.data import sets
+from softcl.train.__main__ import main
+sets._default_memory_limit = lambda: 0
 sys.exit(main(sys.argv[1:]))
 """
 FLAGS = "--workers 2 --batch-size 8 --queue-size 64 --num-splits 2 --arch resnet_tiny --device cpu "

@@ -25,7 +25,7 @@ from softcl.methods.ascl import ASCL, DEFAULTS, LABELS
 from softcl.methods.losses import ASCLLoss
 from softcl.nn import MemoryQueue, convert_split_batch_norm, make_teacher
 from softcl.ops import soft_contrastive_loss
-from softcl.training.step import StepRandom, TrainState, train_step
+from softcl.train.step import StepRandom, TrainState, train_step
 
 
 def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_defaults_are_the_published_ones():
     assert (method.labels, method.num_neighbors, method.num_splits) == ("soft", 1, 8)
     assert (method.student_view, method.teacher_view) == ("strong", "weak")
     assert DEFAULTS["cifar100"].method.num_neighbors == 5
-    assert DEFAULTS["stl10"].image_size == DEFAULTS["tiny_imagenet"].image_size == 64
+    assert DEFAULTS["stl10"].image_size == DEFAULTS["tiny-imagenet"].image_size == 64
     imagenet = DEFAULTS["imagenet"]
     assert (imagenet.method.queue_size, imagenet.method.momentum) == (65536, 0.999)
     assert (imagenet.arch, imagenet.image_size, imagenet.weight_decay) == ("resnet50", 224, 1e-4)
@@ -209,7 +209,7 @@ def test_defaults_are_the_published_ones():
         "cifar10",
         "cifar100",
         "stl10",
-        "tiny_imagenet",
+        "tiny-imagenet",
         "imagenet",
         "shapes",
     }

@@ -81,6 +81,16 @@ def test_ceilings_of_a_gpu_are_of_its_own_rates(monkeypatch):
         assert round(limits.floor(loss_cost(shape, rule, 2)) * 1e6) == expected
 
 
+def test_ceilings_of_a_cpu_are_measured():
+    """Both loops run, in the instruction set in use."""
+    pytest.importorskip("softcl._C", reason="softcl._C is not built")
+    rates = ceilings.cpu_rates(1, 0.05)
+    if rates is None:
+        pytest.skip("no C++ compiler")
+    multiply_adds, exponentials = rates
+    assert multiply_adds > exponentials > 1e7
+
+
 def test_exponentials_of_the_ceiling():
     """The kernel adds up as many exponentials as it is said to, in Triton's interpreter."""
     pytest.importorskip("triton")

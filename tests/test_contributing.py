@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy, normalize
 from softcl.methods import METHODS, Batch
 from softcl.methods.losses import MethodLoss
 from softcl.nn import MemoryQueue
-from softcl.training.config import TrainConfig
-from softcl.training.settings import fill
-from softcl.training.step import train_step
+from softcl.train.config import TrainConfig
+from softcl.train.defaults import fill
+from softcl.train.step import train_step
 
 CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 SMALL = dict(queue_size=24, projection_dim=6, projector_hidden=12, num_splits=1)
@@ -80,10 +80,10 @@ def test_the_example_has_settings(near):
 
     pixels = torch.zeros(4096, 3, 32, 32, dtype=torch.uint8)
     images = ImageSet(pixels, None, [], (0.5,) * 3, (0.5,) * 3, "shapes", statistics="shapes")
-    config, method, name = fill(TrainConfig(method="near", num_neighbors=3), images, 32)
+    config, method, name = fill(TrainConfig.of(method="near", num_neighbors=3), images, 32)
     assert method == near.Near(**{**dataclasses.asdict(near.DEFAULTS["shapes"].method),
                                   "num_neighbors": 3})  # fmt: skip
-    assert name == "shapes" and config.queue_size == 512
+    assert name == "shapes" and method.queue_size == 512
 
 
 def test_the_example_has_a_loss_module(near):

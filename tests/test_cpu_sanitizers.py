@@ -31,12 +31,12 @@ def build(folder: Path, sanitizer: str, with_x86: bool) -> Path:
     common = [
         *(COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}"),
         *("-fno-sanitize-recover=all", "-DSOFTCL_STD_THREADS"),
-        *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"),
+        *(f"-I{ROOT / 'csrc' / folder}" for folder in ("", "cpu", "include")),
     ]
     if with_x86:
         common.append("-DSOFTCL_X86")
     objects = []
-    for source in (*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), DRIVER):
+    for source in (*sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")), DRIVER):
         isa = FLAGS.get(source.stem.rpartition("_")[2], ())
         if isa and not with_x86:
             continue

@@ -1,4 +1,4 @@
-"""The standalone check of the CUDA kernels (csrc/cuda/check), run on the CPU thread by thread."""
+"""The check of the CUDA kernels by themselves (bench/native/check), run on the CPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The Hopper streaming kernel's own code, run on the CPU, against the float64 oracle.
 
-What this shows and what not: csrc/cuda/host/block.h and warpgroup.h. Copies, barriers with phases
-and products of warpgroups are written from the PTX ISA; nvcc's code and the hardware's timing are
-not in it. tests/test_cuda_hopper_build.py looks at nvcc's code.
+What this shows and what not: tests/native/cuda/block.h and warpgroup.h. Copies, barriers with
+phases and products of warpgroups are written from the PTX ISA; nvcc's code and the hardware's
+timing are not in it. tests/test_cuda_hopper_build.py looks at nvcc's code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from cuda_host import CSRC, load_host_module
+from cuda_host import ROOT, load_host_module
 from cuda_parts import MIXES, check, run, statistics, tolerance_of
 from loss_calls import case_id, check_statistics, pairs, some_long, stretched
 
@@ -286,7 +286,8 @@ def is_needed(site, lines):
 
 @pytest.fixture(scope="module")
 def lines():
-    return {path.name: path.read_text().split("\n") for path in (CSRC / "cuda").glob("*hopper*.h")}
+    folder = ROOT / "csrc" / "cuda"
+    return {path.name: path.read_text().split("\n") for path in folder.glob("*hopper*.h")}
 
 
 @pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.long)])
@@ -338,7 +339,8 @@ def test_what_follows_the_stream_waits_for_it(host):
         host.set_options(seed=0)
         call()
         waits |= {s for s in host.sites() if s.startswith(("soft_contrastive", "queue_statistics"))}
-    text = {name: (CSRC / "cuda" / name).read_text().split("\n") for name in FINISHING}
+    folder = ROOT / "csrc" / "cuda"
+    text = {name: (folder / name).read_text().split("\n") for name in FINISHING}
     waits = {s for s in waits if "wait_for_previous_grid" in text[file_of(s)][line_of(s) - 1]}
     assert {file_of(site) for site in waits} == set(FINISHING)
     for site in waits:

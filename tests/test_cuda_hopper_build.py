@@ -62,6 +62,8 @@ def test_kernels_for_sm_90a(tmp_path, dim):
     for code in functions:
         assert "UTMALDG.2D" in code and code.count("USETMAXREG") == 2
         assert not re.search(r"\b(LDL|STL)\b", code)
+        # A division of integers, in every tile: chunks are found by shifts.
+        assert not re.search(r"\bI2F\.(U32\.)?RP\b", code)
         products = len(re.findall(r"\bHGMMA\.64x\d+x16\.F32", code))
         in_parts = "TwoParts" in code.split("\n")[0]
         assert products >= dim // 16 * (3 if in_parts else 1), products

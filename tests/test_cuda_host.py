@@ -1,7 +1,7 @@
 """The CUDA kernels' own code, run on the CPU thread by thread, against the float64 oracle.
 
-What this shows and what not: csrc/cuda/host/block.h. The instructions are written from the PTX ISA;
-nvcc's code and the hardware's timing are not in it.
+What this shows and what not: tests/native/cuda/block.h. The instructions are written from the PTX
+ISA; nvcc's code and the hardware's timing are not in it.
 """
 
 from __future__ import annotations

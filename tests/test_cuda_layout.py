@@ -34,20 +34,20 @@ def test_pieces_from_the_first_one(host, dim):
                     assert host.piece_after(address, distance) == want
 
 
-@pytest.mark.parametrize("steps_per_chunk", [1, 2, 4, 16])
-def test_chunks_partition_the_columns(host, steps_per_chunk):
+@pytest.mark.parametrize("chunk_shift", [0, 1, 2, 4])
+def test_chunks_partition_the_columns(host, chunk_shift):
     steps = 32
-    columns = 8 * steps_per_chunk
-    chunks = 4 * steps // steps_per_chunk
+    columns = 8 << chunk_shift
+    chunks = 4 * steps >> chunk_shift
     seen = []
     for chunk in range(chunks):
-        own = [host.chunk_column(chunk, i, steps_per_chunk) for i in range(columns)]
+        own = [host.chunk_column(chunk, i, chunk_shift) for i in range(columns)]
         assert own == sorted(own)
         seen += own
         # A chunk's columns are those that one thread holds: lane % 4 names it in every step.
         for column in own:
             lane = column % 8 // 2
-            assert host.chunk_of(column // 32, lane, steps_per_chunk) == chunk
+            assert host.chunk_of(column // 32, lane, chunk_shift) == chunk
     assert sorted(seen) == list(range(32 * steps))
 
 
@@ -57,7 +57,7 @@ def test_chunks_partition_the_columns(host, steps_per_chunk):
 def test_splits_cover_the_queue(host, queue_size, num_neighbors, multiprocessors):
     for dim in (64, 128, 256):
         for num_rows in (1, 256, 4096):
-            splits, tiles_per_split, steps_per_chunk, chunks, filled = host.plan(
+            splits, tiles_per_split, chunk_shift, chunks, filled = host.plan(
                 num_rows, queue_size, dim, True, 2, num_neighbors, multiprocessors
             )
             tile = 32 if dim == 256 else 64
@@ -67,13 +67,13 @@ def test_splits_cover_the_queue(host, queue_size, num_neighbors, multiprocessors
             if num_neighbors == 0:
                 assert chunks == 0
                 continue
-            assert chunks == 4 * -(-tiles * (tile // 32) // steps_per_chunk) <= 8192 + 64
+            assert chunks == 4 * -(-tiles * (tile // 32) >> chunk_shift) <= 8192 + 64
             # The filled ones come first, and no others hold a column.
-            first = [host.chunk_column(chunk, 0, steps_per_chunk) for chunk in range(chunks)]
+            first = [host.chunk_column(chunk, 0, chunk_shift) for chunk in range(chunks)]
             assert [column < queue_size for column in first].index(True) == 0
             assert sum(column < queue_size for column in first) == filled
             # No chunk belongs to two splits.
-            assert splits == 1 or tiles_per_split * (tile // 32) % steps_per_chunk == 0
+            assert splits == 1 or tiles_per_split * (tile // 32) % (1 << chunk_shift) == 0
 
 
 def test_splits_fill_a_gpu_of_few_rows(host):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,15 @@ import pytest
 import torch
 from run_comparison import assert_same_run
 
-from softcl.data import DataError, ImageSet, compiled, fused, load_dataset, weak_view
-from softcl.data import load as load_module
+from softcl.data import DataError, ImageSet, kernels, load_dataset, sets
 from softcl.data.decode import Box, decode_crops
 from softcl.data.image_set import CropOrder, Cut
-from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe, draw_box, draw_crop
+from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe
 from softcl.distributed import World
 from softcl.methods import ASCL
-from softcl.train import main
-from softcl.training.run_folder import read_metrics
-from softcl.training.views import build_views, crop_order
+from softcl.train.__main__ import main
+from softcl.train.folder import read_metrics
+from softcl.train.images import build_views, crop_order
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -74,20 +72,6 @@ def test_crops_reach_every_corner_of_a_wide_image(wide):
     assert int(images.images[:, 0].min()) > 80  # what is stored for the evaluation
 
 
-def test_boxes_are_those_of_the_views():
-    """Whatever is seen of a red and green ramp says where the box was."""
-    file = io.BytesIO()
-    Image.fromarray(ramp(200, 300)).save(file, "PNG")
-    order = cut(50, side=8)
-    for numbers in order.numbers.tolist():
-        box = Box(*draw_box(numbers, 200, 300, RECIPE), 8)
-        file.seek(0)
-        (pixels,) = decode_crops(file, lambda height, width, box=box: [box])
-        across, down = pixels[0].mean() / 255 * 299, pixels[1].mean() / 255 * 199
-        assert across == pytest.approx(box.left + (box.width - 1) / 2, abs=1.0)
-        assert down == pytest.approx(box.top + (box.height - 1) / 2, abs=1.0)
-
-
 def test_pixels_are_those_of_torchvision():
     functional = pytest.importorskip("torchvision.transforms.functional")
     chooser = np.random.default_rng(0)
@@ -120,16 +104,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(orientation):
     assert abs(pixels - expected)[:2].max() <= 4 and abs(pixels - expected)[:2].mean() <= 1
 
 
-def test_a_small_image_is_enlarged():
-    file = io.BytesIO()
-    Image.fromarray(ramp(3, 5)).save(file, "PNG")
-    file.seek(0)
-    (pixels,) = decode_crops(file, lambda height, width: [Box(0, 0, height, width, 16)])
-    assert pixels.shape == (3, 16, 16) and pixels[0, 0, 0] == 0 and pixels[0, 0, -1] == 255
-
-
-@pytest.mark.parametrize("workers", [0, 1, 5])
-@pytest.mark.parametrize("memory_limit", [None, 0])
+@pytest.mark.parametrize(("workers", "memory_limit"), [(0, 0), (1, None), (5, 0)])
 def test_threads_and_storage_change_nothing(wide, workers, memory_limit):
     indices = torch.tensor([3, 39, 0, 3])
     order = CropOrder(indices, {"a": cut(4), "b": cut(4, side=9, seed=1)})
@@ -147,7 +122,7 @@ def test_small_images_of_one_size_are_kept_whole(folder):
 
 
 def test_an_unreadable_file_is_replaced_by_its_neighbor(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr("softcl.data.on_demand.UNREADABLE_LIMIT", 0.05)
+    monkeypatch.setattr("softcl.data.decode.UNREADABLE_LIMIT", 0.05)
     images = load(wide, memory_limit=0)
     path = wide / "train/class0/07.png"
     content = path.read_bytes()
@@ -157,24 +132,13 @@ def test_an_unreadable_file_is_replaced_by_its_neighbor(wide, tmp_path, monkeypa
     finally:
         path.write_bytes(content)
     assert int(crops[0, 2, 0, 0]) == 80 and "07.png" in images.skipped[0]
-    monkeypatch.setattr("softcl.data.on_demand.UNREADABLE_LIMIT", 0.0)
-    with pytest.raises(DataError, match="1 of 40 images"):
-        images.files._mark_broken(7, ValueError())
-
-
-def test_a_crop_is_only_mirrored_by_its_view():
-    """With the numbers that a view of whole images would mirror it by."""
-    crops = torch.randint(0, 256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    crops, mean, std = crops.to(torch.uint8), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    view = weak_view(crops, 16, mean, std, torch.Generator().manual_seed(1), cropped=True)
-    numbers = torch.rand((32, CROP_COLUMNS), generator=torch.Generator().manual_seed(1))
-    mirror = draw_crop(numbers, 16, 16).mirror
-    assert 5 < int(mirror.sum()) < 27
-    plain = (crops / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    expected = torch.where(mirror.view(-1, 1, 1, 1), plain.flip(3), plain)
-    torch.testing.assert_close(view, expected)
-    with pytest.raises(ValueError, match="crops must have 8 pixels a side"):
-        weak_view(crops, 8, mean, std, torch.Generator(), cropped=True)
+    (wide / "train/class0/08.png").rename(tmp_path / "08.png")
+    try:
+        monkeypatch.setattr("softcl.data.decode.UNREADABLE_LIMIT", 0.025)
+        with pytest.raises(DataError, match="2 of 40 images cannot be read .* No such file"):
+            images.read(CropOrder(torch.tensor([8]), {"a": cut(1)}))
+    finally:
+        (tmp_path / "08.png").rename(wide / "train/class0/08.png")
 
 
 def test_processes_share_the_boxes_of_the_whole(wide):
@@ -192,28 +156,6 @@ def test_processes_share_the_boxes_of_the_whole(wide):
     assert not torch.equal(first, whole.cuts["key"].numbers)
 
 
-def test_areas_and_ratios_are_those_of_the_recipe():
-    crop = draw_crop(cut(4000).numbers, 375, 500, RECIPE)
-    share = crop.height * crop.width / (375 * 500)
-    assert 0.19 < share.min() < 0.25 and 0.85 < share.max() <= 1.0
-    ratio = (crop.width / crop.height).log()
-    assert abs(float(ratio.mean())) < 0.1 and float(ratio.abs().max()) < math.log(4 / 3) + 0.02
-
-
-@pytest.mark.parametrize("size", [(375, 500), (32, 32), (40, 400), (400, 40), (1, 3)])
-@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.9, 1.0)])
-def test_a_box_alone_is_that_of_the_batch(size, scale):
-    """In double precision a side may be rounded the other way, once in thousands."""
-    recipe, numbers = Recipe(scale=scale), cut(2000).numbers
-    crop = draw_crop(numbers, *size, recipe)
-    batch = torch.stack((crop.top, crop.left, crop.height, crop.width), 1).long()
-    alone = torch.tensor([draw_box(row, *size, recipe) for row in numbers.tolist()])
-    same = (alone == batch).all(1)
-    assert int((~same).sum()) <= 4 and int((alone - batch).abs().max()) <= 1
-    assert bool((alone[:, :2] >= 0).all()) and bool((alone[:, 2:] >= 1).all())
-    assert bool((alone[:, :2] + alone[:, 2:] <= torch.tensor(size)).all())
-
-
 @pytest.fixture
 def wide_flags(wide, flags) -> list[str]:
     """The usual run on the wide images, of 2 epochs of 5 steps."""
@@ -225,7 +167,7 @@ def test_a_run_does_not_depend_on_workers_nor_interruption(
 ):
     assert main([*wide_flags, "--workers", "2", "--out", "whole"]) == 0
     assert "crops of the whole files" in capsys.readouterr().out
-    monkeypatch.setattr(load_module, "_default_memory_limit", lambda: 0)
+    monkeypatch.setattr(sets, "_default_memory_limit", lambda: 0)
     assert main([*wide_flags, "--workers", "0", "--out", "parts", "--max-steps", "3"]) == 0
     for step in ("4", "7", "10"):
         assert main(["--resume", "parts", "--workers", "2", "--max-steps", step]) == 0
@@ -253,10 +195,10 @@ def test_the_kernel_of_the_views_can_be_demanded_or_left(wide_flags, capsys, mon
         return json.loads(capsys.readouterr().out)["views"]
 
     assert views("--no-view-kernel") == "by PyTorch, as asked for"
-    if compiled.load()[0] is not None:
+    if kernels.native()[0] is not None:
         assert views() == views("--view-kernel")
         assert views().startswith("by the compiled kernel (")
-    monkeypatch.setattr(compiled, "load", lambda: (None, "needs softcl._C, which is not built"))
+    monkeypatch.setattr(kernels, "native", lambda: (None, "needs softcl._C, which is not built"))
     assert views() == "by PyTorch (the kernel needs softcl._C, which is not built)"
     assert main([*wide_flags, "--view-kernel", "--dry-run"]) == 2
     assert "--view-kernel: needs softcl._C, which is not built" in capsys.readouterr().err
@@ -267,6 +209,6 @@ def test_a_run_says_what_makes_its_views(wide_flags, capsys, monkeypatch, extra)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main([*wide_flags, *extra, "--out", "said", "--max-steps", "1"]) == 0
     wanted = False if extra else None
-    words = fused.describe_kernel(torch.device("cpu"), wanted)
+    words = kernels.describe_kernel(torch.device("cpu"), wanted)
     assert f"views      {words}\n" in capsys.readouterr().out
     assert json.loads(Path("said/config.json").read_text())["views"] == words

@@ -12,6 +12,10 @@ Image = pytest.importorskip("PIL.Image")
 HEIGHT, WIDTH = 8, 12
 RGB = (np.indices((HEIGHT, WIDTH, 3)).sum(0) * 9 % 256).astype(np.uint8)
 GRAY = (np.indices((HEIGHT, WIDTH)).sum(0) * 13 % 256).astype(np.uint8)
+DARK = np.full((HEIGHT, WIDTH), 200)
+ALPHA = np.where(np.arange(WIDTH) < 6, 0, 255).astype(np.uint8) + np.zeros_like(GRAY)
+PALETTE = Image.fromarray(RGB).convert("P", palette=Image.Palette.ADAPTIVE, colors=200)
+NOT_A_NUMBER = np.where(GRAY == GRAY[0, 0], np.nan, GRAY).astype(np.float32)
 
 
 def read(path, height=HEIGHT, width=WIDTH) -> np.ndarray:
@@ -20,88 +24,37 @@ def read(path, height=HEIGHT, width=WIDTH) -> np.ndarray:
     return pixels.transpose(1, 2, 0)
 
 
-def test_rgb(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "x.png")
-    assert (read(tmp_path / "x.png") == RGB).all()
+def over_white(pixels: np.ndarray) -> np.ndarray:
+    return np.where(ALPHA[..., None] > 0, pixels, 255)
 
 
-def test_gray(tmp_path):
-    Image.fromarray(GRAY).save(tmp_path / "x.png")
-    assert (read(tmp_path / "x.png") == GRAY[..., None]).all()
-
-
-def test_one_bit(tmp_path):
-    bits = GRAY > 100
-    Image.fromarray(bits).save(tmp_path / "x.png")
-    assert (read(tmp_path / "x.png") == 255 * bits[..., None]).all()
-
-
-def test_palette(tmp_path):
-    picture = Image.fromarray(RGB).convert("P", palette=Image.Palette.ADAPTIVE, colors=200)
-    picture.save(tmp_path / "x.gif")
-    assert (read(tmp_path / "x.gif") == np.asarray(picture.convert("RGB"))).all()
-
-
-def test_transparency_lies_over_white(tmp_path):
-    alpha = np.zeros((HEIGHT, WIDTH, 1), dtype=np.uint8)
-    alpha[:, 6:] = 255
-    Image.fromarray(np.concatenate([RGB, alpha], axis=2)).save(tmp_path / "x.png")
-    pixels = read(tmp_path / "x.png")
-    assert (pixels[:, :6] == 255).all() and (pixels[:, 6:] == RGB[:, 6:]).all()
-
-    Image.fromarray(np.dstack([GRAY, alpha[..., 0]])).save(tmp_path / "la.png")
-    pixels = read(tmp_path / "la.png")
-    assert (pixels[:, :6] == 255).all() and (pixels[:, 6:] == GRAY[:, 6:, None]).all()
-
-
-def test_transparent_palette_entry(tmp_path):
-    picture = Image.fromarray((GRAY > 100).astype(np.uint8)).convert("P")
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.save(tmp_path / "x.png", transparency=0)
-    expected = np.where((GRAY > 100)[..., None], [40, 50, 60], [255, 255, 255])
-    assert (read(tmp_path / "x.png") == expected).all()
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "tif"])
-def test_cmyk(tmp_path, suffix):
-    smooth = np.broadcast_to(np.array([200, 120, 40], dtype=np.uint8), (HEIGHT, WIDTH, 3))
-    Image.fromarray(np.ascontiguousarray(smooth)).convert("CMYK").save(tmp_path / f"x.{suffix}")
-    difference = read(tmp_path / f"x.{suffix}").astype(int) - smooth
-    assert np.abs(difference).max() <= 3
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits(tmp_path, suffix):
-    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / f"x.{suffix}")
-    assert (read(tmp_path / f"x.{suffix}") == GRAY[..., None]).all()
-
-
-def test_sixteen_bits_in_a_dark_image_are_not_stretched(tmp_path):
-    Image.fromarray(np.full((HEIGHT, WIDTH), 200, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert (read(tmp_path / "x.png") == 1).all()  # 200 of 65535
-
-
-def test_thirty_two_bits(tmp_path):
-    Image.fromarray(GRAY.astype(np.int32)).save(tmp_path / "x.tif")
-    assert (read(tmp_path / "x.tif") == GRAY[..., None]).all()
-    Image.fromarray(GRAY.astype(np.int32) * 257).save(tmp_path / "y.tif")
-    assert (read(tmp_path / "y.tif") == GRAY[..., None]).all()
-
-
-def test_floating_point(tmp_path):
-    Image.fromarray(GRAY.astype(np.float32) / 255).save(tmp_path / "x.tif")
-    assert (read(tmp_path / "x.tif") == GRAY[..., None]).all()
-    values = GRAY.astype(np.float32)
-    values[0, 0] = np.nan
-    Image.fromarray(values).save(tmp_path / "y.tif")
-    expected = GRAY.copy()
-    expected[0, 0] = 0
-    assert (read(tmp_path / "y.tif") == expected[..., None]).all()
+@pytest.mark.parametrize(
+    ("suffix", "picture", "expected"),
+    [
+        ("png", RGB, RGB),
+        ("png", GRAY, GRAY),
+        ("png", GRAY > 100, 255 * (GRAY > 100)),
+        ("gif", PALETTE, np.asarray(PALETTE.convert("RGB"))),
+        ("png", np.dstack([RGB, ALPHA]), over_white(RGB)),
+        ("png", np.dstack([GRAY, ALPHA]), over_white(GRAY[..., None])),
+        ("png", GRAY.astype(np.uint16) * 257, GRAY),
+        ("tif", GRAY.astype(np.uint16) * 257, GRAY),
+        ("png", DARK.astype(np.uint16), DARK // 200),  # 200 of 65535: it is not stretched
+        ("tif", GRAY.astype(np.int32), GRAY),
+        ("tif", GRAY.astype(np.int32) * 257, GRAY),
+        ("tif", GRAY.astype(np.float32) / 255, GRAY),
+        ("tif", NOT_A_NUMBER, np.nan_to_num(NOT_A_NUMBER)),
+    ],
+)
+def test_modes(tmp_path, suffix, picture, expected):
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture.save(tmp_path / f"x.{suffix}")
+    expected = expected if expected.ndim == 3 else expected[..., None]
+    assert (read(tmp_path / f"x.{suffix}") == expected).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_exif_orientation(tmp_path, orientation, suffix):
+def test_exif_orientation(tmp_path, orientation):
     upright = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     upright[:4, :6] = 255  # the top left quarter is white
     stored = {
@@ -114,11 +67,10 @@ def test_exif_orientation(tmp_path, orientation, suffix):
         7: upright[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(upright, -1),
     }[orientation]
-    picture = Image.fromarray(np.ascontiguousarray(stored))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / f"x.{suffix}"
-    picture.save(path, exif=exif, quality=100)
+    path = tmp_path / ("x.png" if orientation % 2 else "x.jpg")
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=100)
     assert image_size(path) == (HEIGHT, WIDTH)
     assert np.abs(read(path).astype(int) - upright).max() < 60  # JPEG, at the edges
 

@@ -11,7 +11,7 @@ import torch
 
 from softcl.data import DataError, load_dataset
 from softcl.data.folder import list_folder
-from softcl.data.load import known_statistics
+from softcl.data.sets import known_statistics
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -29,10 +29,21 @@ def write_classes(root: Path, counts: dict[str, int], start: int = 0) -> None:
             write(root / name / f"{i:03d}.png", start + i)
 
 
-def one_line(error: pytest.ExceptionInfo, path: Path) -> str:
+def values(root: Path, split: str) -> list[int]:
+    """The grey of each image."""
+    return load_dataset(str(root), split).images[:, 0, 0, 0].tolist()
+
+
+def refused(root: Path, split: str = "train", named: Path | None = None) -> str:
+    """What is said of a folder that cannot be read, in one line with the path."""
+    with pytest.raises(DataError) as error:
+        load_dataset(str(root), split)
     message = str(error.value)
-    assert "\n" not in message and str(path) in message
+    assert "\n" not in message and str(named or root) in message
     return message
+
+
+# -------------------------------------------------------------------------------- splits, classes
 
 
 def test_train_and_test_with_classes(tmp_path):
@@ -41,8 +52,7 @@ def test_train_and_test_with_classes(tmp_path):
     train, test = load_dataset(str(tmp_path), "train"), load_dataset(str(tmp_path), "test")
     assert train.classes == test.classes == ["cat", "dog"]
     assert train.labels.tolist() == [0, 0, 1, 1, 1] and test.labels.tolist() == [0, 1]
-    assert train.images[:, 0, 0, 0].tolist() == [0, 1, 0, 1, 2]
-    assert test.images[:, 0, 0, 0].tolist() == [100, 100]
+    assert values(tmp_path, "train") == [0, 1, 0, 1, 2] and values(tmp_path, "test") == [100, 100]
     everything = load_dataset(str(tmp_path), "all")
     assert torch.equal(everything.images, torch.cat([train.images, test.images]))
     assert torch.equal(everything.labels, torch.cat([train.labels, test.labels]))
@@ -61,12 +71,12 @@ def test_classes_are_numbered_over_both_splits(tmp_path):
 def test_val_stands_in_for_test(tmp_path):
     write_classes(tmp_path / "train", {"a": 2, "b": 2})
     write_classes(tmp_path / "val", {"a": 1, "b": 1}, start=50)
-    assert load_dataset(str(tmp_path), "test").images[:, 0, 0, 0].tolist() == [50, 50]
+    assert values(tmp_path, "test") == [50, 50]
     write(tmp_path / "test" / "unlabelled.png", 9)  # as in ImageNet: val/ has the labels
-    assert load_dataset(str(tmp_path), "test").images[:, 0, 0, 0].tolist() == [50, 50]
+    assert values(tmp_path, "test") == [50, 50]
     write_classes(tmp_path / "test", {"a": 1, "b": 1}, start=70)
     (tmp_path / "test" / "unlabelled.png").unlink()
-    assert load_dataset(str(tmp_path), "test").images[:, 0, 0, 0].tolist() == [70, 70]
+    assert values(tmp_path, "test") == [70, 70]
 
 
 def test_without_splits_every_tenth_image_of_a_class_is_held_out(tmp_path):
@@ -82,18 +92,12 @@ def test_without_splits_every_tenth_image_of_a_class_is_held_out(tmp_path):
 
 def test_without_classes(tmp_path):
     for i in (2, 0, 1):
-        write(tmp_path / f"{i}.png", i)
-    data = load_dataset(str(tmp_path))
-    assert data.labels is None and data.classes == [] and "no labels" in data.describe()
-    assert data.images[:, 0, 0, 0].tolist() == [0, 1, 2]
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path), "test")
-    assert "no test/ or val/ subfolder" in one_line(error, tmp_path)
-
-
-def test_one_subfolder_is_not_a_class(tmp_path):
-    write_classes(tmp_path, {"images": 4})
-    assert load_dataset(str(tmp_path)).labels is None
+        write(tmp_path / "images" / f"{i}.png", i)
+    for root in (tmp_path, tmp_path / "images"):  # one subfolder is no class
+        data = load_dataset(str(root))
+        assert data.labels is None and data.classes == [] and "no labels" in data.describe()
+        assert values(root, "train") == [0, 1, 2]
+        assert "no test/ or val/ subfolder" in refused(root, "test")
 
 
 def test_images_beside_class_folders_take_the_labels_away(tmp_path):
@@ -117,9 +121,10 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_only_train_given(tmp_path):
     write_classes(tmp_path / "train", {"a": 2, "b": 2})
     assert len(load_dataset(str(tmp_path), "train")) == 4
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path), "test")
-    assert "no images in test/ or val/" in one_line(error, tmp_path)
+    assert "no images in test/ or val/" in refused(tmp_path, "test")
+    (tmp_path / "test").mkdir()
+    assert len(load_dataset(str(tmp_path), "all")) == 4
+    assert "no images in test/ or val/" in refused(tmp_path, "test")
 
 
 def test_folders_beside_the_splits_are_named(tmp_path):
@@ -129,26 +134,21 @@ def test_folders_beside_the_splits_are_named(tmp_path):
     assert len(listing.files) == 4 and listing.notes == ["ignored beside train/: unlabeled/"]
 
 
-def test_nested_images_belong_to_the_first_level(tmp_path):
-    write(tmp_path / "a" / "x" / "1.png")
-    write(tmp_path / "a" / "0.png")
-    write(tmp_path / "b" / "y" / "z" / "2.jpg")
-    listing = list_folder(tmp_path, "all")
-    assert listing.files == ["a/0.png", "a/x/1.png", "b/y/z/2.jpg"]
-    assert listing.labels == [0, 0, 1]
+# --------------------------------------------------------------------------------- which files
 
 
-def test_other_files_are_ignored(tmp_path):
-    write_classes(tmp_path, {"a": 1, "b": 1})
+def test_nested_images_belong_to_the_first_level_and_other_files_to_none(tmp_path):
+    for name in ("a/x/1.png", "a/0.png", "b/y/z/2.jpg", "b/UPPER.PNG"):
+        write(tmp_path / name)
+    for name in (".hidden/0.png", "a/._0.png", "__MACOSX/0.png"):
+        write(tmp_path / name)
     (tmp_path / "a" / "labels.csv").write_text("x")
     (tmp_path / "README").write_text("x")
     (tmp_path / "empty").mkdir()
-    write(tmp_path / ".hidden" / "0.png")
-    write(tmp_path / "a" / "._0.png")
-    write(tmp_path / "__MACOSX" / "0.png")
     (tmp_path / "a" / "folder.png").mkdir()
-    write(tmp_path / "b" / "UPPER.PNG")
-    assert list_folder(tmp_path, "all").files == ["a/000.png", "b/000.png", "b/UPPER.PNG"]
+    listing = list_folder(tmp_path, "all")
+    assert listing.files == ["a/0.png", "a/x/1.png", "b/UPPER.PNG", "b/y/z/2.jpg"]
+    assert listing.labels == [0, 0, 1, 1]
 
 
 def test_links(tmp_path):
@@ -170,50 +170,24 @@ def test_order_does_not_depend_on_the_file_system(tmp_path):
     assert list_folder(tmp_path, "all").files == sorted(names)
 
 
-def test_missing_folder(tmp_path):
+def test_what_is_no_folder_of_images(tmp_path):
+    assert "no such folder" in refused(tmp_path / "nowhere")
+    assert "not a folder" in refused(write(tmp_path / "one" / "picture.png"))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for split in ("train", "test", "all"):
+        assert "no images" in refused(tmp_path / "empty", split)
     with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path / "nowhere"))
-    assert "no such folder" in one_line(error, tmp_path / "nowhere")
-
-
-def test_a_file_is_not_a_folder(tmp_path):
-    path = write(tmp_path / "picture.png")
-    with pytest.raises(DataError) as error:
-        load_dataset(str(path))
-    assert "not a folder" in one_line(error, path)
-
-
-@pytest.mark.parametrize("split", ["train", "test", "all"])
-def test_empty_folder(tmp_path, split):
-    (tmp_path / "train").mkdir()
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path), split)
-    assert "no images" in one_line(error, tmp_path)
-
-
-def test_empty_test_folder(tmp_path):
-    write_classes(tmp_path / "train", {"a": 1, "b": 1})
-    (tmp_path / "test").mkdir()
-    assert len(load_dataset(str(tmp_path), "all")) == 2
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path), "test")
-    assert "no images in test/ or val/" in one_line(error, tmp_path)
+        load_dataset(str(tmp_path / "two\nlines"))
+    assert "two?lines" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user with limits")
 def test_folder_without_permission(tmp_path):
     write_classes(tmp_path, {"a": 1, "b": 1})
     (tmp_path / "a").chmod(0)
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path))
+    message = refused(tmp_path, named=tmp_path / "a")
     (tmp_path / "a").chmod(0o755)
-    assert "Permission denied" in one_line(error, tmp_path / "a")
-
-
-def test_a_path_with_a_line_break_stays_one_line(tmp_path):
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path / "two\nlines"))
-    assert "two?lines" in str(error.value) and "\n" not in str(error.value)
+    assert "Permission denied" in message
 
 
 def test_unreadable_images_are_skipped_counted_and_listed(tmp_path):
@@ -225,28 +199,16 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path):
     assert len(data) == len(data.labels) == len(data.images) == 198
     assert [line.split(":")[0] for line in data.skipped] == ["a/007.png", "b/003.png"]
     assert all(": " in line for line in data.skipped) and "2 unreadable" in data.describe()
-    values = data.images[:, 0, 0, 0].tolist()
-    assert values == [i for i in range(100) if i != 7] + [i for i in range(100) if i != 3]
+    expected = [i for i in range(100) if i != 7] + [i for i in range(100) if i != 3]
+    assert data.images[:, 0, 0, 0].tolist() == expected
     assert data.labels.tolist() == [0] * 99 + [1] * 99
-
-
-def test_more_than_one_percent_unreadable_is_an_error(tmp_path):
-    write_classes(tmp_path, {"a": 100, "b": 100})
-    for name in ("a/001.png", "a/002.png", "b/001.png"):
-        (tmp_path / name).write_bytes(b"not an image")
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path), "all")
-    message = one_line(error, tmp_path)
+    (tmp_path / "b" / "001.png").write_bytes(b"not an image")  # more than 1 %
+    message = refused(tmp_path, "all")
     assert "3 of 200" in message
-    assert all(name in message for name in ("a/001.png", "a/002.png", "b/001.png"))
+    assert all(name in message for name in ("a/007.png", "b/001.png", "b/003.png"))
 
 
-def test_nothing_readable(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(b"junk")
-    with pytest.raises(DataError) as error:
-        load_dataset(str(tmp_path))
-    assert "3 of 3" in one_line(error, tmp_path)
+# ----------------------------------------------------------------------------------- what is stored
 
 
 @pytest.mark.parametrize(
@@ -282,22 +244,19 @@ def test_a_different_image_is_cropped_in_its_center(tmp_path):
     assert (red[:, 1:] == 0).all() and (blue[:, :3] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
+def test_normalisation_by_name():
+    for name, row in (
         ("cifar10", "cifar10"),
         ("CIFAR-100", "cifar100"),
         ("cifar100-png", "cifar100"),
         ("stl10_binary", "stl10"),
-        ("tiny-imagenet-200", "tiny"),
+        ("tiny-imagenet-200", "tiny-imagenet"),
         ("imagenet", "imagenet"),
         ("photos", "imagenet"),
         ("destiny", "imagenet"),
         ("cifar10/train", "cifar10"),
-    ],
-)
-def test_normalisation_by_name(name, row):
-    assert known_statistics(Path("somewhere") / name) == row
+    ):
+        assert known_statistics(Path("somewhere") / name) == row
 
 
 def test_bad_arguments(tmp_path):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from softcl.data import DataError, load_dataset
-from softcl.data import formats as formats_module
-from softcl.data.cifar import load_pickle
-from softcl.data.load import training_split
+from softcl.data import DataError, load_dataset, sets
+from softcl.data.arrays import load_pickle
+from softcl.data.image_set import Arrays
+from softcl.data.sets import FORMATS, READERS, training_split
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -42,77 +42,58 @@ def check(root: Path, split: str, images: np.ndarray, labels, data_format: str, 
 # ------------------------------------------------------------------------------------------- CIFAR
 
 
-def write_cifar10_python(root: Path) -> tuple[np.ndarray, np.ndarray]:
+def write_cifar(root: Path, classes: int = 10, binary: bool = False) -> tuple:
+    """24 images, the last 4 for testing: images, labels, and the names of the classes."""
     root.mkdir(parents=True, exist_ok=True)
-    images, labels = pixels(24, 32), np.arange(24) % 10
-    for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
-        rows = slice(4 * number, 4 * number + 4)
-        content = {
-            b"batch_label": b"training batch",
-            b"labels": labels[rows].tolist(),
-            b"data": images[rows].reshape(4, -1),
-            b"filenames": [b"x.png"] * 4,
-        }
-        (root / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = [f"class {number}".encode() for number in range(10)]
-    meta = {b"label_names": names, b"num_vis": 3072}
-    (root / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-    return images, labels
+    images, labels = pixels(24, 32), np.arange(24) * 11 % classes
+    ten = classes == 10
+    parts = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"] if ten else ["train", "test"]
+    bounds = range(0, 25, 4) if ten else (0, 20, 24)
+    for name, start, stop in zip(parts, bounds[:-1], bounds[1:], strict=True):
+        flat, fine, coarse = images[start:stop].reshape(-1, 3072), labels[start:stop], np.arange(20)
+        if binary:
+            columns = ([] if ten else [coarse[: stop - start, None]]) + [fine[:, None], flat]
+            np.concatenate(columns, axis=1).astype(np.uint8).tofile(root / f"{name}.bin")
+        else:
+            key = b"labels" if ten else b"fine_labels"
+            content = {key: fine.tolist(), b"coarse_labels": coarse.tolist(), b"data": flat}
+            (root / name).write_bytes(pickle.dumps(content, protocol=2))
+    names = [f"class {number}" for number in range(classes)]
+    if binary:
+        file = "batches.meta.txt" if ten else "fine_label_names.txt"
+        (root / file).write_text("\n".join(names) + "\n\n")
+    else:
+        meta = {b"label_names" if ten else b"fine_label_names": [n.encode() for n in names]}
+        (root / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(meta, protocol=2))
+    return images, labels, names
 
 
-def test_cifar10_python(tmp_path):
-    images, labels = write_cifar10_python(tmp_path / "cifar-10-batches-py")
-    for root in (tmp_path, tmp_path / "cifar-10-batches-py"):  # the folder above it will do
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar(tmp_path, classes: int, binary: bool):
+    images, labels, names = write_cifar(tmp_path / "cifar", classes, binary)
+    for root in (tmp_path, tmp_path / "cifar"):  # the folder above it will do
         check(root, "train", images[:20], labels[:20], "cifar")
         check(root, "test", images[20:], labels[20:], "cifar")
         check(root, "all", images, labels, "cifar")
     data = load_dataset(str(tmp_path))
-    assert data.statistics == "cifar10" and data.classes[3] == "class 3"
+    assert data.statistics == f"cifar{classes}" and data.classes == names
 
 
-def test_cifar10_binary(tmp_path):
-    images, labels = pixels(24, 32), np.arange(24) % 10
-    for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
-        rows = slice(4 * number, 4 * number + 4)
-        records = np.concatenate([labels[rows, None], images[rows].reshape(4, -1)], axis=1)
-        records.astype(np.uint8).tofile(tmp_path / f"{name}.bin")
-    (tmp_path / "batches.meta.txt").write_text("".join(f"c{n}\n" for n in range(10)) + "\n")
-    check(tmp_path, "train", images[:20], labels[:20], "cifar")
-    check(tmp_path, "test", images[20:], labels[20:], "cifar")
+def test_damaged_binary_cifar(tmp_path):
+    write_cifar(tmp_path, binary=True)
     path = tmp_path / "data_batch_3.bin"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=r"data_batch_3\.bin: 12291 bytes are not whole records"):
-        load_dataset(str(tmp_path))
-    path.write_bytes(b"\x0a" + whole[1:])
-    with pytest.raises(DataError, match=r"data_batch_3\.bin: has labels outside 0 \.\. 9"):
-        load_dataset(str(tmp_path))
-
-
-def test_cifar100_in_both_layouts(tmp_path):
-    images, fine, coarse = pixels(9, 32), np.arange(9) * 11, np.arange(9)
-    names = [f"n{number}" for number in range(100)]
-    python, binary = tmp_path / "python", tmp_path / "binary"
-    for root in (python, binary):
-        root.mkdir()
-    for name, rows in (("train", slice(0, 6)), ("test", slice(6, 9))):
-        flat = images[rows].reshape(-1, 3072)
-        content = {
-            b"data": flat,
-            b"fine_labels": fine[rows].tolist(),
-            b"coarse_labels": coarse[rows].tolist(),
-        }
-        (python / name).write_bytes(pickle.dumps(content, protocol=2))
-        records = np.concatenate([coarse[rows, None], fine[rows, None], flat], axis=1)
-        records.astype(np.uint8).tofile(binary / f"{name}.bin")
-    meta = {b"fine_label_names": [name.encode() for name in names]}
-    (python / "meta").write_bytes(pickle.dumps(meta, protocol=2))
-    (binary / "fine_label_names.txt").write_text("\n".join(names))
-    for root in (python, binary):
-        check(root, "train", images[:6], fine[:6], "cifar")
-        check(root, "test", images[6:], fine[6:], "cifar")
-        data = load_dataset(str(root))
-        assert data.classes == names and data.statistics == "cifar100"
+    for content, message in (
+        (whole[:-1], r"data_batch_3\.bin: 12291 bytes are not whole records of 3073"),
+        (b"\x0a" + whole[1:], r"data_batch_3\.bin: has labels outside 0 \.\. 9"),
+        (None, r"data_batch_3\.bin: No such file"),
+    ):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            load_dataset(str(tmp_path))
 
 
 class _Evil:
@@ -121,7 +102,7 @@ class _Evil:
 
 
 def test_pickles_run_no_code(tmp_path, capfd):
-    write_cifar10_python(tmp_path)
+    write_cifar(tmp_path)
     content = {b"data": pixels(1, 32).reshape(1, -1), b"labels": [0], b"extra": _Evil()}
     (tmp_path / "data_batch_2").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(DataError, match=r"data_batch_2: cannot unpickle: it asks for .*system"):
@@ -146,7 +127,7 @@ def test_pickles_run_no_code(tmp_path, capfd):
     ],
 )
 def test_damaged_pickles_are_named(tmp_path, content: bytes, message: str):
-    write_cifar10_python(tmp_path)
+    write_cifar(tmp_path)
     (tmp_path / "data_batch_4").write_bytes(content)
     with pytest.raises(DataError, match="data_batch_4: .*" + message):
         load_dataset(str(tmp_path))
@@ -225,7 +206,7 @@ def test_tiny_imagenet(tmp_path):
         check(root, "train", train, [0, 0, 1, 1, 2, 2], "tiny-imagenet")
         check(root, "test", val, [1, 0, 2, 1], "tiny-imagenet")
     data = load_dataset(str(tmp_path))
-    assert data.classes == ["n01", "n02", "n03"] and data.statistics == "tiny"
+    assert data.classes == ["n01", "n02", "n03"] and data.statistics == "tiny-imagenet"
     annotations = tmp_path / "tiny-imagenet-200/val/val_annotations.txt"
     annotations.write_text(annotations.read_text().replace("n03", "n99"))
     with pytest.raises(DataError, match="class 'n99' of val_2.png is not in train/"):
@@ -256,8 +237,7 @@ def samples(images: np.ndarray, labels, start: int = 0, kind: str = "cls") -> li
     return members
 
 
-@pytest.mark.parametrize("memory_limit", [None, 0])
-@pytest.mark.parametrize("kind", ["cls", "json"])
+@pytest.mark.parametrize(("kind", "memory_limit"), [("cls", None), ("json", 0)])
 def test_tar_shards(tmp_path, kind: str, memory_limit: int | None):
     images, labels = pixels(12, 16), np.arange(12) % 3
     write_tar(tmp_path / "set-train-0000.tar", samples(images[:5], labels[:5], 0, kind))
@@ -364,7 +344,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_formats_are_recognised_and_can_be_demanded(tmp_path):
-    write_cifar10_python(tmp_path / "a")
+    write_cifar(tmp_path / "a")
     folder = tmp_path / "a/more"
     for name in ("x", "y"):
         (folder / name).mkdir(parents=True)
@@ -376,4 +356,15 @@ def test_formats_are_recognised_and_can_be_demanded(tmp_path):
             load_dataset(str(tmp_path / "a"), data_format=wanted)
     with pytest.raises(ValueError, match="data_format must be one of auto"):
         load_dataset(str(tmp_path / "a"), data_format="lmdb")
-    assert set(formats_module.LISTINGS) < set(formats_module.FORMATS)
+    assert set(READERS) < set(FORMATS)
+
+
+def test_a_new_format_is_a_reader_and_a_line(tmp_path, monkeypatch):
+    def read_numpy(folder: Path, split: str) -> Arrays:
+        return Arrays(np.load(folder / f"{split}.npy"), None, [], "imagenet")
+
+    line = {"numpy": sets.Format(read_numpy, (("train.npy", "test.npy"),))}
+    monkeypatch.setattr(sets, "READERS", line | sets.READERS)
+    for seed, split in enumerate(("train", "test")):
+        np.save(tmp_path / f"{split}.npy", pixels(3, 8, seed))
+    check(tmp_path, "test", pixels(3, 8, 1), None, "numpy")

@@ -23,10 +23,9 @@ from softcl.data.views import VIEWS, Share
 from softcl.distributed import ShardedQueue, World
 from softcl.nn import MemoryQueue
 from softcl.testing import make_problem
-from softcl.train import main
-from softcl.training.checkpoint import read_checkpoint
-from softcl.training.resume import settle_restart
-from softcl.training.run_folder import read_metrics
+from softcl.train.__main__ import main
+from softcl.train.checkpoint import read_checkpoint
+from softcl.train.folder import read_metrics, settle_restart
 
 CASES = [
     f"{module.__name__}.{name}"

@@ -15,7 +15,7 @@ from softcl.data import ImageSet
 from softcl.evaluation import KNN, eval_mode, extract, knn_predict, nearest_rows, thinned, vote
 from softcl.evaluation import knn as knn_module
 from softcl.evaluation.features import sampled
-from softcl.training.picture import choose_queries, draw_neighbors, nearest
+from softcl.train.pictures import choose_queries, draw_neighbors, nearest
 
 CPU = torch.device("cpu")
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softcl.evaluate import main
-from softcl.evaluation.backbone import load_backbone
 from softcl.evaluation.probe import Labelled, fit_logistic, lbfgs_probe, sgd_probe
 from softcl.evaluation.retrieval import retrieval_precision
-from softcl.train import main as train
-from softcl.training.build import build_state
-from softcl.training.checkpoint import read_checkpoint
-from softcl.training.config import TrainConfig
+from softcl.methods import METHODS
+from softcl.train.__main__ import main as train
+from softcl.train.checkpoint import load_backbone, read_checkpoint
+from softcl.train.config import TrainConfig
+from softcl.train.parts import build_state
 
 
 def blobs(count: int, seed: int, spread: float = 0.5, classes: int = 4) -> Labelled:
@@ -144,24 +144,16 @@ def run(flags: list[str], tmp_path: Path, capsys) -> Path:
 
 def test_a_backbone_comes_back_as_it_was(run: Path):
     content = read_checkpoint(run / "best.pt")
-    config = TrainConfig.from_dict(content["config"])
+    config = TrainConfig.of(**content["config"])
     for network in ("student", "teacher"):
         stored = load_backbone(run, network)
         assert stored.path == run / "best.pt" and not stored.backbone.training
         images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        state = build_state(config, *_method(config))
+        state = build_state(config, METHODS[config.method](**config.numbers), torch.device("cpu"))
         state.student.load_state_dict(content[network])
         with torch.no_grad():
             expected = state.student.eval().features(images)
         assert torch.equal(stored.backbone(images), expected)
-
-
-def _method(config: TrainConfig):
-    from softcl.methods import METHODS
-
-    kind = METHODS[config.method]
-    names = [name for name in kind.__dataclass_fields__ if hasattr(config, name)]
-    return kind(**{name: getattr(config, name) for name in names}), torch.device("cpu")
 
 
 def test_the_command_measures_prints_and_writes(run: Path, tmp_path: Path, capsys):

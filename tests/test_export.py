@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from softcl.export import main
 from softcl.nn import build_backbone
-from softcl.training.checkpoint import write_checkpoint
-from softcl.training.config import TrainConfig
+from softcl.train.checkpoint import write_checkpoint
+from softcl.train.config import TrainConfig
 
 
 def write_run(folder: Path, arch: str, size: int) -> tuple[Path, Tensor, Tensor]:

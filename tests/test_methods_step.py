@@ -15,8 +15,8 @@ from softcl.methods import ASCL, SCE, Batch, Method
 from softcl.methods.mixing import MIXES
 from softcl.nn import MemoryQueue, make_teacher
 from softcl.testing import available_backends, make_problem
-from softcl.training.build import build_heads
-from softcl.training.step import MEASURES, StepRandom, TrainState, train_step
+from softcl.train.parts import build_heads
+from softcl.train.step import MEASURES, StepRandom, TrainState, train_step
 
 BACKENDS = available_backends(make_problem(2, 3, 4), AdaptiveSoftLabels(1))
 LR = 0.1
@@ -165,7 +165,7 @@ def test_a_step_equals_the_dense_step(name, backend):
 
 def test_split_batch_norm_shuffles_the_teachers_batch_alone(monkeypatch):
     calls = []
-    from softcl.training import step as module
+    from softcl.train import step as module
 
     original = module.shuffled
     monkeypatch.setattr(module, "shuffled", lambda *a: calls.append(1) or original(*a))

@@ -67,14 +67,16 @@ def test_every_method_has_a_row():
 
 
 def test_the_controls_pairs_do_not_belong_together(monkeypatch):
-    from softcl import train
-    from softcl.training import run
+    from softcl.train import __main__ as train
+    from softcl.train import parts
 
     pixels = (torch.arange(500) % 251).to(torch.uint8).view(500, 1, 1, 1).expand(-1, 3, 1, 1)
     images = ImageSet(pixels, None, [], (0.5,) * 3, (0.5,) * 3, "numbered")
     seen = {}
-    monkeypatch.setattr(run, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
-    monkeypatch.setattr(train, "main", lambda _: seen.update(run.build_views(None, images, 0)) or 0)
+    monkeypatch.setattr(parts, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
+    monkeypatch.setattr(
+        train, "main", lambda _: seen.update(parts.build_views(None, images, 0)) or 0
+    )
     assert load().control("control: shuffled pairs", []) == 0
     batch, generator = images.batch(torch.arange(200)), torch.Generator().manual_seed(0)
     assert torch.equal(seen["query"](batch, None), batch)
@@ -87,12 +89,12 @@ def test_the_controls_pairs_do_not_belong_together(monkeypatch):
 
 
 def test_the_other_controls_keys_are_noise(monkeypatch):
-    from softcl import train
-    from softcl.training import run
+    from softcl.train import __main__ as train
+    from softcl.train import parts
 
     seen = {}
-    monkeypatch.setattr(run, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
-    monkeypatch.setattr(train, "main", lambda _: seen.update(run.build_views(None, None, 8)) or 0)
+    monkeypatch.setattr(parts, "build_views", lambda *_: dict.fromkeys(("query", "key"), echo))
+    monkeypatch.setattr(train, "main", lambda _: seen.update(parts.build_views(None, None, 8)) or 0)
     assert load().control(load().CONTROLS[1], []) == 0
     images, generator = torch.zeros(64, 3, 8, 8), torch.Generator().manual_seed(0)
     keys = seen["key"](images, generator)

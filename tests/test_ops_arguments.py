@@ -16,6 +16,7 @@ import torch
 
 import softcl
 from softcl import AdaptiveSoftLabels, HardLabels, queue_statistics, soft_contrastive_loss
+from softcl.distributed import ShardedRows, World
 from softcl.testing import make_problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,8 +160,8 @@ def test_numbers_of_any_type():
             rule=rule, temperature=real(0.25), teacher_temperature=real(0.5), filled=integer(8)
         )
         assert torch.equal(found, plain)
-        if real is not torch.tensor:
-            assert softcl.LabelRule(mean=real(0.5)) == softcl.LabelRule(mean=0.5)
+        assert softcl.LabelRule(mean=real(0.5)) == softcl.LabelRule(mean=0.5)
+        assert softcl.MixedLabels(real(0.25)) == softcl.MixedLabels(0.25)
     p = make_problem(4, 10, 8)
     found = queue_statistics(p.query, p.queue, np.float32(0.25), num_neighbors=np.int64(3))
     assert found.neighbor_indices.shape == (4, 3)
@@ -194,16 +195,38 @@ def test_nothing_in_ops_imports_the_reference():
                 assert not names & {"reference", "cpu", "triton", "cuda"}, file.name
 
 
-def test_rows_far_from_unit_norm_are_explained():
-    """Where such rows overflow, the error names them; a backend may instead cope."""
+@pytest.mark.parametrize("value", [torch.ones(1), torch.tensor(True), np.bool_(True), [0.5]])
+def test_what_is_no_number_is_no_number_of_a_rule(value):
+    with pytest.raises(TypeError, match="^mean must be a number"):
+        softcl.LabelRule(mean=value)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), 1e30])
+def test_a_temperature_in_a_tensor_is_refused_by_its_own_name(value):
+    p, value = make_problem(4, 10, 8), torch.tensor(value)
+    for queue in (p.queue, ShardedRows(p.queue, World())):
+        for name in ("temperature", "teacher_temperature"):
+            with pytest.raises(ValueError, match=f"^{name} must be positive and finite"):
+                call(queue=queue, **{name: value})
+        with pytest.raises(ValueError, match="^teacher_temperature must be"):
+            softcl.label_mean(AdaptiveSoftLabels(2), p.key, queue, teacher_temperature=value)
+
+
+@pytest.mark.parametrize(
+    ("num_neighbors", "error", "message"),
+    [
+        (-1, ValueError, "num_neighbors must be between 0 and the parts' 6 together, got -1"),
+        (7, ValueError, "num_neighbors must be between 0 and the parts' 6 together, got 7"),
+        (1.5, TypeError, "num_neighbors must be an integer, got 1.5"),
+    ],
+)
+def test_bad_merges(num_neighbors, error, message):
     p = make_problem(4, 10, 8)
-    query = p.query * torch.tensor(1e38)
-    try:
-        loss = call(query=query)
-    except ValueError as error:
-        assert "unit norm" in str(error)
-    else:
-        assert bool(torch.isfinite(loss))
+    part = queue_statistics(p.query, p.queue, 0.1, num_neighbors=3)
+    with pytest.raises(error, match=message):
+        softcl.merge_statistics([part, part], num_neighbors=num_neighbors)
+    with pytest.raises(ValueError, match="parts must not be empty"):
+        softcl.merge_statistics([])
 
 
 def test_explicit_backend_that_cannot_run_says_why():

@@ -189,6 +189,33 @@ def test_rows_of_any_length_are_normalised(backend, length):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", [HardLabels(), AdaptiveSoftLabels(2)], ids=rule_name)
+@pytest.mark.parametrize("name", ["query", "key", "queue"])
+def test_a_long_row_that_is_not_normalised_is_right_or_refused_by_name(backend, rule, name):
+    """With a gradient and without: a loss of rows beyond float32's precision once came out wrong
+    where nothing but the gradient was not finite."""
+    p = make_problem(6, 400, 16)
+    for exponent in range(10, 38):
+        rows = {"query": p.query, "key": p.key, "queue": p.queue}
+        rows[name] = rows[name].clone()
+        rows[name][2] *= -(10.0**exponent) if exponent % 2 else 10.0**exponent
+        oracle = loss_oracle(type(p)(**rows), rule)
+        for gradient in (True, False):
+            query = rows["query"].clone().requires_grad_(gradient)
+            try:
+                loss = soft_contrastive_loss(
+                    query, rows["key"], rows["queue"], rule, temperature=0.1,
+                    teacher_temperature=0.05, reduction="none", backend=backend,
+                )  # fmt: skip
+            except ValueError as error:
+                assert f"{name} has a row of norm 1e+{exponent}" in str(error)
+            else:
+                # Of the logits, whose differences the loss is.
+                error = float((loss - oracle.loss).detach().abs().max()) / 10.0 ** (exponent + 1)
+                assert error < 1e-5, (exponent, gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_of_zeros_has_no_direction_and_no_gradient(backend):
     p = make_problem(5, 33, 8, kind="clustered")
     p.query[1] = 0.0

@@ -17,6 +17,7 @@ from softcl import (
     queue_statistics,
     soft_contrastive_loss,
 )
+from softcl.distributed import ShardedRows, World
 from softcl.ops.call import LossCall, StatisticsCall, pack
 from softcl.testing import available_backends, loss_oracle, make_problem
 
@@ -279,14 +280,14 @@ class TestAutograd:
         torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_torch_func_gives_the_loss_its_derivatives():
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_torch_func_gives_the_loss_its_derivatives(sharded):
     p = make_problem(6, 40, 16, kind="clustered", dtype=torch.float64)
     oracle = loss_oracle(p, UNNAMED)
+    queue = ShardedRows(p.queue, World()) if sharded else p.queue
 
     def rows(query):
-        return soft_contrastive_loss(
-            query, p.key, p.queue, UNNAMED, reduction="none", **TEMPERATURES
-        )
+        return soft_contrastive_loss(query, p.key, queue, UNNAMED, reduction="none", **TEMPERATURES)
 
     def total(query):
         return rows(query).sum()
@@ -310,6 +311,25 @@ def test_torch_func_gives_the_loss_its_derivatives():
     for second in (func.hessian(total), func.grad(lambda x: func.grad(total)(x).square().sum())):
         with pytest.raises(RuntimeError, match="first derivative only"):
             second(p.query)
+    query = p.query.clone().requires_grad_()
+    (once,) = torch.autograd.grad(total(query), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(once.square().sum(), query)
+
+
+@pytest.mark.parametrize("name", ["key", "queue", "temperature", "teacher_temperature"])
+def test_constants_have_no_derivative_in_torch_func_either(name):
+    p = make_problem(6, 40, 16, dtype=torch.float64)
+    given = {"key": p.key, "queue": p.queue}
+    given |= {name: torch.tensor(0.1, dtype=torch.float64) for name in TEMPERATURES}
+
+    def loss(value):
+        return soft_contrastive_loss(p.query, rule=HardLabels(), **{**given, name: value})
+
+    with pytest.raises(ValueError, match=f"^{name} requires grad.*{name}.detach"):
+        torch.func.grad(loss)(given[name])
+    with pytest.raises(ValueError, match=f"^{name} .*has a tangent.*{name}.detach"):
+        torch.func.jvp(loss, (given[name],), (given[name],))
 
 
 def test_torch_func_and_the_statistics():

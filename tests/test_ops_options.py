@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -136,11 +137,27 @@ def test_cuda_declines_excluded_rows(monkeypatch):
     from softcl.ops import cuda
     from softcl.ops.call import StatisticsCall
 
-    monkeypatch.setattr(cuda, "_load", lambda: (object(), ""))
+    module = SimpleNamespace(cuda_device_count=lambda: 1)
+    monkeypatch.setattr(cuda, "_load", lambda: (module, ""))
     monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
     on_gpu = SimpleNamespace(device=torch.device("cuda:0"), shape=(4, 8), dtype=torch.float32)
     call = StatisticsCall(on_gpu, on_gpu, 0.1, 0, True, torch.arange(4))
     assert "excluded" in cuda.unsupported(call)
+
+
+def test_cuda_does_not_start_the_driver_for_tensors_on_the_cpu(monkeypatch):
+    """Asked by every call under "auto"; a process forked after that could not use CUDA."""
+    from softcl.ops import cuda, native
+
+    def asked():
+        raise AssertionError("the driver was started")
+
+    module = SimpleNamespace(has_cuda=lambda: True, cuda_device_count=asked)
+    monkeypatch.setattr(native, "load", lambda: (module, ""))
+    monkeypatch.setattr(cuda, "_load", functools.cache(cuda._load.__wrapped__))
+    p = make_problem(2, 5, 4)
+    with pytest.raises(UnsupportedBackendError, match="the tensors are on cpu"):
+        queue_statistics(p.query, p.queue, 0.1, backend="cuda")
 
 
 @pytest.mark.parametrize(

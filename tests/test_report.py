@@ -12,7 +12,7 @@ import pytest
 
 from softcl.report import main
 from softcl.reporting.runs import read_runs, short_names
-from softcl.train import main as train
+from softcl.train.__main__ import main as train
 
 FIGURES = {"loss", "knn", "lr", "teacher", "purity", "spread", "speed"}
 

@@ -25,8 +25,8 @@ from softcl.nn import (
 )
 from softcl.ops import FUSED_BACKENDS, choose_backend, soft_contrastive_loss
 from softcl.testing import gradient_error
-from softcl.training.step import TrainState, train_step
-from softcl.training.views import build_views
+from softcl.train.images import build_views
+from softcl.train.step import TrainState, train_step
 
 STEPS = 50
 

@@ -14,23 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcl.training.allocator import keep_freed_pages
-from softcl.training.meter import FIRST_STEPS, Diverged, Meter
-from softcl.training.progress import BarProgress, PlainProgress, Status, clock, make_progress
+from softcl.train.log import (
+    FIRST_STEPS,
+    BarProgress,
+    Diverged,
+    Meter,
+    PlainProgress,
+    clock,
+    make_progress,
+)
+from softcl.train.parts import keep_freed_pages
 
 ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
-
-STATUS = Status(
-    step=120,
-    steps=390,
-    epoch=4,
-    epochs=10,
-    loss=6.54321,
-    lr=0.0512,
-    images_per_s=1234.5,
-    data_wait=0.021,
-    seconds_left=61.4,
-)
+STATUS = (120, 390, "4/10", "loss 6.5432  ETA 1:01")  # step, steps, epoch, numbers
 
 
 class Terminal(io.StringIO):
@@ -42,106 +38,68 @@ def measures(loss: float) -> torch.Tensor:
     return torch.tensor([loss, 0.5, 2.0, 1.0, 0.9])
 
 
-def test_clock():
-    assert [clock(s) for s in (0, 61.4, 3599.4, 3600, 86399)] == [
-        "0:00",
-        "1:01",
-        "59:59",
-        "1:00:00",
-        "23:59:59",
-    ]
-
-
-def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     progress = make_progress(stream)
     assert isinstance(progress, PlainProgress)
-    progress.show(STATUS)  # too early for another line
+    progress.show(*STATUS)  # too early for another line
     progress._shown -= 11
-    progress.show(STATUS)
+    progress.show(*STATUS)
     progress.say("k-NN 51 %")
-    progress.close()
-    assert stream.getvalue().splitlines() == [
-        "epoch 4/10  step 120/390  loss 6.5432  lr 0.0512  1,234 images/s  data wait 2%  ETA 1:01",
-        "k-NN 51 %",
-    ]
+    lines = ["epoch 4/10  step 120/390  loss 6.5432  ETA 1:01", "k-NN 51 %"]
+    assert stream.getvalue().splitlines() == lines
+    times = [clock(s) for s in (0, 61.4, 3599.4, 3600, 86399)]
+    assert times == ["0:00", "1:01", "59:59", "1:00:00", "23:59:59"]
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_bar_on_a_terminal_that_can_move_its_cursor(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_progress(Terminal()), PlainProgress)
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     progress = make_progress(stream)
     assert isinstance(progress, BarProgress)
-    progress.show(STATUS)
+    progress.show(*STATUS)
     progress.say("[k-NN] 51 %")
-    progress.show(STATUS)
     progress.close()
-    text = stream.getvalue()
-    assert "loss 6.5432" in text and "ETA 1:01" in text and "4/10" in text and "31%" in text
-    assert "[k-NN] 51 %" in text
+    for text in ("loss 6.5432", "ETA 1:01", "4/10", "31%", "[k-NN] 51 %"):
+        assert text in stream.getvalue()
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(make_progress(Terminal()), PlainProgress)
-
-
-def test_meter_gives_early_steps_a_row_each_and_then_means():
-    meter = Meter(every=10, batch_size=4)
-    rows = []
-    for step in range(1, FIRST_STEPS + 26):
-        meter.add(step, 0.1 * step, measures(float(step)))
-        if meter.due(step, FIRST_STEPS + 25):
-            rows += meter.rows(0.0)
-    steps = [row["step"] for row in rows]
-    assert steps == [*range(1, 51), 60, 70, 75]
-    assert [row["loss"] for row in rows[:50]] == list(range(1, 51))
-    assert [row["loss"] for row in rows[50:]] == [55.5, 65.5, 73.0]
-    assert rows[-1]["lr"] == pytest.approx(7.5) and rows[-1]["positive_top1"] == 1.0
-
-
-def test_meter_does_not_depend_on_where_it_was_stored():
-    whole, parts = Meter(4, 4), Meter(4, 4)
-    for step in range(51, 55):
-        whole.add(step, 0.1, measures(step / 3))
-        if step == 54:
-            state, parts = parts.state_dict(), Meter(4, 4)
-            parts.load_state_dict(state, torch.device("cpu"))
-        parts.add(step, 0.1, measures(step / 3))
-    rows = [
-        {k: v for k, v in meter.rows(0.0)[0].items() if k not in ("images_per_s", "data_wait")}
-        for meter in (whole, parts)
-    ]
-    assert rows[0] == rows[1]
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_meter_names_the_step_that_diverged(loss: float):
-    meter = Meter(10, 4)
-    meter.add(1, 0.1, measures(1.0))
-    with pytest.raises(Diverged, match="the loss of step 2 is"):
-        meter.add(2, 0.1, measures(loss))
-    with pytest.raises(Diverged, match="the loss of step 2 is"):
+def test_meter_gives_early_steps_a_row_each_and_then_some():
+    meter, rows, last = Meter(every=10, batch_size=4), [], FIRST_STEPS + 25
+    for step in range(1, last + 1):
+        meter.add(step, measures(float(step)))
+        if meter.due(step, last):
+            rows.append(meter.row(0.0))
+    assert [row["step"] for row in rows] == [*range(1, 51), 60, 70, 75]
+    assert all(row["loss"] == row["step"] for row in rows) and rows[-1]["positive_top1"] == 1.0
+    for loss in (math.nan, -math.inf):
         meter.check()
+        with pytest.raises(Diverged, match="the loss of step 76 is"):
+            meter.add(76, measures(loss))
+        with pytest.raises(Diverged, match="the loss of step 76 is"):
+            meter.check()
+        meter.add(76, measures(1.0))
 
 
 def test_meter_leaves_other_work_out_of_the_speed():
     meter = Meter(1, 100)
     meter.restart(0.0)
-    meter.add(60, 0.1, measures(1.0))
+    meter.add(60, measures(1.0))
     time.sleep(0.02)
     start = time.perf_counter()
     time.sleep(0.3)
     meter.skip(time.perf_counter() - start)
-    (row,) = meter.rows(waited=0.01)
+    row = meter.row(waited=0.01)
     assert row["images_per_s"] > 100 / 0.3
     assert 0.0 < row["data_wait"] <= 0.5
 
 
 _WAITING = """
 import sys, time
-from softcl.training.interrupt import StopRequest
+from softcl.train.parallel import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while stop.exit_code is None:
@@ -153,13 +111,8 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_second_signal_exits_at_once(number: int, code: int):
-    with subprocess.Popen(
-        [sys.executable, "-c", _WAITING],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", _WAITING], cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == "asked\n"

@@ -13,19 +13,14 @@ from torch import nn
 
 from softcl.methods import ASCL
 from softcl.nn import Encoder, MemoryQueue, Projector, SplitBatchNorm2d, make_teacher
-from softcl.train import main
-from softcl.training import speed
-from softcl.training.checkpoint import read_checkpoint
-from softcl.training.config import ConfigError, TrainConfig
-from softcl.training.run_folder import read_metrics
-from softcl.training.speed import (
-    begin_step,
-    check_speed,
-    describe_speed,
-    settle_speed,
-    speed_up,
-)
-from softcl.training.step import TrainState, train_step
+from softcl.train import parts
+from softcl.train.__main__ import main
+from softcl.train.checkpoint import read_checkpoint
+from softcl.train.config import ConfigError, TrainConfig
+from softcl.train.folder import read_metrics
+from softcl.train.log import describe_speed
+from softcl.train.parts import check_speed, settle_speed, speed_up
+from softcl.train.step import TrainState, train_step
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -66,7 +61,6 @@ def curve(state: TrainState, config: TrainConfig) -> list[float]:
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step % 4)
         images = torch.randint(0, 256, (16, 3, 8, 8), generator=generator, dtype=torch.uint8)
-        begin_step(config)
         views = {name: view for name in state.method.views()}
         measures = train_step(state, images.to(device), views, seed=3, backend="reference")
         losses.append(float(measures[0]))
@@ -81,9 +75,9 @@ def assert_same_curve(got: list[float], expected: list[float], first: float, las
 
 
 def test_compiled_networks_give_the_same_curve():
-    if speed._compiler() is None:
+    if parts._compiler() is None:
         pytest.skip("there is no C++ compiler")
-    plain = settle_speed(TrainConfig(precision="fp32"), CPU)
+    plain = settle_speed(TrainConfig(precision="fp32"), ASCL(), CPU)
     expected = curve(make_state(), plain)
     state = make_state()
     names = list(state.state_dict()["student"])
@@ -120,7 +114,7 @@ def test_channels_last_gives_the_same_curve():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_compiled_and_graphed_on_a_gpu(changes: dict, symmetric: bool):
     device = torch.device("cuda")
-    plain = settle_speed(TrainConfig(precision="fp32", num_splits=2), device)
+    plain = settle_speed(TrainConfig(precision="fp32"), ASCL(num_splits=2), device)
     expected = curve(make_state(device, symmetric=symmetric), plain)
     state = make_state(device, symmetric=symmetric)
     got = curve(state, dataclasses.replace(plain, **changes))
@@ -153,29 +147,13 @@ def test_a_run_in_bf16_resumes_bit_exact_and_says_what_it_is(
     assert config["precision"] == "bf16" and config["channels_last"] is False
 
 
-REFUSED = [
-    ("--cuda-graph --device cpu", "--cuda-graph: needs a CUDA device, and this run is on the CPU"),
-    ("--precision fp16", "--precision fp16: must be one of fp32, bf16"),
-    ("--compile yes", "unexpected 'yes'"),
-]
-
-
-@pytest.mark.parametrize("line, message", REFUSED)
-def test_refused(flags: list[str], tmp_path: Path, capsys, line: str, message: str):
-    assert main([*flags, *line.split(), "--out", "run"]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) <= 3
-    assert not (tmp_path / "run").exists()
-
-
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(speed, "_compiler", lambda: None)
+def test_defaults_of_the_cpu_words_and_refusals(monkeypatch):
+    with pytest.raises(ConfigError, match="--cuda-graph: needs a CUDA device, and this run is on"):
+        check_speed(TrainConfig(cuda_graph=True), CPU)
+    monkeypatch.setattr(parts, "_compiler", lambda: None)
     with pytest.raises(ConfigError, match="--compile: torch.compile needs a C\\+\\+ compiler"):
         check_speed(TrainConfig(compile=True), CPU)
-
-
-def test_defaults_of_the_cpu_and_words():
-    config = settle_speed(TrainConfig(), CPU)
+    config = settle_speed(TrainConfig(), ASCL(), CPU)
     assert (config.precision, config.channels_last) == ("fp32", False)
     assert describe_speed(config) == "fp32"
     fast = dataclasses.replace(config, precision="bf16", channels_last=True, cuda_graph=True)

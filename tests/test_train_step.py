@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import softcl
 from softcl.methods import ASCL
 from softcl.methods import method as method_module
 from softcl.nn import MemoryQueue, make_teacher
-from softcl.training.schedules import learning_rate
-from softcl.training.step import (
+from softcl.train.__main__ import main
+from softcl.train.loop import Run
+from softcl.train.optim import learning_rate
+from softcl.train.step import (
     MEASURES,
     StepRandom,
     TrainState,
@@ -151,3 +157,57 @@ def test_learning_rate_is_the_published_schedule():
         for step in range(9)
     ]
     assert rates == pytest.approx([step / 8 for step in range(8)] + [1.0])
+
+
+# ------------------------------------------------------------------------------------ its files
+
+HOME = Path(softcl.__file__).parent
+MOST_FILES = 22  # that one step of ASCL on the CPU enters
+
+
+def test_a_step_can_be_read_in_one_sitting(flags: list[str], monkeypatch):
+    """The way of a batch, as CONTRIBUTING.md walks it: few files, and of softcl.train four."""
+    entered: set[str] = set()
+    original = Run._one_step
+
+    def profile(frame, event: str, _argument) -> None:
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(str(HOME)):
+            entered.add(Path(path).relative_to(HOME).as_posix())
+
+    def profiled(run: Run, images: Tensor) -> None:
+        sys.setprofile(profile if run.state.step == 2 else None)  # what is lazy was made before
+        try:
+            original(run, images)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(Run, "_one_step", profiled)
+    assert main([*flags, "--num-splits", "1", "--max-steps", "3", "--out", "run"]) == 0
+    own = {path.removeprefix("train/") for path in entered if path.startswith("train/")}
+    assert own == {"loop.py", "optim.py", "step.py", "log.py"}
+    assert len(entered) <= MOST_FILES, "\n".join(sorted(entered))
+
+
+def test_no_folder_imports_what_imports_it():
+    """train uses evaluation and no other way round, and its own files have no circles."""
+    imports: dict[str, set[str]] = {}
+    for path in HOME.rglob("*.py"):
+        name = ".".join(path.relative_to(HOME).with_suffix("").parts).removesuffix(".__init__")
+        nodes = ast.walk(ast.parse(path.read_text()))
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        imports[name] = {x.removeprefix("softcl.") for x in names if x.startswith("softcl.")}
+    for name, used in imports.items():
+        if name.startswith(("evaluation", "data", "methods", "nn", "ops", "distributed")):
+            assert not [x for x in used if x.startswith(("train", "reporting"))], name
+
+    def reachable(name: str, seen: set[str]) -> set[str]:
+        for other in imports.get(name, set()):
+            if other not in seen:
+                seen.add(other)
+                reachable(other, seen)
+        return seen
+
+    for name in imports:
+        if name.startswith("train."):
+            assert name not in reachable(name, set()), name

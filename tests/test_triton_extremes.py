@@ -10,11 +10,9 @@ from loss_calls import some_long
 from triton_calls import check, on, run
 
 from softcl.labels import (
-    AdaptiveNeighborLabels,
     AdaptiveSoftLabels,
     DistillationLabels,
     LabelRule,
-    MixedLabels,
     RelationalLabels,
 )
 from softcl.ops import triton
@@ -47,7 +45,7 @@ def test_excluded_row_at_any_temperature(triton_device, monkeypatch, target, tem
     others = on(triton_device, Problem(p.query, p.key, queue))
     p = on(triton_device, p)
     excluded = torch.full((4,), 64, device=triton_device)
-    for rule in (RelationalLabels(), AdaptiveSoftLabels(3), AdaptiveNeighborLabels(3)):
+    for rule in (RelationalLabels(), AdaptiveSoftLabels(3)):
         first, again = (run(x, rule, *temperatures, excluded=excluded) for x in (p, others))
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
         assert not bool((first.neighbor_indices == 64).any())
@@ -85,8 +83,7 @@ def test_merge_at_low_temperatures(triton_device, monkeypatch, temperatures, mul
     query = key.clone()
     query[3] = queue[9]
     p = on(triton_device, Problem(query, key, queue))
-    rules = AdaptiveSoftLabels(7), AdaptiveNeighborLabels(5), DistillationLabels(), MixedLabels(0.3)
-    for rule in rules:
+    for rule in (AdaptiveSoftLabels(7), DistillationLabels()):
         got = run(p, rule, *temperatures)
         oracle = loss_oracle(
             p, rule, temperature=temperatures[0], teacher_temperature=temperatures[1]

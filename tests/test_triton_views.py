@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from view_images import noise
+from view_images import noise, table_of
 
-from softcl.data import VIEWS, compiled, fused, make_shapes, strong_view, views, weak_view
-from softcl.data.recipe import COLOR_COLUMNS, RECIPE, Recipe, draw_colors
+from softcl.data import VIEWS, kernels, make_shapes, strong_view, views, weak_view
+from softcl.data.recipe import COLUMNS
+from softcl.data.views import constants_of, render
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -21,18 +20,17 @@ TOLERANCE = 1e-4
 def both(make, images, size, device, monkeypatch, seed=0, **options):
     """The view by the kernel and by PyTorch, from one state of a generator."""
 
-    def view() -> torch.Tensor:
+    def view(**more) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return make(images.to(device), size, MEAN, STD, generator, **options)
+        return make(images.to(device), size, MEAN, STD, generator, **options, **more)
 
-    calls, original = [], views.fused_view
+    calls, original = [], kernels.triton_view
     with monkeypatch.context() as patch:
-        patch.setattr(views, "fused_view", lambda *a: calls.append(1) or original(*a))
-        got = view()
-        patch.setattr(views, "kernel_for", lambda *_: None)
-        expected = view()
+        patch.setattr(kernels, "triton_view", lambda *a: calls.append(1) or original(*a))
+        patch.setattr(views, "triton_view", kernels.triton_view)
+        got = view(kernel=True)
     assert len(calls) == 1
-    return got, expected
+    return got, view(kernel=False)
 
 
 SIZES = [
@@ -45,17 +43,13 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("make", [strong_view, weak_view])
-def test_crops_that_were_cut_before(make, triton_device, monkeypatch):
-    got, expected = both(make, noise(5, 24, 24), 24, triton_device, monkeypatch, cropped=True)
-    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize(
     ("name", "number", "height", "width", "size"),
     [*((name, 8, 32, 32, 32) for name in VIEWS), *(("strong", *sizes) for sizes in SIZES)],
 )
-def test_as_in_pytorch(triton_device, monkeypatch, name, number, height, width, size):
+def test_as_in_pytorch(
+    triton_device, monkeypatch, nan_filled_memory, name, number, height, width, size
+):
     images = noise(number, height, width)
     got, expected = both(VIEWS[name], images, size, triton_device, monkeypatch)
     assert got.shape == expected.shape == (number, 3, size, size)
@@ -67,68 +61,50 @@ def test_as_in_pytorch(triton_device, monkeypatch, name, number, height, width, 
         torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
-def only(**changes) -> Recipe:
-    return dataclasses.replace(
-        Recipe(jitter=0.0, grayscale=0.0, blur=0.0, flip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0)),
-        **changes,
-    )
+@pytest.mark.parametrize("make", [strong_view, weak_view])
+def test_crops_that_were_cut_before(make, triton_device, monkeypatch):
+    got, expected = both(make, noise(5, 24, 24), 24, triton_device, monkeypatch, cropped=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+
+
+def kernels_and_rendered(table: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    images = noise(len(table), 8, 8).to(device)
+    table = table.to(device)
+    made = kernels.triton_view(images, table, constants_of(MEAN, STD, images.device), 8, True)
+    made = views._after_triton(made, table, MEAN, STD)
+    return made, render(images, table, 8, MEAN, STD)
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    "columns",
     [
-        only(),
-        only(flip=1.0),
-        only(grayscale=1.0),
-        only(blur=1.0),
-        only(jitter=1.0, contrast=0.0, saturation=0.0, hue=0.0),
-        only(jitter=1.0, brightness=0.0, saturation=0.0, hue=0.0),
-        only(jitter=1.0, brightness=0.0, contrast=0.0, hue=0.0),
-        only(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.5),
-        only(jitter=1.0, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5),
-        only(solarize=1.0),
+        dict(),
+        dict(mirror=1.0),
+        dict(grayed=1.0),
+        dict(blurred=1.0, sigma=1.3),
+        dict(jittered=1.0, brightness=0.7),
+        dict(jittered=1.0, contrast=1.4),
+        dict(jittered=1.0, saturation=0.6),
+        dict(jittered=1.0, hue=0.3),
+        dict(solarized=1.0),
     ],
-    ids=lambda r: ",".join(
-        f"{f.name}={getattr(r, f.name)}"
-        for f in dataclasses.fields(r)
-        if getattr(r, f.name) != getattr(only(), f.name)
-    ),
+    ids=lambda columns: ",".join(columns) or "none",
 )
-def test_each_operation(triton_device, monkeypatch, recipe):
-    images = noise(4, 16, 16)
-    options = dict(recipe=recipe)
-    got, expected = both(strong_view, images, 16, triton_device, monkeypatch, **options)
-    plain = (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
-        3, 1, 1
-    )
-    changed = float((expected.cpu() - plain).abs().max()) > 0.1
-    assert changed == (recipe != only())  # the operation takes place
-    if recipe.solarize:
+def test_each_operation(triton_device, columns):
+    got, expected = kernels_and_rendered(table_of(*[(0, 0, 8, 8)] * 4, **columns), triton_device)
+    _, plain = kernels_and_rendered(table_of(*[(0, 0, 8, 8)] * 4), triton_device)
+    assert (float((expected - plain).abs().max()) > 0.1) == bool(columns)  # it takes place
+    if "solarized" in columns:
         assert float((got - expected).abs().gt(TOLERANCE).float().mean()) < 1e-3
     else:
         torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_all_orders_of_the_jitter(triton_device, monkeypatch):
-    images = noise(48, 4, 4)
-    recipe = only(jitter=1.0, brightness=0.6, contrast=0.9, saturation=0.9, hue=0.4)
-    seen = {}
-
-    def draw(uniform, recipe):
-        colors = draw_colors(uniform, recipe)
-        for kinds, slot in zip(colors.kinds.tolist(), colors.hue_slot.tolist(), strict=True):
-            seen[(*kinds, slot)] = True
-        return colors
-
-    monkeypatch.setattr(views, "draw_colors", draw)
-    got, expected = both(strong_view, images, 4, triton_device, monkeypatch, seed=2, recipe=recipe)
-    assert len(seen) >= 18  # of 24
-    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
-
-
-def test_nothing_unwritten_is_read(triton_device, monkeypatch, nan_filled_memory):
-    images = noise(5, 20, 12)
-    got, expected = both(strong_view, images, 33, triton_device, monkeypatch)
+def test_all_orders_of_the_jitter(triton_device):
+    factors = dict(brightness=1.3, contrast=0.6, saturation=1.5, hue=0.2)
+    order = torch.arange(24.0) + 0.9
+    table = table_of(*[(0, 0, 8, 8)] * 24, jittered=1.0, order=order, **factors)
+    got, expected = kernels_and_rendered(table, triton_device)
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -147,55 +123,39 @@ def test_a_sample_depends_on_itself_alone_and_twice_is_the_same(triton_device):
     # Images that are no block of memory of their own.
     apart = images.repeat_interleave(2, 0)[::2]
     assert not apart.is_contiguous() and torch.equal(make(apart), first)
-
-
-def test_autocast_does_not_touch_the_pixels(triton_device):
-    images = make_shapes(4).images.to(triton_device)
-    make = lambda: strong_view(images, 16, MEAN, STD, torch.Generator().manual_seed(4))  # noqa: E731
-    expected = make()
-    with torch.autocast(triton_device, dtype=torch.bfloat16):
-        assert torch.equal(make(), expected)
+    with torch.autocast(triton_device, dtype=torch.bfloat16):  # which does not touch the pixels
+        assert torch.equal(make(images), first)
 
 
 def test_the_table_has_the_kernels_columns():
     from softcl.kernels import views as kernel
 
-    uniform = torch.rand((3, COLOR_COLUMNS), generator=torch.Generator().manual_seed(0))
-    colors = draw_colors(uniform, RECIPE)
-    crop = views.draw_crop(torch.rand((3, views.CROP_COLUMNS)), 9, 9, RECIPE)
-    table = fused.parameter_table(crop, colors, kernel.STRIDE.value)
-    assert table.shape == (3, kernel.STRIDE.value) and len(kernel.COLUMNS) <= table.shape[1]
-    column = dict(zip(kernel.COLUMNS, table.unbind(1), strict=False))
-    for name in ("top", "left", "height", "width", "mirror"):
-        assert torch.equal(column[name], getattr(crop, name).float())
-    for name in ("jittered", "hue", "hue_slot", "grayed"):
-        assert torch.equal(column[name], getattr(colors, name).float())
-    for slot in range(3):
-        assert torch.equal(column[f"kind_{slot}"], colors.kinds[:, slot].float())
-        assert torch.equal(column[f"factor_{slot}"], colors.factors[:, slot])
+    assert kernel.STRIDE.value == len(COLUMNS)
+    for name in ("jittered", "order", "hue", "grayed"):
+        assert getattr(kernel, name.upper()).value == COLUMNS.index(name)
+    factors = COLUMNS[kernel.FACTORS.value : kernel.FACTORS.value + 3]
+    assert factors == ("brightness", "contrast", "saturation")
 
 
 def test_where_the_kernel_runs(triton_device, monkeypatch):
     images = noise(2, 8, 8).to(triton_device)
-    assert fused.kernel_for(images) is not None
+    assert kernels.kernel_for(images) is kernels.triton_view
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "LARGEST_IMAGE", 64)
-        assert fused.kernel_for(images) is None
+        patch.setattr(kernels, "LARGEST_IMAGE", 64)
+        assert kernels.kernel_for(images) is None
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "_kernel", lambda: None)  # triton is not installed
-        assert fused.kernel_for(images) is None
+        patch.setattr(kernels, "_has_triton", lambda: False)
+        assert kernels.kernel_for(images) is None
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert fused.kernel_for(noise(2, 8, 8)) in (None, compiled)  # on a CPU, not interpreted
+    assert kernels.kernel_for(noise(2, 8, 8)) in (None, kernels.compiled_view)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("make", [weak_view, strong_view])
-def test_numbers_drawn_on_the_gpu(make, monkeypatch):
+def test_numbers_drawn_on_the_gpu(make):
     images = make_shapes(64).images.cuda()
-
-    def view():
-        return make(images, 32, MEAN, STD, torch.Generator("cuda").manual_seed(3))
-
-    got = view()
-    monkeypatch.setattr(views, "kernel_for", lambda *_: None)
-    torch.testing.assert_close(got, view(), atol=TOLERANCE, rtol=0)
+    got, expected = (
+        make(images, 32, MEAN, STD, torch.Generator("cuda").manual_seed(3), kernel=wanted)
+        for wanted in (True, False)
+    )
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)

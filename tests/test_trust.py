@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from softcl import AdaptiveSoftLabels, trust
+from softcl import trust
 from softcl.ops import backends, trial
-from softcl.ops.call import LossCall
-from softcl.testing import make_problem
+from softcl.ops.call import StatisticsCall
 
 GPU = torch.device("cuda:0")
 STAND_INS = """
@@ -135,14 +135,14 @@ def test_auto_asks_before_it_takes_a_backend(monkeypatch):
 
     monkeypatch.setattr(backends, "load_backend", lambda name: Called)
     monkeypatch.setattr(trial, "reason_against", reason_against)
-    p = make_problem(4, 16, 8)
-    call = LossCall(p.query, p.key, p.queue, AdaptiveSoftLabels(2), 0.1, 0.05, True, True, None,
-                    True, False)  # fmt: skip
-    monkeypatch.setitem(backends.BACKENDS, "triton", ("cpu",))
+    rows = SimpleNamespace(device=GPU, shape=(4, 8), dtype=torch.float32)
+    call = StatisticsCall(rows, rows, 0.1, 0, True)
     choice = backends.choose(call)
-    assert choice.name == "cpu" and choice.reasons == {"triton": "it was wrong here"}
+    assert choice.name == "reference" and choice.reasons == {"triton": "it was wrong here"}
     asked.clear()
     assert backends.choose(call._replace(backend="triton")).name == "triton" and not asked
+    on_cpu = call._replace(query=SimpleNamespace(device=torch.device("cpu"), shape=(4, 8)))
+    assert backends.choose(on_cpu).name == "cpu" and not asked
 
 
 def test_the_enqueue_falls_back_to_pytorch(monkeypatch):
@@ -172,3 +172,28 @@ def test_the_trial_of_the_enqueue(wrong, monkeypatch):
         return enqueue.try_kernel(**facts)
     with pytest.raises(AssertionError, match="rows are off by"):
         enqueue.try_kernel(**facts)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_trial_of_the_views(wrong, monkeypatch):
+    from softcl.data import kernels
+
+    if kernels.kernel_missing(torch.device("cpu")):
+        pytest.skip("softcl._C is not built")
+    honest = kernels.compiled_view
+    stand_in = lambda *arguments: honest(*arguments) + 0.1 * wrong  # noqa: E731
+    monkeypatch.setattr(kernels, "compiled_view", stand_in)
+    if not wrong:
+        return kernels.try_kernel("cpu", columns=15)
+    with pytest.raises(AssertionError, match="a weak view is off by"):
+        kernels.try_kernel("cpu", columns=15)
+
+
+def test_the_views_fall_back_to_pytorch(monkeypatch):
+    from softcl.data import kernels
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(trust, "reason_against", lambda *a, **facts: "it was wrong")
+    assert kernels.kernel_missing(GPU) == "failed on this machine: it was wrong"
+    assert kernels.kernel_missing(GPU, tried=False) is None

@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "screen.h"
-#include "sweep.h"
-#include "views.h"
+#include "pass/sweep.h"
+#include "search/screen.h"
+#include "views/views.h"
 
 namespace softcl::cpu {
 

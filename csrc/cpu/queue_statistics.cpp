@@ -6,8 +6,8 @@
 #include "arena.h"
 #include "isa.h"
 #include "parallel.h"
-#include "queue_pass.h"
-#include "search.h"
+#include "pass/queue_pass.h"
+#include "search/search.h"
 #include "softcl/checks.h"
 
 namespace softcl::cpu {

@@ -19,7 +19,7 @@
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
-#include "queue_pass.h"
+#include "pass/queue_pass.h"
 #include "softcl/checks.h"
 
 namespace softcl::cpu {

@@ -59,7 +59,7 @@ inline StreamParams stream_params(const Work& work, const Plan& plan, void* work
   p.dim = work.dim;
   p.num_tiles = plan.num_tiles;
   p.tiles_per_split = plan.tiles_per_split;
-  p.steps_per_chunk = plan.steps_per_chunk;
+  p.chunk_shift = plan.chunk_shift;
   return p;
 }
 

@@ -36,7 +36,7 @@ inline FinishParams finish_params(const Work& work, const Plan& plan, const Stre
   p.candidates_per_block = plan.candidates_per_block;
   p.num_chunks = plan.num_chunks;
   p.num_rows = work.num_rows;
-  p.chunks = {plan.num_filled_chunks, plan.steps_per_chunk, work.queue_size};
+  p.chunks = {plan.num_filled_chunks, plan.chunk_shift, work.queue_size};
   p.num_neighbors = static_cast<int>(work.num_neighbors);
   p.row_type = stream.row_type;
   for (int r = 0; r < 2; ++r) p.scale[r] = stream.scale[r];

@@ -1,6 +1,6 @@
 // The instructions of ptx.h's kind that only sm_90a has: barriers with phases, tile copies,
 // products of whole warpgroups. Compiled by a host compiler they are the functions of
-// host/hopper_ptx.h.
+// tests/native/cuda/emulated_hopper_ptx.h.
 //
 // A kernel that uses them has a body only where SOFTCL_HAS_WARPGROUPS is defined: not in the code
 // for other devices.
@@ -17,7 +17,7 @@
 
 #if !defined(__CUDACC__)
 
-  #include "host/hopper_ptx.h"
+  #include "emulated_hopper_ptx.h"
 
 #else
 

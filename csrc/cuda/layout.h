@@ -14,7 +14,9 @@ inline constexpr int kWarp = 32;
 /// Queue rows whose products with a row one thread holds at a time, and its share of them.
 inline constexpr int kStepColumns = 32;
 inline constexpr int kChunksPerStep = 4;
-inline constexpr int kChunkColumnsPerStep = kStepColumns / kChunksPerStep;
+inline constexpr int kChunkShiftPerStep = 3;
+inline constexpr int kChunkColumnsPerStep = 1 << kChunkShiftPerStep;
+static_assert(kChunkColumnsPerStep * kChunksPerStep == kStepColumns, "");
 
 /// Byte offset of 16-byte piece `piece` of row `row` in a tile of kDim 16-bit numbers a row. Eight
 /// rows apart in memory take their pieces in eight different orders, so that the eight that one
@@ -41,19 +43,25 @@ SOFTCL_HOST_DEVICE constexpr int accumulator_column(int lane, int i) {
   return lane % 4 * 2 + i % 2;
 }
 
-/// Chunks. A step's columns that one thread holds (of one row) are one chunk; over several steps
-/// the same thread's columns make one longer chunk. Chunk `chunk` holds columns
-/// chunk_column(chunk, i), 0 <= i < kChunkColumnsPerStep * steps_per_chunk, ascending in i.
-SOFTCL_HOST_DEVICE constexpr std::int64_t chunk_column(int chunk, int i, int steps_per_chunk) {
+/// Chunks. A step's columns that one thread holds (of one row) are one chunk; over 2^chunk_shift
+/// steps the same thread's columns make one longer chunk. Chunk `chunk` holds columns
+/// chunk_column(chunk, i), 0 <= i < kChunkColumnsPerStep << chunk_shift, ascending in i. Shifts,
+/// for GPUs divide by a number known only when the kernel runs in twenty instructions.
+SOFTCL_HOST_DEVICE constexpr std::int64_t chunk_column(int chunk, int i, int chunk_shift) {
   const std::int64_t step =
-      std::int64_t(chunk / kChunksPerStep) * steps_per_chunk + i / kChunkColumnsPerStep;
+      (std::int64_t(chunk / kChunksPerStep) << chunk_shift) + i / kChunkColumnsPerStep;
   const int j = i % kChunkColumnsPerStep;
   return step * kStepColumns + j / 2 * 8 + chunk % kChunksPerStep * 2 + j % 2;
 }
 
 /// The chunk that starts in the step that `step` belongs to, for the thread with this lane.
-SOFTCL_HOST_DEVICE constexpr int chunk_of(int step, int lane, int steps_per_chunk) {
-  return step / steps_per_chunk * kChunksPerStep + lane % 4;
+SOFTCL_HOST_DEVICE constexpr int chunk_of(int step, int lane, int chunk_shift) {
+  return (step >> chunk_shift) * kChunksPerStep + lane % 4;
+}
+
+/// Whether the chunks that `step` belongs to end with it, unless the queue does before.
+SOFTCL_HOST_DEVICE constexpr bool ends_chunk(int step, int chunk_shift) {
+  return ((step + 1) & ((1 << chunk_shift) - 1)) == 0;
 }
 
 // Slots of the partial sums (splits, kNumSlots, rows), see stream.h.

@@ -10,9 +10,22 @@ namespace {
 
 constexpr std::int64_t kMostChunks = 8192;  // of a row: the workspace does not grow with the queue
 constexpr int kFinishBlocksPerMultiprocessor = 8;
+constexpr std::int64_t kMostCandidateBytes = std::int64_t(512) << 20;  // of all blocks together
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
+}
+
+// Blocks that hold candidates take one row after the other. 1024 neighbours among millions of rows
+// are a million candidates each: then fewer blocks run at a time.
+int choose_finish_blocks(const Work& work, std::int64_t candidates_per_block) {
+  std::int64_t blocks = work.num_rows;
+  if (candidates_per_block > 0) {
+    const std::int64_t room = kMostCandidateBytes / (candidates_per_block * 4);
+    blocks = std::min({blocks, std::max<std::int64_t>(room, 1),
+                       std::int64_t(work.multiprocessors) * kFinishBlocksPerMultiprocessor});
+  }
+  return static_cast<int>(blocks);
 }
 
 }  // namespace
@@ -33,10 +46,10 @@ int choose_splits(std::int64_t row_blocks, int num_tiles, int slots) {
   return best;
 }
 
-int choose_steps_per_chunk(std::int64_t queue_size, std::int64_t num_neighbors) {
-  std::int64_t columns = num_neighbors <= 4 ? 32 : num_neighbors <= 16 ? 16 : 8;
-  while (ceil_div(queue_size, columns) > kMostChunks) columns *= 2;
-  return static_cast<int>(columns / kChunkColumnsPerStep);
+int choose_chunk_shift(std::int64_t queue_size, std::int64_t num_neighbors) {
+  int shift = num_neighbors <= 4 ? 2 : num_neighbors <= 16 ? 1 : 0;
+  while (ceil_div(queue_size, kChunkColumnsPerStep << shift) > kMostChunks) ++shift;
+  return shift;
 }
 
 Plan make_plan(const Work& work) {
@@ -46,11 +59,12 @@ Plan make_plan(const Work& work) {
   const bool paired = work.pairing == Pairing::kPaired;
   plan.row_blocks = static_cast<int>(ceil_div(work.num_rows, plan.shape.rows_per_block));
   plan.num_tiles = static_cast<int>(ceil_div(work.queue_size, plan.shape.tile_rows));
-  plan.steps_per_chunk = choose_steps_per_chunk(work.queue_size, work.num_neighbors);
+  plan.chunk_shift = choose_chunk_shift(work.queue_size, work.num_neighbors);
+  const int steps_per_chunk = 1 << plan.chunk_shift;
 
   const int steps_per_tile = plan.shape.tile_rows / kStepColumns;
   const int tiles_per_chunk =
-      work.num_neighbors > 0 ? std::max(1, plan.steps_per_chunk / steps_per_tile) : 1;
+      work.num_neighbors > 0 ? std::max(1, steps_per_chunk / steps_per_tile) : 1;
   int wanted =
       choose_splits(plan.row_blocks, plan.num_tiles, work.multiprocessors * plan.shape.blocks);
   if (work.hopper && work.mean_rows > 0) {
@@ -63,18 +77,16 @@ Plan make_plan(const Work& work) {
 
   if (work.num_neighbors > 0) {
     const std::int64_t steps = std::int64_t(plan.num_tiles) * steps_per_tile;
-    plan.num_chunks = static_cast<int>(ceil_div(steps, plan.steps_per_chunk) * kChunksPerStep);
+    plan.num_chunks = static_cast<int>(ceil_div(steps, steps_per_chunk) * kChunksPerStep);
     plan.num_filled_chunks = plan.num_chunks;
     // Chunks are filled in order of their first columns.
-    while (chunk_column(plan.num_filled_chunks - 1, 0, plan.steps_per_chunk) >= work.queue_size) {
+    while (chunk_column(plan.num_filled_chunks - 1, 0, plan.chunk_shift) >= work.queue_size) {
       --plan.num_filled_chunks;
     }
     plan.candidates_per_block = std::min<std::int64_t>(work.num_neighbors, plan.num_filled_chunks) *
-                                kChunkColumnsPerStep * plan.steps_per_chunk;
+                                kChunkColumnsPerStep * steps_per_chunk;
   }
-  plan.finish_blocks = static_cast<int>(std::min<std::int64_t>(
-      work.num_rows, work.num_neighbors > 0 ? work.multiprocessors * kFinishBlocksPerMultiprocessor
-                                            : std::int64_t(1) << 30));
+  plan.finish_blocks = choose_finish_blocks(work, plan.candidates_per_block);
 
   plan.num_sum_rows = work.num_rows * (paired ? 2 : 1);
   plan.num_mean_rows = work.mean_rows == 0             ? 0

@@ -32,7 +32,7 @@ struct Plan {
   int num_tiles;
   int splits;
   int tiles_per_split;
-  int steps_per_chunk;
+  int chunk_shift;        // a chunk has 2^chunk_shift steps
   int num_chunks;         // places of a row's maxima; 0 without neighbours
   int num_filled_chunks;  // those that hold any column, the first ones
   int finish_blocks;
@@ -51,8 +51,8 @@ Plan make_plan(const Work& work);
 /// Splits of the queue that keep `slots` resident blocks evenly busy.
 int choose_splits(std::int64_t row_blocks, int num_tiles, int slots);
 
-/// A power of two: short chunks mean few columns to multiply again for each neighbour, long ones
-/// few maxima to write and to scan.
-int choose_steps_per_chunk(std::int64_t queue_size, std::int64_t num_neighbors);
+/// Short chunks mean few columns to multiply again for each neighbour, long ones few maxima to
+/// write and to scan.
+int choose_chunk_shift(std::int64_t queue_size, std::int64_t num_neighbors);
 
 }  // namespace softcl::cuda

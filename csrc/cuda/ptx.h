@@ -1,7 +1,8 @@
 // Every instruction of the kernels that C++ has no word for, by name. Kernels write no assembly.
 //
 // Compiled by nvcc these are the instructions; compiled by a host compiler they are the functions
-// of host/ptx.h, written from the PTX ISA, so that the same kernels run on a CPU, thread by thread.
+// of tests/native/cuda/emulated_ptx.h, written from the PTX ISA, so that the same kernels run on
+// a CPU, thread by thread.
 //
 // Shared memory is addressed by 32-bit numbers and never by pointers, in both.
 
@@ -9,7 +10,7 @@
 
 #if !defined(__CUDACC__)
 
-  #include "host/ptx.h"
+  #include "emulated_ptx.h"
 
 #else
 
@@ -62,7 +63,7 @@ SOFTCL_DEVICE T shuffle_up(T x, int delta) {
 /// one was launched early (launch.h); otherwise that was so from the start. Asked by every thread,
 /// before all else.
 SOFTCL_DEVICE void wait_for_previous_grid() {
-  #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900  // kFirstWaitingVersion of launch.h
   asm volatile("griddepcontrol.wait;" ::: "memory");
   #endif
 }

@@ -4,7 +4,7 @@
 // Tiling: one block of 128 threads per row. Traffic: the splits' sums (splits x D) once, the chunk
 // maxima, k chunks of queue rows from L2, the results.
 //
-// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+// Experimental: has not yet run on a GPU; tests/native/cuda runs it on a CPU.
 
 #include "finish.h"
 
@@ -138,7 +138,7 @@ void queue_statistics(const Call& call, const Launch& where) {
   finish.neighbor_indices = call.neighbor_indices;
   launch(&statistics_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(finish.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
-         finish, can_launch_early(where.device));
+         finish, can_launch_early(&statistics_kernel));
 }
 
 }  // namespace softcl::cuda

@@ -155,7 +155,7 @@ SOFTCL_DEVICE float cosine_with(const SelectMemory& memory, const Rows& queue,
 /// How the chunks of a row were laid out, see layout.h.
 struct Chunks {
   int count;  // that hold any column
-  int steps_per_chunk;
+  int shift;  // see layout.h
   std::int64_t queue_size;
 };
 
@@ -170,11 +170,10 @@ SOFTCL_DEVICE void select_neighbors(const SelectMemory& memory, const float* max
                  ptx::store_shared<std::uint32_t>(memory.chunks() + position * 4, i);
                });
 
-  const int columns = kChunkColumnsPerStep * chunks.steps_per_chunk;
-  const int total = kept * columns;
+  const int shift = kChunkShiftPerStep + chunks.shift, total = kept << shift;
   const auto column_of = [&](int i) {
-    const int chunk = ptx::load_shared<std::uint32_t>(memory.chunks() + i / columns * 4);
-    return chunk_column(chunk, i % columns, chunks.steps_per_chunk);
+    const int chunk = ptx::load_shared<std::uint32_t>(memory.chunks() + (i >> shift) * 4);
+    return chunk_column(chunk, i & ((1 << shift) - 1), chunks.shift);
   };
   // Eight lanes a candidate, all lanes of a warp in step.
   for (int first = threadIdx.x / kWarp * 4; first < total; first += kFinishThreads / 8) {

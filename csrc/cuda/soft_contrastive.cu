@@ -13,7 +13,7 @@
 // sums (splits x D) once, the chunk maxima, n chunks and n rows of the queue from L2, the row in
 // and its gradient out.
 //
-// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+// Experimental: has not yet run on a GPU; tests/native/cuda runs it on a CPU.
 
 #include "finish.h"
 
@@ -275,7 +275,7 @@ void soft_contrastive(const Call& call, const Launch& where) {
   const LossParams loss = loss_params(call, work, plan, stream, where.workspace);
   launch(&finish_kernel, dim3(plan.finish_blocks), kFinishThreads,
          finish_shared_bytes(loss.finish.num_neighbors), static_cast<cudaStream_t>(where.stream),
-         loss, can_launch_early(where.device));
+         loss, can_launch_early(&finish_kernel));
 }
 
 }  // namespace softcl::cuda

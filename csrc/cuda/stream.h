@@ -46,7 +46,7 @@ struct StreamParams {
   int dim;  // D
   int num_tiles;
   int tiles_per_split;
-  int steps_per_chunk;
+  int chunk_shift;   // see layout.h
   int weight_parts;  // 1 or 2
   ElementType row_type, queue_type;
   float scale[2];  // log2(e) / temperature of rows[0] and rows[1]

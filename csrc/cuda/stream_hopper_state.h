@@ -96,8 +96,7 @@ SOFTCL_DEVICE void store_chunk_maxima(RowSums& sums, const float (&s)[S::kTileRo
   SOFTCL_UNROLL
   for (int q = 0; q < kSteps; ++q) {
     const int step = tile * kSteps + q;
-    // Steps of a chunk: a power of two.
-    const bool ends = ((step + 1) & (p.steps_per_chunk - 1)) == 0 || step == last_step;
+    const bool ends = ends_chunk(step, p.chunk_shift) || step == last_step;
     SOFTCL_UNROLL
     for (int i = 0; i < 2; ++i) {
       float& largest = sums.chunk_maximum[i];
@@ -109,7 +108,7 @@ SOFTCL_DEVICE void store_chunk_maxima(RowSums& sums, const float (&s)[S::kTileRo
       const int sample = first_sample_of_tile<S>(row_tile) + warpgroup_row(i);
       if (sample < p.num_rows) {
         ptx::store_global(p.maxima + std::int64_t(sample) * p.num_chunks +
-                              chunk_of(step, lane_index(), p.steps_per_chunk),
+                              chunk_of(step, lane_index(), p.chunk_shift),
                           largest);
       }
       largest = kAbsent;

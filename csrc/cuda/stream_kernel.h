@@ -33,7 +33,7 @@
 // Traffic: K D 2 bytes of queue per row block, from L2; rows and sums once; with chunk maxima four
 // bytes per row and chunk. Nothing of size N x K is written.
 //
-// Experimental: has not yet run on a GPU; csrc/cuda/host runs it on a CPU.
+// Experimental: has not yet run on a GPU; tests/native/cuda runs it on a CPU.
 
 #pragma once
 

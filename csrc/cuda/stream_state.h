@@ -103,8 +103,8 @@ template <typename S>
 SOFTCL_DEVICE void store_maxima(State<S>& state, const float (&s)[2][4][4], const StreamParams& p,
                                 int step) {
   const int last_step = p.num_tiles * (S::kTileRows / kStepColumns) - 1;
-  const bool ends = (step + 1) % p.steps_per_chunk == 0 || step == last_step;
-  const int chunk = chunk_of(step, lane_index(), p.steps_per_chunk);
+  const bool ends = ends_chunk(step, p.chunk_shift) || step == last_step;
+  const int chunk = chunk_of(step, lane_index(), p.chunk_shift);
   SOFTCL_UNROLL
   for (int r = S::kPair ? 1 : 0; r < 2; ++r) {
     SOFTCL_UNROLL

@@ -1,30 +1,40 @@
-"""Data: image sets, and random views of their batches. Nothing here knows a loss or a network."""
+"""Data: image sets, and random views of their batches. Nothing here knows a loss or a network.
 
-from softcl.data.formats import FORMATS
-from softcl.data.formats import find as find_format
-from softcl.data.image_set import STATISTICS, DataError, ImageSet
-from softcl.data.load import SPLITS, load_dataset, training_split
-from softcl.data.prefetch import batches
-from softcl.data.sampler import batch_indices, num_batches
+An image's way: sets (which format a path has) -> folder, arrays or packed (the format's reader) ->
+decode -> stream (in which order, ahead of time) -> recipe (a view's parameters) -> views.
+"""
+
+from softcl.data.decode import contact_sheet
+from softcl.data.image_set import STATISTICS, CropOrder, Cut, DataError, ImageSet
+from softcl.data.kernels import describe_kernel, kernel_missing
+from softcl.data.recipe import RECIPES, Recipe
+from softcl.data.sets import FORMATS, SPLITS, find_format, load_dataset, training_split
 from softcl.data.shapes import make_shapes
-from softcl.data.sheet import contact_sheet
-from softcl.data.views import VIEWS, center_view, strong_view, weak_view
+from softcl.data.stream import batch_indices, batches
+from softcl.data.views import VIEWS, Share, center_view, random_view, strong_view, weak_view
 
 __all__ = [
     "FORMATS",
+    "RECIPES",
     "SPLITS",
     "STATISTICS",
     "VIEWS",
+    "CropOrder",
+    "Cut",
     "DataError",
     "ImageSet",
+    "Recipe",
+    "Share",
     "batch_indices",
     "batches",
     "center_view",
     "contact_sheet",
+    "describe_kernel",
     "find_format",
+    "kernel_missing",
     "load_dataset",
-    "num_batches",
     "make_shapes",
+    "random_view",
     "strong_view",
     "training_split",
     "weak_view",

@@ -1,16 +1,24 @@
-"""One image file to uint8 RGB pixels of a given size, whatever its mode, depth and orientation.
+"""Image files to uint8 RGB pixels, whatever their mode, depth and orientation; one, or many.
 
-docs/images.md is the table of what becomes of unusual and of damaged files.
+docs/images.md is the table of what becomes of unusual and of damaged files. Which pixels come out
+is a function of what is asked for: the number of threads and what was read before change nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+import torch
+
+from softcl.data.image_set import Cut, DataError, Listing, Triple, printable
+from softcl.data.recipe import draw_box
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +27,10 @@ ORIENTATION = 0x0112  # the EXIF tag
 # What is opened, whatever a file is called. Pillow would run a program on some of the others: a
 # PostScript file called .jpg is handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+UNREADABLE_LIMIT = 0.01
+_CHUNK = 32  # files per task of the threads that read a whole set
+_T = TypeVar("_T")
+File = Path | BinaryIO
 
 
 def pillow():
@@ -27,25 +39,22 @@ def pillow():
         from PIL import Image
     except ImportError as error:
         raise ImportError(
-            "reading image files needs pillow: pip install 'softcl[train]'"
+            "reading and writing image files needs pillow: pip install 'softcl[train]'"
         ) from error
     return Image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Grey images of 16 or 32 bits, and floating ones, scaled to 8 bits; others unchanged."""
-    if image.mode.startswith("I;16"):
-        values, full = np.asarray(image).astype(np.float64), 65535.0
-    elif image.mode == "I":  # 32 bits in Pillow, 8 or 16 in nearly every file
-        values = np.asarray(image).astype(np.float64)
-        full = 255.0 if values.max() <= 255 else 65535.0
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        full = 1.0 if values.max() <= 1 else 255.0
-    else:
+    if not (image.mode.startswith("I") or image.mode == "F"):
         return image
-    scaled = np.clip(values * (255.0 / full) + 0.5, 0, 255).astype(np.uint8)
-    return pillow().fromarray(scaled)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    largest = values.max()
+    if image.mode == "F":
+        full = 1.0 if largest <= 1 else 255.0
+    else:  # "I" has 32 bits in Pillow, 8 or 16 in nearly every file
+        full = 255.0 if image.mode == "I" and largest <= 255 else 65535.0
+    return pillow().fromarray(np.clip(values * (255.0 / full) + 0.5, 0, 255).astype(np.uint8))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -56,19 +65,22 @@ def _rgb(image: Image.Image) -> Image.Image:
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         white = pillow().new("RGBA", image.size, (255, 255, 255, 255))
-        return pillow().alpha_composite(white, image).convert("RGB")
+        image = pillow().alpha_composite(white, image)
     return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
+    """As EXIF says; a block that cannot be read counts as none."""
     # A JPEG without an EXIF block needs no search: that would take a sixth of a small file's time.
     if image.format == "JPEG" and "exif" not in image.info:
         return 1
-    return image.getexif().get(ORIENTATION, 1)
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; an EXIF block that cannot be read counts as none."""
     from PIL import ImageOps
 
     try:
@@ -77,17 +89,30 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of ratio width:height, resized with Pillow's bilinear filter.
+def image_size(file: File) -> tuple[int, int]:
+    """(height, width) of an upright image, from its header."""
+    with pillow().open(file, formats=FORMATS) as image:
+        return _upright_size(image)
 
-    The filter sees the pixels beside that part, as when a resized image is cropped.
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def decode(file: File, height: int, width: int) -> np.ndarray:
+    """Pixels (3, height, width) uint8 of the file's largest centred part of that ratio.
+
+    Any exception means that it cannot be read.
     """
-    if image.size == (width, height):
-        return image
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
-    return image.resize((width, height), pillow().Resampling.BILINEAR, box=box)
+    from PIL import ImageOps
+
+    with pillow().open(file, formats=FORMATS) as image:
+        image.draft(None, (2 * width, 2 * height))  # JPEG skips detail that a resize would discard
+        image = _rgb(_upright(image))
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), pillow().Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 class Box(NamedTuple):
@@ -100,34 +125,7 @@ class Box(NamedTuple):
     side: int
 
 
-def image_size(path: str | Path | BinaryIO) -> tuple[int, int]:
-    """(height, width) of an upright image, from its header."""
-    with pillow().open(path, formats=FORMATS) as image:
-        return _upright_size(image)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    try:
-        turned = _orientation(image) in (5, 6, 7, 8)
-    except Exception:  # as in _upright
-        turned = False
-    return (width, height) if turned else (height, width)
-
-
-def decode(path: str | Path | BinaryIO, height: int, width: int) -> np.ndarray:
-    """Pixels (3, height, width) uint8 of the file; any exception means that it cannot be read."""
-    with pillow().open(path, formats=FORMATS) as image:
-        image.draft(
-            None, (2 * width, 2 * height)
-        )  # lets JPEG skip detail that a resize would discard
-        image = fit(_rgb(_upright(image)), height, width)
-        return np.asarray(image).transpose(2, 0, 1)
-
-
-def decode_crops(
-    path: str | Path | BinaryIO, draw: Callable[[int, int], Sequence[Box]]
-) -> list[np.ndarray]:
+def decode_crops(file: File, draw: Callable[[int, int], Sequence[Box]]) -> list[np.ndarray]:
     """Parts of the file's upright image, each resized to (3, side, side) uint8.
 
     What torchvision's resized_crop makes of an image of Pillow: the filter, bilinear, sees the
@@ -140,7 +138,7 @@ def decode_crops(
     Raises:
         Exception: any one means that the file cannot be read.
     """
-    with pillow().open(path, formats=FORMATS) as image:
+    with pillow().open(file, formats=FORMATS) as image:
         height, width = _upright_size(image)
         boxes = draw(height, width)
         spare = min(min(box.height, box.width) // (2 * box.side) for box in boxes)
@@ -163,3 +161,167 @@ def _cut(image: Image.Image, box: Box, scale: int) -> np.ndarray:
     inside = (left - x, top - y, right - x, bottom - y)
     part = part.resize((box.side, box.side), pillow().Resampling.BILINEAR, box=inside)
     return np.asarray(part).transpose(2, 0, 1)
+
+
+# --------------------------------------------------------------------------------- many, by threads
+
+
+class LazyImages:
+    """A listing's images, decoded when they are asked for by a pool of threads.
+
+    A file that turns out unreadable is replaced by the next one of the same class, listed in
+    `skipped`; more than 1 % of them raise DataError.
+
+    Args:
+        size: (height, width) of the centred part that `batch` gives.
+        workers: threads; 0 for the caller's alone.
+    """
+
+    def __init__(self, listing: Listing, size: tuple[int, int], workers: int) -> None:
+        self.listing, self.size, self.workers = listing, size, workers
+        self.skipped: list[str] = list(listing.skipped)
+        self._broken: set[int] = set()
+        self._lock = threading.Lock()
+        self._map: Callable[..., Iterable] = map
+        if workers:
+            self._map = ThreadPoolExecutor(workers, thread_name_prefix="softcl-decode").map
+
+    def __len__(self) -> int:
+        return len(self.listing.files)
+
+    def _mark_broken(self, index: int, error: Exception) -> None:
+        with self._lock:
+            if index not in self._broken:
+                self._broken.add(index)
+                text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)).splitlines()
+                reason = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+                self.skipped.append(f"{printable(self.listing.files[index])}: {reason}")
+
+    def _refuse_if_many(self) -> None:
+        bad, total = len(self.skipped), len(self)
+        if bad > UNREADABLE_LIMIT * total:
+            first = "; ".join(self.skipped[:3]) + ("; ..." if bad > 3 else "")
+            raise DataError(
+                f"{printable(self.listing.root)}: {bad} of {total} images cannot be read "
+                f"(1% is allowed): {first}"
+            )
+
+    def _read(self, index: int, read: Callable[[File], _T]) -> _T:
+        """What `read` makes of a file, or of the one that stands in for it."""
+        labels = self.listing.labels
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if labels is not None and labels[candidate] != labels[index]:
+                continue
+            if candidate in self._broken:
+                continue
+            try:
+                return read(self.listing.open(candidate))
+            except Exception as error:
+                self._mark_broken(candidate, error)
+                self._refuse_if_many()
+        name = printable(self.listing.files[index])
+        raise DataError(f"{printable(self.listing.root)}: no readable image to replace {name}")
+
+    def _for_each(self, function: Callable[[int, int], None], indices: Sequence[int]) -> None:
+        """Call `function` with the place and the value of each index, on the threads."""
+        for _ in self._map(function, range(len(indices)), indices):
+            pass
+
+    def read_all(self) -> torch.Tensor:
+        """All images that can be read, uint8 (M, 3, H, W); the others leave the listing."""
+        images = torch.empty((len(self), 3, *self.size), dtype=torch.uint8)
+        array = images.numpy()
+
+        def read(_: int, start: int) -> None:
+            for i in range(start, min(start + _CHUNK, len(self))):
+                try:
+                    array[i] = decode(self.listing.open(i), *self.size)
+                except Exception as error:
+                    self._mark_broken(i, error)
+
+        listed = len(self.skipped)
+        self._for_each(read, range(0, len(self), _CHUNK))
+        self.skipped[listed:] = sorted(self.skipped[listed:])
+        self._refuse_if_many()
+        if self._broken:
+            kept = [i for i in range(len(self)) if i not in self._broken]
+            self.listing.keep(kept)
+            self._broken.clear()
+            images = images[kept]
+        return images
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Centred parts of the images of indices (N,): uint8 (N, 3, H, W), in that order."""
+        result = torch.empty((len(indices), 3, *self.size), dtype=torch.uint8)
+        array = result.numpy()
+
+        def read(place: int, index: int) -> None:
+            array[place] = self._read(index, lambda file: decode(file, *self.size))
+
+        self._for_each(read, indices.tolist())
+        return result
+
+    def crops(self, indices: torch.Tensor, cuts: Mapping[str, Cut]) -> dict[str, torch.Tensor]:
+        """Random crops of the whole images of indices (N,): uint8 (N, 3, side, side) of each cut.
+
+        A file is decoded once, whatever the number of cuts. The box of row i is that of
+        `recipe.draw_box` for row i of the cut's numbers and the image's own height and width.
+        """
+        shape = (len(indices), 3)
+        result = {
+            name: torch.empty((*shape, cut.side, cut.side), dtype=torch.uint8)
+            for name, cut in cuts.items()
+        }
+        arrays = [crops.numpy() for crops in result.values()]
+        drawn = [(cut, cut.numbers.tolist()) for cut in cuts.values()]
+
+        def read(place: int, index: int) -> None:
+            def draw(height: int, width: int) -> list[Box]:
+                return [
+                    Box(*draw_box(rows[place], height, width, cut.recipe), cut.side)
+                    for cut, rows in drawn
+                ]
+
+            made = self._read(index, lambda file: decode_crops(file, draw))
+            for array, crop in zip(arrays, made, strict=True):
+                array[place] = crop
+
+        self._for_each(read, indices.tolist())
+        return result
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def contact_sheet(
+    images: torch.Tensor,
+    path: str | Path,
+    *,
+    columns: int | None = None,
+    enlarge: int = 1,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+) -> None:
+    """Write images (N, 3, H, W) as a PNG grid, row by row, two pixels apart, to look at.
+
+    Either uint8, or floating in [0, 1], or views normalised with `mean` and `std`, which are
+    undone. `columns` defaults to a square grid; `enlarge` repeats every pixel.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(f"images must have shape (N, 3, H, W), N >= 1, got {tuple(images.shape)}")
+    images = images.detach().cpu()
+    if images.dtype != torch.uint8:
+        images = images.float()
+        if mean is not None and std is not None:
+            images = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+        images = (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+    images = images.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    number, _, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(number))
+    rows, height, width = math.ceil(number / columns), height + 2, width + 2
+    sheet = torch.full((rows * height + 2, columns * width + 2, 3), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height + 2, i % columns * width + 2
+        sheet[top : top + height - 2, left : left + width - 2] = image.permute(1, 2, 0)
+    pillow().fromarray(sheet.numpy()).save(Path(path), format="PNG")

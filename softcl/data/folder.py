@@ -1,49 +1,44 @@
-"""Which images a folder holds: its splits, its classes, in a fixed order."""
+"""Folders of image files, with or without class subfolders and splits; and Tiny-ImageNet's."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from softcl.data.image_set import DataError
-from softcl.data.listing import Listing, printable
-from softcl.data.splits import HOLD_OUT, held_out
+from softcl.data.image_set import DataError, Listing, printable
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
-TRAIN = "train"
-TESTS = ("test", "val")
-
-
-def _walk(
-    folder: str, prefix: tuple[str, ...], above: tuple[tuple[int, int], ...], out: list
-) -> None:
-    """Append the images under `folder`, as tuples of names after `prefix`; links are followed."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link back to a folder that contains it
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            path = (*prefix, entry.name)
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link that leads only to itself
-                continue
-            if is_folder:
-                _walk(entry.path, path, (*above, here), out)
-            elif is_file and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                out.append(path)
+TRAIN, TESTS = "train", ("test", "val")
+TINY_SIGNS = (("val/val_annotations.txt",),)
 
 
 def list_files(folder: Path) -> list[tuple[str, ...]]:
-    """Paths of the images under a folder as tuples of names, sorted."""
+    """Paths of the images under a folder as tuples of names, sorted; links are followed."""
     found: list[tuple[str, ...]] = []
+
+    def walk(folder: str, prefix: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> None:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link back to a folder that contains it
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                try:
+                    is_folder, is_file = entry.is_dir(), entry.is_file()
+                except OSError:  # a link that leads only to itself
+                    continue
+                path = (*prefix, entry.name)
+                if is_folder:
+                    walk(entry.path, path, (*above, here))
+                elif is_file and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    found.append(path)
+
     try:
-        _walk(os.fspath(folder), (), (), found)
+        walk(os.fspath(folder), (), ())
     except OSError as error:
         place = printable(error.filename or folder)
         raise DataError(f"{place}: {error.strerror or error}") from error
@@ -82,13 +77,13 @@ def list_folder(root: Path, split: str) -> Listing:
     class subfolders every tenth image of each class is held out for "test". The first folder
     level gives the classes when every image lies in a subfolder and there are at least two of
     them; classes are numbered in the sorted order of all splits' names together.
+
+    Raises:
+        DataError: there is no such folder, or it has no images for that split.
     """
-    if split not in ("train", "test", "all"):
-        raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
-    if not root.exists():
-        raise DataError(f"{printable(root)}: no such folder")
     if not root.is_dir():
-        raise DataError(f"{printable(root)}: not a folder")
+        reason = "not a folder" if root.exists() else "no such folder"
+        raise DataError(f"{printable(root)}: {reason}")
     notes: list[str] = []
     folders = _split_folders(root, notes)
     parts = {name: list_files(folder) for name, folder in folders.items()} or {"": list_files(root)}
@@ -99,33 +94,53 @@ def list_folder(root: Path, split: str) -> Listing:
     classes = sorted({p[0] for paths in parts.values() for p in paths if len(p) > 1})
     wanted = [name for name in parts if split in (name, "all") or name == ""]
     chosen = [(name, path) for name in wanted for path in parts[name]]
-    labelled = len(classes) > 1 and all(len(path) > 1 for _, path in chosen)
-    if len(classes) > 1 and chosen and not labelled:
-        notes.append("some images lie outside the class subfolders: no labels")
-    if parts.get("") and split != "all" and (labelled or split == "test"):
-        chosen = _hold_out(chosen, split, labelled, root, notes)
     if not chosen:
         name = "train/" if split == "train" else "test/ or val/"
         raise DataError(f"{printable(root)}: no images in {name}, asked for split {split!r}")
-    files = ["/".join((folders[name].name, *path) if name else path) for name, path in chosen]
     labels = None
-    if labelled:
+    if len(classes) > 1 and all(len(path) > 1 for _, path in chosen):
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[path[0]] for _, path in chosen]
-    return Listing(root, files, labels, classes if labelled else [], notes)
+    elif len(classes) > 1:
+        notes.append("some images lie outside the class subfolders: no labels")
+    files = ["/".join((folders[name].name, *path) if name else path) for name, path in chosen]
+    listing = Listing(root, files, labels, classes if labels else [], notes)
+    if not folders:
+        listing.hold_out(split, "no test/ or val/ subfolder")
+    return listing
 
 
-def _hold_out(chosen: list, split: str, labelled: bool, root: Path, notes: list[str]) -> list:
-    """The part of an undivided folder that belongs to `split`."""
-    if not labelled:
-        raise DataError(
-            f"{printable(root)}: no test/ or val/ subfolder, and no class subfolders "
-            "to hold images out of"
-        )
-    number = {name: place for place, name in enumerate(sorted({path[0] for _, path in chosen}))}
-    places = held_out([number[path[0]] for _, path in chosen], split)
-    result = [chosen[place] for place in places]
-    notes.append(
-        f"no test/ or val/ subfolder: every {HOLD_OUT}th image of a class is held out for test"
-    )
-    return result
+def list_tiny_imagenet(folder: Path, split: str) -> Listing:
+    """Tiny-ImageNet-200 as it is published; "test" is val/, whose labels stand in a text file.
+
+    train/<class>/images/*.JPEG, val/images/*.JPEG with val/val_annotations.txt; test/ has no labels
+    and is left alone.
+
+    Raises:
+        DataError: the annotations lack an image or name an unknown class.
+    """
+    train = folder / "train"
+    entries = train.iterdir() if train.is_dir() else ()
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    number = {name: place for place, name in enumerate(classes)}
+    listing = Listing(folder, [], [], classes, statistics="tiny-imagenet")
+    if split in ("train", "all"):
+        for path in list_files(train):
+            listing.files.append("/".join(("train", *path)))
+            listing.labels.append(number[path[0]])
+    if split in ("test", "all"):
+        file = folder / "val" / "val_annotations.txt"
+        lines = [line.split("\t") for line in file.read_text(errors="replace").splitlines()]
+        class_of = {words[0]: words[1] for words in lines if len(words) > 1}
+        for path in list_files(folder / "val"):
+            if path[-1] not in class_of:
+                raise DataError(f"{file}: has no line for {path[-1]}")
+            if class_of[path[-1]] not in number:
+                raise DataError(
+                    f"{file}: class {class_of[path[-1]]!r} of {path[-1]} is not in train/"
+                )
+            listing.files.append("/".join(("val", *path)))
+            listing.labels.append(number[class_of[path[-1]]])
+    if not listing.files:
+        raise DataError(f"{folder}: no images for split {split!r}")
+    return listing

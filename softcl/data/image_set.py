@@ -1,16 +1,23 @@
-"""A set of images with its labels, and the table of normalisation constants."""
+"""What a set of images is: listed, read, and how its pixels are normalised."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
 from softcl.data.recipe import Recipe
 
+if TYPE_CHECKING:
+    from softcl.data.decode import LazyImages
+
 Triple = tuple[float, float, float]
+HOLD_OUT = 10  # without a test part, every tenth image of a class is held out
 
 
 class DataError(Exception):
@@ -23,12 +30,94 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "stl10": ((0.4408, 0.4279, 0.3867), (0.2682, 0.2610, 0.2686)),
-    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     # torchvision's constants for ImageNet-1k; also the choice for a set without a row here.
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Measured on the first 20,000 training images of `shapes`, seed 0.
     "shapes": ((0.5, 0.5, 0.5), (0.233, 0.233, 0.233)),
 }
+
+
+def printable(path: str | Path) -> str:
+    """The path as one line of text, whatever bytes its name holds."""
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+class Arrays(NamedTuple):
+    """A split whose files hold raw pixels.
+
+    images: (M, 3, H, W) uint8
+    labels: (M,) int64 or None
+    statistics: the row of STATISTICS
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str]
+    statistics: str
+
+
+@dataclass
+class Listing:
+    """Image files of one split, not decoded yet.
+
+    files:      their names, below `root`
+    labels:     their classes as numbers, or None
+    skipped:    "name: reason" for what could not even be listed
+    places:     where each lies, for `read`, if the files are no files of their own
+    read:       from a place to the bytes of an image file
+    statistics: the row of STATISTICS that the set is known to need, or None
+    """
+
+    root: Path
+    files: list[str]
+    labels: list[int] | None
+    classes: list[str]
+    notes: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    places: list[Any] | None = None
+    read: Callable[[Any], BinaryIO] | None = None
+    statistics: str | None = None
+
+    def open(self, index: int) -> Path | BinaryIO:
+        """What an image decoder reads: a path, or a file in memory."""
+        return self.root / self.files[index] if self.read is None else self.read(self.places[index])
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Leave out all images but those at `positions`."""
+        for name in ("files", "labels", "places"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, [values[place] for place in positions])
+
+    def hold_out(self, split: str, lacking: str) -> None:
+        """Keep the part of an undivided set that belongs to `split`.
+
+        Without labels there is no test part. With them every tenth image of a class is it.
+
+        Args:
+            lacking: what would have divided the set, for the messages.
+
+        Raises:
+            DataError: there are no labels, or too few images, to hold some out.
+        """
+        if split == "all" or (self.labels is None and split == "train"):
+            return
+        if self.labels is None:
+            raise DataError(
+                f"{printable(self.root)}: {lacking}, and no labels to hold images out by"
+            )
+        seen: dict[int, int] = {}
+        places = []
+        for place, label in enumerate(self.labels):
+            seen[label] = seen.get(label, 0) + 1
+            if (seen[label] % HOLD_OUT == 0) == (split == "test"):
+                places.append(place)
+        if not places:
+            raise DataError(f"{printable(self.root)}: too few images for split {split!r}")
+        self.keep(places)
+        self.notes.append(f"{lacking}: every {HOLD_OUT}th image of a class is held out for test")
 
 
 class Cut(NamedTuple):
@@ -51,17 +140,8 @@ class CropOrder(NamedTuple):
     cuts: Mapping[str, Cut]
 
 
-class DecodedOnDemand(Protocol):
-    """What `ImageSet.images` is when the set is not resident in memory, and `ImageSet.files`."""
-
-    skipped: list[str]
-    size: tuple[int, int]  # height, width
-
-    def __len__(self) -> int: ...
-    def batch(self, indices: torch.Tensor) -> torch.Tensor: ...  # uint8 (N, 3, H, W)
-
-    # uint8 (N, 3, side, side) of each cut
-    def crops(self, indices: torch.Tensor, cuts: Mapping[str, Cut]) -> dict[str, torch.Tensor]: ...
+Wanted = torch.Tensor | CropOrder  # images by their indices (N,), or crops of their files
+Pixels = torch.Tensor | dict[str, torch.Tensor]
 
 
 @dataclass
@@ -73,25 +153,23 @@ class ImageSet:
     classes:    names of the classes, in the order of the labels; empty without labels
     mean, std:  normalisation constants for pixels in [0, 1]
     statistics: the row of STATISTICS they come from
-    factors:    further int64 labels (M,), by name (`shapes` only)
     skipped:    "path: reason" for each unreadable image left out
     notes:      lines worth printing about how the set was read
-    data_format: how it is stored, a word of formats.FORMATS
+    data_format: how it is stored, a word of FORMATS
     files:      where `images` are centred squares, what cuts crops of the whole image files
     """
 
-    images: torch.Tensor | DecodedOnDemand
+    images: torch.Tensor | LazyImages
     labels: torch.Tensor | None
     classes: list[str]
     mean: Triple
     std: Triple
     name: str
     statistics: str = "imagenet"
-    factors: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data_format: str = "folder"
-    files: DecodedOnDemand | None = None
+    files: LazyImages | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,17 +181,15 @@ class ImageSet:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the stored images."""
-        if isinstance(self.images, torch.Tensor):
-            return tuple(self.images.shape[-2:])
-        return self.images.size
+        return tuple(self.images.shape[-2:]) if self.resident else self.images.size
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The images of `indices` (N,), on any device: uint8 (N, 3, H, W)."""
-        if isinstance(self.images, torch.Tensor):
+        if self.resident:
             return self.images.index_select(0, indices.to(self.images.device))
         return self.images.batch(indices.cpu())
 
-    def read(self, wanted: torch.Tensor | CropOrder) -> torch.Tensor | dict[str, torch.Tensor]:
+    def read(self, wanted: Wanted) -> Pixels:
         """The images of some indices, or crops of their files."""
         if isinstance(wanted, torch.Tensor):
             return self.batch(wanted)
@@ -121,22 +197,22 @@ class ImageSet:
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Move a resident set's images; a set decoded on demand stays where it is. Returns self."""
-        if isinstance(self.images, torch.Tensor):
+        if self.resident:
             self.images = self.images.to(device)
         return self
 
     def describe(self) -> str:
         """One line for a log: how many images, their size, where they are, how normalised."""
         height, width = self.size
-        parts = [f"{self.name}: {len(self)} images", f"{width}x{height}", self.data_format]
-        if isinstance(self.images, torch.Tensor):
-            parts.append(f"{self.images.numel() / 1e6:.0f} MB in memory")
-        else:
-            parts.append("decoded on demand")
-        if self.files is not None:
-            parts.append("crops of the whole files")
-        parts.append(f"{len(self.classes)} classes" if self.labels is not None else "no labels")
-        parts.append(f"normalised as {self.statistics}")
-        if self.skipped:
-            parts.append(f"{len(self.skipped)} unreadable skipped")
-        return ", ".join(parts)
+        resident = f"{self.images.numel() / 1e6:.0f} MB in memory" if self.resident else ""
+        parts = [
+            f"{self.name}: {len(self)} images",
+            f"{width}x{height}",
+            self.data_format,
+            resident or "decoded on demand",
+            "crops of the whole files" if self.files is not None else "",
+            f"{len(self.classes)} classes" if self.labels is not None else "no labels",
+            f"normalised as {self.statistics}",
+            f"{len(self.skipped)} unreadable skipped" if self.skipped else "",
+        ]
+        return ", ".join(filter(None, parts))

@@ -1,4 +1,8 @@
-"""What a view does to each sample: ranges and probabilities, and parameters drawn from them."""
+"""Recipes of augmentation, and the parameters of views drawn from them.
+
+A row of the table of parameters is one sample's view: the PyTorch form (views.py), the compiled
+kernel (csrc/cpu) and Triton's (kernels/views.py) all read it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 CROP_TRIES = 10
-CROP_COLUMNS = 2 * CROP_TRIES + 3
-COLOR_COLUMNS = 9
+CROP_COLUMNS = 2 * CROP_TRIES + 3  # numbers in [0, 1): areas, ratios, two places and the mirror
+ORDERS = 24  # of the jitter's four operations
+_BELOW_ONE = 1 - 2**-22  # times a number in [0, 1) and times n, in float32, stays below n
 
 
 @dataclass(frozen=True)
@@ -31,179 +37,193 @@ class Recipe:
     sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
     solarize: float = 0.0  # values from 128 / 255 up are inverted
 
+    @property
+    def colors(self) -> bool:
+        """Whether anything follows the crop and the flip."""
+        return max(self.jitter, self.grayscale, self.blur, self.solarize) > 0
+
+    @property
+    def columns(self) -> int:
+        """Numbers in [0, 1) that a sample's view takes."""
+        return CROP_COLUMNS + (9 if self.colors else 0) + (1 if self.solarize > 0 else 0)
+
 
 RECIPE = Recipe()
-
 # The asymmetric pair of BYOL and MoCo v3 (github.com/facebookresearch/moco-v3), which SNCLR and SCE
 # use on ImageNet.
 _PAIR = {"scale": (0.08, 1.0), "saturation": 0.2}
-BYOL_FIRST = Recipe(**_PAIR, blur=1.0)
-BYOL_SECOND = Recipe(**_PAIR, blur=0.1, solarize=0.2)
+RECIPES: dict[str, Recipe] = {
+    "strong": RECIPE,
+    "weak": Recipe(jitter=0.0, grayscale=0.0, blur=0.0),
+    "byol_first": Recipe(**_PAIR, blur=1.0),
+    "byol_second": Recipe(**_PAIR, blur=0.1, solarize=0.2),
+}
 
 
-@dataclass(frozen=True)
-class Crop:
-    """The crop of each sample: float32 (N,) whole pixels, and mirror (N,) bool."""
+class Parameters(NamedTuple):
+    """The columns (N,) float32 of a table of parameters; a flag is set where it is above 0.
 
-    top: torch.Tensor
+    `order` in [0, 24) is the order of the jitter's operations, `slots` says which.
+    """
+
+    top: torch.Tensor  # of the crop, in whole pixels
     left: torch.Tensor
     height: torch.Tensor
     width: torch.Tensor
-    mirror: torch.Tensor
-
-    def to(self, device: torch.device) -> Crop:
-        """The same on another device, in one copy."""
-        if self.top.device == device:
-            return self
-        parts = (self.top, self.left, self.height, self.width, self.mirror.float())
-        *box, mirror = torch.stack(parts).to(device, non_blocking=True)
-        return Crop(*box, mirror > 0)
-
-
-@dataclass(frozen=True)
-class Colors:
-    """The colour operations of each sample; those of the jitter as in `color.Jitter`."""
-
-    jittered: torch.Tensor  # (N,) bool
-    kinds: torch.Tensor  # (N, 3) int64
-    factors: torch.Tensor  # (N, 3)
-    hue: torch.Tensor  # (N,)
-    hue_slot: torch.Tensor  # (N,) int64
-    grayed: torch.Tensor  # (N,) bool
-    blurred: torch.Tensor  # (N,) bool
-    sigma: torch.Tensor  # (N,) pixels
+    mirror: torch.Tensor  # flag
+    jittered: torch.Tensor  # flag
+    order: torch.Tensor
+    brightness: torch.Tensor  # factors
+    contrast: torch.Tensor
+    saturation: torch.Tensor
+    hue: torch.Tensor  # turns
+    grayed: torch.Tensor  # flag
+    blurred: torch.Tensor  # flag
+    sigma: torch.Tensor  # pixels of the view
+    solarized: torch.Tensor  # flag
 
 
-def draw_crop(uniform: torch.Tensor, height: int, width: int, recipe: Recipe = RECIPE) -> Crop:
-    """Crops from numbers (N, CROP_COLUMNS) in [0, 1), as torchvision's RandomResizedCrop has them.
+COLUMNS = Parameters._fields
+_REST = len(COLUMNS) - 4  # those after the crop
 
-    Ten tries of area and aspect ratio, with sides rounded to whole pixels; the first that fits is
-    taken; if none does, the largest centred crop whose ratio is allowed.
+
+def slots(order: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What an order (N,) stands for: the three blends in turn, and how many precede the hue.
+
+    A blend is 0 brightness, 1 contrast, 2 saturation; all are (N,) int64. order % 3 is the first
+    blend, order // 3 % 2 whether the others follow it in cyclic order, order // 6 the hue's place.
     """
-    low, high = recipe.scale
-    area = (low + (high - low) * uniform[:, :CROP_TRIES]) * (height * width)
-    low, high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
-    ratio = torch.exp(low + (high - low) * uniform[:, CROP_TRIES : 2 * CROP_TRIES])
-    # Heights and widths in one tensor, (2, N, tries): the time goes by the number of calls.
-    sides = torch.stack((area / ratio, area * ratio)).sqrt_().round_()
-    full, central, corner = _limits(height, width, recipe.ratio, uniform.device)
-    fits = ((sides > 0) & (sides <= full[..., None])).all(dim=0)  # (N, tries)
-    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
-    any_fits = fits.any(dim=1)
-    sides = sides.gather(2, first.expand(2, -1, -1)).squeeze(2)
-    sides = torch.where(any_fits, sides, central)  # (2, N)
-    free = full - sides
-    places = uniform[:, 2 * CROP_TRIES : CROP_COLUMNS - 1].t() * (free + 1)
-    # minimum: u (n + 1) rounds up to n + 1 for the largest u below 1.
-    places = torch.minimum(places.floor_(), free)
-    places = torch.where(any_fits, places, corner)
-    return Crop(*places.unbind(0), *sides.unbind(0), mirror_of(uniform, recipe))
+    order = order.long()
+    first = order % 3
+    second = (first + 1 + order // 3 % 2) % 3
+    return (first, second, 3 - first - second), order // 6
 
 
-@lru_cache(maxsize=64)
-def _limits(
-    height: int, width: int, ratio: tuple[float, float], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(2, 1) each: the image's sides, those of its largest centred crop, and where that begins."""
-    sides = _central_sides(height, width, ratio)
-    rows = ((height, width), sides, ((height - sides[0]) // 2, (width - sides[1]) // 2))
-    return torch.tensor(rows, dtype=torch.float32, device=device)[..., None].unbind(0)
+def draw(
+    uniform: torch.Tensor,  # (N, recipe.columns) in [0, 1)
+    height: int,
+    width: int,
+    recipe: Recipe = RECIPE,
+    *,
+    whole: bool = False,
+) -> torch.Tensor:
+    """The table (N, len(COLUMNS)) of the views of images height x width.
+
+    Crops as torchvision's RandomResizedCrop has them: ten tries of area and aspect ratio, sides
+    rounded to whole pixels; the first that fits is taken; if none does, the largest centred crop
+    whose ratio is allowed. That one is the eleventh try here, so that some try always fits.
+
+    Few operations on whole batches: on a GPU each is a launch. Everything drawn is linear in a
+    number, up to an exponential and a root.
+
+    Args:
+        whole: crop nothing; the images have been cut before.
+    """
+    line = _lines(height, width, recipe, whole, uniform.device)
+    # Not addcmul, which may round otherwise at the end of a batch than within it.
+    tries = uniform[:, line.source].mul_(line.spread).add_(line.least)  # (N, tries, columns)
+    _, sides, _, ratios = tries.split((2, 2, _REST, 2), dim=2)
+    sides.mul_(ratios.exp_()).sqrt_().round_()
+    first = (sides <= line.full).sum(2, keepdim=True).argmax(1, keepdim=True)  # both sides fit
+    table = tries.gather(1, first.expand(-1, -1, len(COLUMNS))).squeeze(1)
+    places, sides, _ = table.split((2, 2, _REST), dim=1)
+    places.mul_(line.beyond - sides).floor_()
+    return table
+
+
+class _Lines(NamedTuple):
+    """Each try of each column as least + spread * uniform[source]; (tries, columns).
+
+    The columns are those of the table, then the logarithms of height / width and width / height.
+    Sides stand for an area until they are multiplied by the ratios, places for shares of the room.
+    """
+
+    least: torch.Tensor
+    spread: torch.Tensor
+    source: torch.Tensor
+    full: torch.Tensor  # (2,) the image's sides
+    beyond: torch.Tensor  # (2,) one more
+
+
+@lru_cache(maxsize=64)  # kept, because copying it to a GPU waits for that
+def _lines(height: int, width: int, r: Recipe, whole: bool, device: torch.device) -> _Lines:
+    low, high = _areas(height, width, r)
+    log_low, log_high = (math.log(ratio) for ratio in r.ratio)
+    columns = iter(range(CROP_COLUMNS - 1, r.columns))
+
+    def flag(share: float) -> tuple[float, float, int]:
+        return share, -1.0, next(columns)
+
+    def between(least: float, most: float) -> tuple[float, float, int]:
+        return least, most - least, next(columns)
+
+    rest = [flag(r.flip)]
+    if r.colors:
+        rest += [flag(r.jitter), (0.0, ORDERS * _BELOW_ONE, next(columns))]
+        rest += [between(1 - x, 1 + x) for x in (r.brightness, r.contrast, r.saturation)]
+        rest += [between(-r.hue, r.hue), flag(r.grayscale), flag(r.blur), between(*r.sigma)]
+    if r.solarize > 0:
+        rest += [flag(r.solarize)]
+    rest += [(0.0, 0.0, 0)] * (_REST - len(rest))
+    places = [(0.0, _BELOW_ONE, 2 * CROP_TRIES), (0.0, _BELOW_ONE, 2 * CROP_TRIES + 1)]
+    tries = []
+    for k in range(CROP_TRIES):
+        area, ratio = (low, high - low, k), CROP_TRIES + k
+        stretch = [(-log_low, log_low - log_high, ratio), (log_low, log_high - log_low, ratio)]
+        tries.append([*places, area, area, *rest, *stretch])
+    # Half of the room, an odd pixel of it at the far end; or none where the image is whole.
+    h, w = (height, width) if whole else _central_sides(height, width, r.ratio)
+    half = 0.0 if whole else 0.5 - 2**-20
+    fixed = [*[half] * 2, *[float(h * w)] * 2, *[0.0] * _REST, math.log(h / w), math.log(w / h)]
+    last = [(value, 0.0, 0) for value in fixed]
+    last[4 : 4 + _REST] = rest
+    tries = [last] if whole else [*tries, last]
+    least, spread, source = torch.tensor(tries, dtype=torch.float64).unbind(2)
+    full = torch.tensor((height, width), dtype=torch.float32)
+    lines = (least.float(), spread.float(), source.long(), full, full + 1)
+    return _Lines(*(tensor.to(device) for tensor in lines))
 
 
 def draw_box(
     uniform: Sequence[float], height: int, width: int, recipe: Recipe = RECIPE
 ) -> tuple[int, int, int, int]:
-    """`draw_crop` of one image, from CROP_COLUMNS numbers: top, left, height and width of its box.
+    """`draw`'s crop of one image, from CROP_COLUMNS numbers: top, left, height and width.
 
     In plain numbers, because threads that decode images of different sizes cannot share a tensor
-    operation, and thirty of them for each image would take turns at the interpreter.
+    operation, and twenty of them for each image would take turns at the interpreter.
     """
-    low, high = recipe.scale
-    log_low, log_high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
+    low, high = _areas(height, width, recipe)
+    log_low, log_high = (math.log(ratio) for ratio in recipe.ratio)
     vertical, horizontal = uniform[2 * CROP_TRIES : CROP_COLUMNS - 1]
     tries = zip(uniform[:CROP_TRIES], uniform[CROP_TRIES : 2 * CROP_TRIES], strict=True)
     for share, shape in tries:
-        area = (low + (high - low) * share) * (height * width)
+        area = low + (high - low) * share
         ratio = math.exp(log_low + (log_high - log_low) * shape)
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < h <= height and 0 < w <= width:
+        if h <= height and w <= width:
             return int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w
     h, w = _central_sides(height, width, recipe.ratio)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def _areas(height: int, width: int, recipe: Recipe) -> tuple[float, float]:
+    """The least and the largest crop, in pixels; none so small that a side would round to 0."""
+    least = 0.26 * max(recipe.ratio[1], 1 / recipe.ratio[0])
+    low, high = (max(scale * height * width, least) for scale in recipe.scale)
+    return low, high
+
+
 def _central_sides(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     """Height and width of the largest box whose ratio is allowed."""
     if width / height < ratio[0]:
-        return round(width / ratio[0]), width
+        return max(round(width / ratio[0]), 1), width
     if width / height > ratio[1]:
-        return height, round(height * ratio[1])
+        return height, max(round(height * ratio[1]), 1)
     return height, width
 
 
-def mirror_of(uniform: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Which samples are mirrored, (N,) bool, from numbers (N, CROP_COLUMNS)."""
-    return uniform[:, CROP_COLUMNS - 1] < recipe.flip
-
-
-def whole_crop(mirror: torch.Tensor, height: int, width: int) -> Crop:
-    """Whole images, mirrored where mirror (N,) says so."""
-
-    def full(value: int) -> torch.Tensor:
-        return torch.full(mirror.shape, float(value), device=mirror.device)
-
-    return Crop(full(0), full(0), full(height), full(width), mirror)
-
-
-def central_crop(number: int, height: int, width: int, device: torch.device) -> Crop:
-    """The largest centred square, not mirrored, `number` times."""
+def central_table(number: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """The table of the largest centred square, not mirrored, `number` times."""
     side = min(height, width)
-
-    def full(value: int) -> torch.Tensor:
-        return torch.full((number,), float(value), device=device)
-
-    top, left = full((height - side) // 2), full((width - side) // 2)
-    return Crop(top, left, full(side), full(side), torch.zeros_like(top, dtype=torch.bool))
-
-
-def draw_colors(uniform: torch.Tensor, recipe: Recipe = RECIPE) -> Colors:
-    """Colour operations from numbers (N, COLOR_COLUMNS) in [0, 1)."""
-    jittered, order, _, _, _, hue, grayed, blurred, sigma = uniform.unbind(1)
-    order = torch.floor(order * 24).clamp_(max=23).to(torch.int64)
-    order = _orders(uniform.device).index_select(0, order)
-    kinds = order[:, :3]
-    ranges = (recipe.brightness, recipe.contrast, recipe.saturation)
-    least, spread = _factors(ranges, uniform.device)
-    factors = (uniform[:, 2:5] * spread).add_(least)
-    low, high = recipe.sigma
-    return Colors(
-        jittered=jittered < recipe.jitter,
-        kinds=kinds,
-        factors=factors.gather(1, kinds),
-        hue=(2 * hue - 1) * recipe.hue,
-        hue_slot=order[:, 3],
-        grayed=grayed < recipe.grayscale,
-        blurred=blurred < recipe.blur,
-        sigma=low + (high - low) * sigma,
-    )
-
-
-@lru_cache(maxsize=16)
-def _orders(device: torch.device) -> torch.Tensor:
-    """The 24 orders of four operations, (24, 4) int64: three blends, and the hue's place in them.
-
-    By the first of the blends, then whether the other two follow it in cyclic order. Kept, because
-    copying it to a GPU synchronises.
-    """
-    rows = []
-    for order in range(24):
-        first = order % 3
-        second = (first + 1 + order // 3 % 2) % 3
-        rows.append((first, second, 3 - first - second, order // 6))
-    return torch.tensor(rows, device=device)
-
-
-@lru_cache(maxsize=64)
-def _factors(ranges: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(2, 3): the least factor of each blend, and by how much the largest exceeds it."""
-    return torch.tensor([[1 - x for x in ranges], [2 * x for x in ranges]], device=device)
+    row = [(height - side) // 2, (width - side) // 2, side, side, *[0] * _REST]
+    return torch.tensor(row, dtype=torch.float32, device=device).expand(number, -1)

@@ -1,9 +1,8 @@
 """Random views of a batch, made on its device, with parameters drawn for every sample.
 
 A view is a pure function of the images and of the generator's state: all its numbers come from
-one `torch.rand(N, columns, generator=...)`. A generator on the CPU gives the same views on every
-device and lets each operation run on the samples that need it; a CUDA generator keeps everything
-on the GPU with no synchronisation and no shape that depends on the data.
+one `torch.rand(N, columns, generator=...)`. A generator on the CPU gives the same numbers for every
+device; a CUDA generator keeps everything on the GPU with no synchronisation.
 
     strong  crop, flip, colour jitter (p 0.8), grayscale (p 0.2), blur (p 0.5), normalise
     weak    crop, flip, normalise
@@ -11,14 +10,16 @@ on the GPU with no synchronisation and no shape that depends on the data.
 
 The first two are the recipes of MoCo v2, ReSSL and ASCL, the pair that of BYOL and MoCo v3. Pixels
 stay floating point from the crop to the end, where the originals round to uint8 after each
-operation.
+operation. The formulas are those of torchvision on floating images, with Pillow's grey
+0.299 R + 0.587 G + 0.114 B (torchvision has 0.2989 for red).
 
-The operations here are the reference of two kernels (fused.py): on CPUs a compiled one makes the
-whole view of a sample, on GPUs one of Triton does crop, flip, colours and normalisation. A view by
-a kernel differs from the reference's by rounding (1e-5 in normalised units) and nothing else: the
-numbers drawn are the same. Which of them makes the views follows from the device and from what is
-installed; a run is repeated to the bit by the same one alone, and says which it is. The Triton
-kernel has not run on a GPU yet.
+`render` is the specification: plain PyTorch, every operation on every sample with fixed shapes,
+kept where the parameters say so. The kernels (kernels.py) differ from it by rounding (1e-5 in
+normalised units) and nothing else. Which of them makes the views follows from the device and from
+what is installed; a run is repeated to the bit by the same one alone, and says which it is.
+
+Pixels are (N, H, 3, W), rows outermost: a matrix on the rows is then one product (S, H) x (H, 3 W)
+and a matrix on the columns one product (3 S, W) x (W, S) per sample, with no copy between them.
 """
 
 from __future__ import annotations
@@ -29,101 +30,232 @@ from typing import NamedTuple
 
 import torch
 
-from softcl.data import color
-from softcl.data.fused import fused_view, kernel_for
 from softcl.data.image_set import Triple
-from softcl.data.recipe import (
-    BYOL_FIRST,
-    BYOL_SECOND,
-    COLOR_COLUMNS,
-    CROP_COLUMNS,
-    RECIPE,
-    Colors,
-    Crop,
-    Recipe,
-    central_crop,
-    draw_colors,
-    draw_crop,
-    mirror_of,
-    whole_crop,
-)
-from softcl.data.resample import apply_rows_then_columns, blur_matrix, crop_matrix
+from softcl.data.kernels import kernel_for, triton_view
+from softcl.data.recipe import RECIPE, RECIPES, Parameters, Recipe, central_table, draw, slots
+
+BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
+THRESHOLD = 128 / 255  # of solarisation: Pillow's
+
+# ------------------------------------------------------------------------------ crop, resize, blur
 
 
-def crop_resize(images: torch.Tensor, crop: Crop, size: int) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> float32 (N, size, 3, size) in [0, 1], rows outermost."""
+def crop_matrix(
+    start: torch.Tensor,  # (N,) first row or column of the crop, whole numbers
+    length: torch.Tensor,  # (N,) rows or columns in the crop, whole numbers
+    mirror: torch.Tensor | None,  # (N,) flag, or None for no mirroring
+    size: int,  # length of the result
+    full: int,  # length of the image
+) -> torch.Tensor:
+    """Matrices (N, size, full) that crop, resize and mirror one axis.
+
+    The resize is the bilinear one of Pillow, which widens the triangle filter when it shrinks
+    (torchvision's antialias=True): with scale = length/size, width = max(scale, 1) and output i
+    centred at start + (i + 1/2) scale, the weight of input j is max(0, 1 - |j + 1/2 - centre_i| /
+    width) inside the crop, 0 outside, divided by the row's sum. Mirroring reverses the outputs.
+    """
+    device = start.device
+    outputs = torch.arange(size, device=device, dtype=start.dtype) + 0.5
+    if mirror is not None:
+        outputs = torch.where(mirror[:, None] > 0, size - outputs, outputs)  # (N, size)
+    scale = length / size
+    centre = start[:, None] + outputs * scale[:, None]  # (N, size)
+    inputs = torch.arange(full, device=device, dtype=start.dtype) + 0.5
+    inverse_width = scale.clamp(min=1.0).reciprocal()
+    weights = inputs - centre[..., None]  # (N, size, full)
+    weights = weights.abs_().mul_(inverse_width[:, None, None]).neg_().add_(1.0).clamp_(min=0.0)
+    inside = (inputs > start[:, None]) & (inputs < (start + length)[:, None])  # (N, full)
+    weights.mul_(inside[:, None, :])
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def blur_matrix(sigma: torch.Tensor, size: int) -> torch.Tensor:
+    """Matrices (N, size, size) of Pillow's GaussianBlur(radius=sigma) along one axis, sigma (N,).
+
+    Pillow approximates the Gaussian by three box filters of a fractional radius chosen to give
+    the variance sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by
+    extended box filtering", 2011), and continues the image past its border with the border's
+    pixels. One box of radius r is B[i, j] = min(1, max(0, r + 1 - |i - j|)) / (2 r + 1); what
+    falls outside is added to the first and the last column. The result is B^3. Pillow rounds to
+    uint8 after each box; this does not.
+    """
+    variance = sigma.square() / 3.0
+    whole = torch.floor((torch.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    part = part / (6 * (variance - (whole + 1).square()))
+    radius = (whole + part)[:, None]  # (N, 1)
+    index = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
+    distance = (index[:, None] - index[None, :]).abs()  # (size, size)
+    box = (radius[..., None] + 1.0 - distance).clamp_(0.0, 1.0)  # (N, size, size)
+    if size > 1:
+        box[:, :, 0] = (radius + 1.0 - index).clamp(min=0.0)
+        box[:, :, -1] = (radius + 1.0 - index.flip(0)).clamp(min=0.0)
+        box /= 2.0 * radius[..., None] + 1.0
+    else:
+        box.fill_(1.0)
+    return torch.bmm(torch.bmm(box, box), box)
+
+
+def apply_rows_then_columns(
+    images: torch.Tensor,  # (N, H, 3, W)
+    rows: torch.Tensor,  # (N, S, H)
+    columns: torch.Tensor,  # (N, T, W)
+) -> torch.Tensor:
+    """rows · image · columns^T for every sample and channel: (N, S, 3, T)."""
+    number, height, channels, width = images.shape
+    result = torch.bmm(rows, images.reshape(number, height, channels * width))
+    result = result.view(number, rows.shape[1] * channels, width)
+    result = torch.bmm(result, columns.transpose(1, 2))
+    return result.view(number, rows.shape[1], channels, columns.shape[1])
+
+
+def crop_resize(images: torch.Tensor, p: Parameters, size: int) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> (N, size, 3, size) in [0, 1], of the parameters' dtype."""
     height, width = images.shape[-2:]
-    rows = crop_matrix(crop.top, crop.height, None, size, height).mul_(1 / 255)
-    columns = crop_matrix(crop.left, crop.width, crop.mirror, size, width)
-    pixels = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    rows = crop_matrix(p.top, p.height, None, size, height).mul_(1 / 255)
+    columns = crop_matrix(p.left, p.width, p.mirror, size, width)
+    pixels = images.permute(0, 2, 1, 3).to(rows.dtype, memory_format=torch.contiguous_format)
     return apply_rows_then_columns(pixels, rows, columns)
 
 
-def mirrored(images: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
-    """`crop_resize` of crops that were cut before: uint8 (N, 3, S, S) -> float32 (N, S, 3, S)."""
-    pixels = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    pixels.mul_(1 / 255)
-    return torch.where(mirror.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+def blur(pixels: torch.Tensor, p: Parameters) -> torch.Tensor:
+    """Pixels (N, S, 3, S) with the samples blurred that are to be."""
+    matrix = blur_matrix(p.sigma, pixels.shape[1])
+    return _where(p.blurred, apply_rows_then_columns(pixels, matrix, matrix), pixels)
+
+
+# ------------------------------------------------------------------------------------------ colours
+
+
+def _where(flag: torch.Tensor, changed: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.where(flag.view(-1, 1, 1, 1) > 0, changed, pixels)
+
+
+def gray(pixels: torch.Tensor) -> torch.Tensor:
+    """Grey value of each pixel: (N, H, 3, W) -> (N, H, 1, W)."""
+    red, green, blue = pixels.split(1, dim=2)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def blend(pixels: torch.Tensor, kind: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """clamp(factor pixels + (1 - factor) reference, 0, 1).
+
+    kind (N,) chooses the reference: black (BRIGHTNESS), the mean of the image's grey (CONTRAST) or
+    the pixel's own grey (SATURATION); factor (N,).
+    """
+    factor, kind = factor.view(-1, 1, 1, 1), kind.view(-1, 1, 1, 1)
+    own = gray(pixels)
+    reference = (kind == SATURATION) * own + (kind == CONTRAST) * own.mean((1, 3), keepdim=True)
+    return (factor * pixels + (1.0 - factor) * reference).clamp_(0.0, 1.0)
+
+
+def shift_hue(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Turn the hue by `shift` (N,), in turns, at constant HSV saturation and value.
+
+    With M and m the largest and smallest channel and h in [0, 6) the hue, the channel that peaks at
+    hue p (red 0, green 2, blue 4) is m + (M - m) clamp(2 - |h - p|, 0, 1), |.| on the circle.
+    """
+    red, green, blue = pixels.unbind(2)
+    largest, smallest = pixels.amax(2), pixels.amin(2)
+    spread = largest - smallest
+    is_red, is_green = largest == red, largest == green
+    hue = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    hue.div_(spread.clamp(min=1e-12))  # a grey pixel has spread 0 and any hue
+    hue.add_(torch.where(is_green, 2.0, 4.0).masked_fill_(is_red, 0.0))
+    hue.add_(6.0 * shift[:, None, None])
+    peaks = torch.arange(0.0, 6.0, 2.0, device=pixels.device)
+    distance = hue[:, :, None] - peaks[:, None]  # (N, H, 3, W)
+    distance.sub_(torch.round(distance / 6.0), alpha=6.0)
+    weight = distance.abs_().neg_().add_(2.0).clamp_(0.0, 1.0)
+    return torch.addcmul(smallest[:, :, None], weight, spread[:, :, None])
+
+
+def jitter(pixels: torch.Tensor, p: Parameters) -> torch.Tensor:
+    """The three blends and the hue in each sample's order, whether it is jittered or not.
+
+    Each blend runs on all samples, with factor 1 where it comes on the hue's other side.
+    """
+    kinds, hue_slot = slots(p.order)
+    factors = torch.stack((p.brightness, p.contrast, p.saturation), dim=1)
+    factors = factors.gather(1, torch.stack(kinds, dim=1)).unbind(1)
+    for slot in range(3):
+        pixels = blend(pixels, kinds[slot], torch.where(hue_slot > slot, factors[slot], 1.0))
+    pixels = shift_hue(pixels, p.hue)
+    for slot in range(3):
+        pixels = blend(pixels, kinds[slot], torch.where(hue_slot <= slot, factors[slot], 1.0))
+    return pixels
+
+
+def color(pixels: torch.Tensor, p: Parameters) -> torch.Tensor:
+    """Jitter, grey, blur and solarisation of the samples (N, S, 3, S) that are to have them."""
+    pixels = _where(p.jittered, jitter(pixels, p), pixels)
+    pixels = blur(_where(p.grayed, gray(pixels), pixels), p)
+    return solarize(pixels, p, THRESHOLD, 1.0)
+
+
+def solarize(
+    pixels: torch.Tensor,
+    p: Parameters,
+    threshold: torch.Tensor | float,
+    whole: torch.Tensor | float,
+) -> torch.Tensor:
+    """Values from `threshold` up taken from `whole`, black and white together, where flagged."""
+    chosen = (p.solarized.view(-1, 1, 1, 1) > 0) & (pixels >= threshold)
+    return torch.where(chosen, whole - pixels, pixels)
+
+
+# -------------------------------------------------------------------------------------------- views
 
 
 @lru_cache(maxsize=16)
-def _scale_and_offset(mean: Triple, std: Triple, device: torch.device) -> torch.Tensor:
+def constants_of(
+    mean: Triple, std: Triple, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """(2, 3): 1 / std and -mean / std."""
     rows = [[1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    return torch.tensor(rows, device=device).view(2, 3, 1, 1)
+    return torch.tensor(rows, device=device, dtype=dtype)
 
 
 def normalize(pixels: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
     """(N, H, 3, W) in [0, 1] -> (pixels - mean) / std as contiguous (N, 3, H, W)."""
-    number, height, channels, width = pixels.shape
-    scale, offset = _scale_and_offset(tuple(mean), tuple(std), pixels.device)
-    result = torch.empty((number, channels, height, width), device=pixels.device)
+    constants = constants_of(tuple(mean), tuple(std), pixels.device, pixels.dtype)
+    scale, offset = constants.view(2, 3, 1, 1)
+    result = pixels.new_empty((len(pixels), 3, pixels.shape[1], pixels.shape[3]))
     return torch.addcmul(offset, pixels.transpose(1, 2), scale, out=result)
 
 
-def color_chosen(pixels: torch.Tensor, colors: Colors) -> torch.Tensor:
-    """Colour operations, each on its samples alone: parameters on the CPU, pixels anywhere.
+def render(
+    images: torch.Tensor,  # (N, 3, H, W) uint8
+    table: torch.Tensor,  # (N, columns): recipe.COLUMNS
+    size: int,
+    mean: Triple,
+    std: Triple,
+    colors: bool = True,
+) -> torch.Tensor:
+    """The views (N, 3, size, size) that a table stands for, in its dtype: the specification.
 
-    Modifies pixels (N, S, 3, S) and returns them.
+    Args:
+        colors: whether anything follows the crop; without, its columns alone are read.
     """
-
-    def there(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(pixels.device, non_blocking=True)
-
-    chosen = colors.jittered.nonzero().squeeze(1)
-    if len(chosen):
-        slots, order = colors.hue_slot[chosen].sort(stable=True)
-        chosen = chosen[order]
-        counts = torch.bincount(slots, minlength=4).cumsum(0).tolist()
-        parameters = [t[chosen] for t in (colors.kinds, colors.factors, colors.hue)]
-        index = there(chosen)
-        selected = pixels.index_select(0, index)
-        moved = map(there, (*parameters, slots))
-        color.jitter(selected, color.Jitter(*moved, counts=tuple(counts[:3])))
-        pixels.index_copy_(0, index, selected)
-    chosen = colors.grayed.nonzero().squeeze(1)
-    if len(chosen):
-        index = there(chosen)
-        gray = color.gray(pixels.index_select(0, index))
-        pixels.index_copy_(0, index, gray.expand(-1, -1, 3, -1))
-    chosen = colors.blurred.nonzero().squeeze(1)
-    if len(chosen):
-        index = there(chosen)
-        matrix = blur_matrix(there(colors.sigma[chosen]), pixels.shape[1])
-        selected = apply_rows_then_columns(pixels.index_select(0, index), matrix, matrix)
-        pixels.index_copy_(0, index, selected)
-    return pixels
+    p = Parameters(*table.unbind(1))
+    # Autocast would run the resampling products in half precision.
+    with torch.autocast(images.device.type, enabled=False):
+        pixels = crop_resize(images, p, size)
+        return normalize(color(pixels, p) if colors else pixels, mean, std)
 
 
-def color_masked(pixels: torch.Tensor, colors: Colors) -> torch.Tensor:
-    """The same with fixed shapes: every operation on every sample, kept where it is chosen."""
-    shape = (-1, 1, 1, 1)
-    changed = pixels.clone()
-    color.jitter(changed, color.Jitter(colors.kinds, colors.factors, colors.hue, colors.hue_slot))
-    pixels = torch.where(colors.jittered.view(shape), changed, pixels)
-    pixels = torch.where(colors.grayed.view(shape), color.gray(pixels), pixels)
-    matrix = blur_matrix(colors.sigma, pixels.shape[1])
-    changed = apply_rows_then_columns(pixels, matrix, matrix)
-    return torch.where(colors.blurred.view(shape), changed, pixels)
+def _after_triton(
+    views: torch.Tensor, table: torch.Tensor, mean: Triple, std: Triple
+) -> torch.Tensor:
+    """The blur and the solarisation, which Triton's kernel leaves out, of normalised views.
+
+    The blur's weights sum to 1, so that it may follow the normalisation.
+    """
+    p = Parameters(*table.unbind(1))
+    with torch.autocast(views.device.type, enabled=False):
+        views = blur(views.transpose(1, 2), p).transpose(1, 2)
+    scale, offset = constants_of(tuple(mean), tuple(std), views.device).view(2, 3, 1, 1)
+    return solarize(views, p, THRESHOLD * scale + offset, scale + 2 * offset).contiguous()
 
 
 def _check(images: torch.Tensor, size: int, cropped: bool = False) -> None:
@@ -148,94 +280,50 @@ class Share(NamedTuple):
     size: int
 
 
-def _draw(images: torch.Tensor, columns: int, generator: torch.Generator | Share) -> torch.Tensor:
-    if isinstance(generator, Share):
-        generator, rank, size = generator
-        whole = images[:1].expand(len(images) * size, *images.shape[1:])  # of its length
-        return _draw(whole, columns, generator)[rank::size]
-    if generator.device.type not in ("cpu", images.device.type):
+def uniforms(
+    number: int, columns: int, generator: torch.Generator | Share, device: torch.device
+) -> torch.Tensor:
+    """Numbers (number, columns) in [0, 1) for samples whose images are on `device`."""
+    generator, rank, size = generator if isinstance(generator, Share) else (generator, 0, 1)
+    if generator.device.type not in ("cpu", device.type):
         raise ValueError(
-            f"generator must be on the CPU or on the images' device {images.device}, "
+            f"generator must be on the CPU or on the images' device {device}, "
             f"got one on {generator.device}"
         )
-    return torch.rand((len(images), columns), generator=generator, device=generator.device)
-
-
-def _crop(uniform: torch.Tensor, images: torch.Tensor, recipe: Recipe, cropped: bool) -> Crop:
-    """The crops that numbers (N, CROP_COLUMNS) stand for; of crops, the whole, mirrored or not."""
-    if cropped:
-        return whole_crop(mirror_of(uniform, recipe), *images.shape[-2:])
-    return draw_crop(uniform, *images.shape[-2:], recipe)
-
-
-def _resized(images: torch.Tensor, crop: Crop, size: int, cropped: bool) -> torch.Tensor:
-    """(N, size, 3, size) float32 in [0, 1], rows outermost."""
-    if cropped:
-        return mirrored(images, crop.mirror.to(images.device, non_blocking=True))
-    return crop_resize(images, crop.to(images.device), size)
-
-
-def _full_precision(images: torch.Tensor) -> torch.autocast:
-    # Autocast would run the resampling products in half precision.
-    return torch.autocast(images.device.type, enabled=False)
+    numbers = torch.rand((number * size, columns), generator=generator, device=generator.device)
+    return numbers[rank::size] if size > 1 else numbers
 
 
 @torch.no_grad()
-def strong_view(
+def random_view(
     images: torch.Tensor,  # (N, 3, H, W) uint8
     size: int,
     mean: Triple,
     std: Triple,
-    generator: torch.Generator,
+    generator: torch.Generator | Share,
     *,
     recipe: Recipe = RECIPE,
     cropped: bool = False,
     kernel: bool | None = None,
 ) -> torch.Tensor:
-    """Crop, flip, colour jitter, grayscale, blur, normalise: float32 (N, 3, size, size).
+    """Crop, flip, what the recipe has of colours, normalise: float32 (N, 3, size, size).
 
     Args:
         cropped: the images are random crops of that size already, and keep their pixels' places.
         kernel: demand the device's kernel, or leave it; None for the kernel where it runs.
     """
     _check(images, size, cropped)
-    columns = CROP_COLUMNS + COLOR_COLUMNS
-    uniform = _draw(images, columns + (recipe.solarize > 0), generator)
-    crop = _crop(uniform[:, :CROP_COLUMNS], images, recipe, cropped)
-    colors = draw_colors(uniform[:, CROP_COLUMNS:columns], recipe)
-    chosen = uniform[:, columns] < recipe.solarize if recipe.solarize > 0 else None
-    module = kernel_for(images, kernel)
-    if module is not None:
-        return fused_view(module, images, size, mean, std, crop, colors, chosen)
-    apply_colors = color_chosen if uniform.device.type == "cpu" else color_masked
-    with _full_precision(images):
-        pixels = apply_colors(_resized(images, crop, size, cropped), colors)
-        if chosen is not None:
-            pixels = color.solarize(pixels, chosen.to(images.device, non_blocking=True))
-        return normalize(pixels, mean, std)
-
-
-@torch.no_grad()
-def weak_view(
-    images: torch.Tensor,  # (N, 3, H, W) uint8
-    size: int,
-    mean: Triple,
-    std: Triple,
-    generator: torch.Generator,
-    *,
-    recipe: Recipe = RECIPE,
-    cropped: bool = False,
-    kernel: bool | None = None,
-) -> torch.Tensor:
-    """Crop, flip, normalise: float32 (N, 3, size, size); arguments as of `strong_view`."""
-    _check(images, size, cropped)
-    uniform = _draw(images, CROP_COLUMNS, generator)
-    crop = _crop(uniform, images, recipe, cropped)
-    module = kernel_for(images, kernel)
-    if module is not None:
-        return fused_view(module, images, size, mean, std, crop, None)
-    with _full_precision(images):
-        return normalize(_resized(images, crop, size, cropped), mean, std)
+    numbers = uniforms(len(images), recipe.columns, generator, images.device)
+    table = draw(numbers, *images.shape[-2:], recipe, whole=cropped)
+    table = table.to(images.device, non_blocking=True)
+    make = kernel_for(images, kernel)
+    if make is None:
+        return render(images, table, size, mean, std, recipe.colors)
+    constants = constants_of(tuple(mean), tuple(std), images.device)
+    views = make(images, table, constants, size, recipe.colors)
+    if make is triton_view and recipe.colors:
+        return _after_triton(views, table, mean, std)
+    return views
 
 
 @torch.no_grad()
@@ -245,15 +333,12 @@ def center_view(images: torch.Tensor, size: int, mean: Triple, std: Triple) -> t
     images uint8 (N, 3, H, W) -> float32 (N, 3, size, size).
     """
     _check(images, size)
-    crop = central_crop(len(images), *images.shape[-2:], images.device)
-    with _full_precision(images):
-        return normalize(crop_resize(images, crop, size), mean, std)
+    table = central_table(len(images), *images.shape[-2:], images.device)
+    return render(images, table, size, mean, std, colors=False)
 
 
-View = Callable[[torch.Tensor, int, Triple, Triple, torch.Generator], torch.Tensor]
-VIEWS: dict[str, View] = {
-    "strong": strong_view,
-    "weak": weak_view,
-    "byol_first": partial(strong_view, recipe=BYOL_FIRST),
-    "byol_second": partial(strong_view, recipe=BYOL_SECOND),
+# Transforms, called as `random_view`, by the name of their recipe.
+VIEWS: dict[str, Callable[..., torch.Tensor]] = {
+    name: partial(random_view, recipe=recipe) for name, recipe in RECIPES.items()
 }
+strong_view, weak_view = VIEWS["strong"], VIEWS["weak"]

@@ -3,7 +3,6 @@
     World            the processes of a run: who they are, and what they send each other
     ShardedRows      a set of rows of which every process holds a part, as the operator takes it
     ShardedQueue     the memory queue, sharded
-    traffic          bytes that a step receives, as formulas
 
 Everywhere, element i of what W processes hold together (row i of a batch, of a queue) is element
 i // W of process i % W. Stacked views, parts of an accumulated batch, split batch norm and a queue

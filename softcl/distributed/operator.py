@@ -26,7 +26,7 @@ from softcl.distributed.shards import ShardedRows
 from softcl.labels import HardLabels
 from softcl.ops import algebra, library, register_rows
 from softcl.ops.algebra import merge_neighbors, merge_sums
-from softcl.ops.call import Call, LossCall, StatisticsCall
+from softcl.ops.call import Call, LossCall, StatisticsCall, read_temperatures, sum_dtype
 
 _NO_ROW = 1 << 62  # stands after every row where a part has too few
 
@@ -45,8 +45,9 @@ def weighted_sum(queue: ShardedRows, indices: Tensor, weights: Tensor) -> Tensor
 
 def run(call: Call) -> tuple[Tensor, ...]:
     """The results of a call, in the dtypes of its tensors, as the operators on one process are."""
+    call = read_temperatures(call)
     with torch.autocast(device_type=call.query.device.type, enabled=False):
-        return soft_contrastive(call) if isinstance(call, LossCall) else queue_statistics(call)
+        return _Loss.apply(*call) if isinstance(call, LossCall) else queue_statistics(call)
 
 
 def queue_statistics(call: StatisticsCall) -> tuple[Tensor, ...]:
@@ -116,43 +117,35 @@ def _merge_lists(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:  # (
     return merge_neighbors(*(x.transpose(0, 1).flatten(1) for x in (logits, indices)), k)
 
 
-class _WithGradient(torch.autograd.Function):
-    """The loss (n,), whose gradient in the query (n, D) is known."""
+class _Loss(library.LossFunction):
+    """The loss, with the derivatives that it has where one process holds the queue."""
 
     @staticmethod
-    def forward(ctx, query, loss, dquery):
-        ctx.save_for_backward(dquery)
-        ctx.dtype = query.dtype
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx, dloss):
-        (dquery,) = ctx.saved_tensors
-        return (dloss[:, None] * dquery).to(ctx.dtype), None, None
+    def forward(*arguments):
+        return soft_contrastive(LossCall(*arguments))
 
 
+@torch.no_grad()
 def soft_contrastive(call: LossCall) -> tuple[Tensor, ...]:
-    """The loss of this process's rows, its gradient and diagnostics, as `LossCall` lists them."""
+    """This process's rows' loss, gradient and diagnostics, as `LossCall` lists them."""
     query, rows, rule = call.query, call.queue, call.rule
     results = call.empty_results()
-    with torch.no_grad():
-        dtype = algebra.sum_dtype(query, rows.local)
-        z, t, norm = query.to(dtype), call.key.to(dtype), None
-        if call.normalize:
-            z, norm = algebra.unit_rows(query, dtype)
-            t, _ = algebra.unit_rows(call.key, dtype)
-        units = torch.stack([z.to(query.dtype), t.to(query.dtype)])
-        all_z, all_t = (x.flatten(0, 1) for x in rows.world.gather(units).unbind(1))  # (W n, D)
-        excluded = _excluded_here(call.excluded, rows)
-        finish_student = _start_student(call, z, t, all_z, all_t, excluded)
-        labels = _Labels(call, t, all_t, excluded)
-        lse, expected, rank = finish_student()
-        loss, dquery = algebra.finish(
-            z, t, norm, lse, expected, labels.mean, call.temperature, call.positive
-        )
-    results["loss"] = loss
+    dtype = sum_dtype(query, rows.local)
+    z, t, norm = query.to(dtype), call.key.to(dtype), None
+    if call.normalize:
+        z, norm = algebra.unit_rows(query, dtype)
+        t, _ = algebra.unit_rows(call.key, dtype)
+    units = torch.stack([z.to(query.dtype), t.to(query.dtype)])
+    all_z, all_t = (x.flatten(0, 1) for x in rows.world.gather(units).unbind(1))  # (W n, D)
+    excluded = _excluded_here(call.excluded, rows)
+    finish_student = _start_student(call, z, t, all_z, all_t, excluded)
+    labels = _Labels(call, t, all_t, excluded)
+    lse, expected, rank = finish_student()
+    results["loss"], dquery = algebra.finish(
+        z, t, norm, lse, expected, labels.mean, call.temperature, call.positive
+    )
     if call.gradient:
-        results["loss"], results["dquery"] = _WithGradient.apply(query, loss, dquery), dquery
+        results["dquery"] = dquery
     if call.diagnostics:
         results["positive_rank"] = rank
         if rule.num_neighbors > 0:

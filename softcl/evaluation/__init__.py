@@ -4,7 +4,6 @@ features     features of a set, computed once
 knn          the weighted vote of the nearest neighbours, in training and after it
 probe        linear classifiers on cached features, by SGD or L-BFGS
 retrieval    how many of the nearest images are of the query's class
-backbone     the backbone in a checkpoint
 
 The vote is for features of any origin: ``softcl.knn_predict(features, bank, bank_labels, 10)``.
 """

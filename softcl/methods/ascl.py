@@ -73,9 +73,9 @@ class ASCL(QueueMethod):
     """The method's numbers; the defaults are the code's for CIFAR, STL-10 and Tiny-ImageNet.
 
     Attributes:
-        form: "moco" or "byol", see the module's text.
-        labels: "soft", "ahcl", "hard" or "normal", see the module's formulas.
-        num_neighbors: n; unused with labels="normal". n <= queue_size.
+        form: "moco", with a queue, or "byol", with a predictor and the batch's relations.
+        labels: "soft", "ahcl" (adaptive hard), "hard" or "normal" (MoCo's).
+        num_neighbors: n, at most queue_size; unused with labels "normal".
     """
 
     form: str = "moco"
@@ -168,7 +168,7 @@ DEFAULTS: dict[str, Defaults] = {
     "cifar100": _small("resnet18", 32, num_neighbors=5),
     # 64 px, trained on train + unlabeled.
     "stl10": _small("resnet18", 64),
-    "tiny_imagenet": _small("resnet18", 64),
+    "tiny-imagenet": _small("resnet18", 64),
     "imagenet": Defaults(
         # Code, ImageNet-1K/builder.py: K 65536, m 0.999, the MoCo v2 head of width 2048,
         # temperatures 0.1 and 0.05, one neighbour. num_splits: 8 real devices in MoCo.

@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass of numbers, derived from `Method` or, for those that compare two
 views with one queue under a label rule, from `QueueMethod`. It holds no network, no queue and no
-loop: `softcl.training.step.train_step` does for every method
+loop: `softcl.train.step.train_step` does for every method
 
     views     = views() of the images, then prepare() (CutMix, for one)
     EMA         of the teacher, if teacher_follows is "before"
@@ -110,20 +110,24 @@ class Result(NamedTuple):
 class Method:
     """Numbers that methods share; each has its own defaults.
 
+    The lines below, and those of each method, are the help of the flags that the numbers are.
+
     Attributes:
         temperature: of the student's softmax.
-        momentum: of the teacher.
+        momentum: of the teacher: share of it kept at each step.
         momentum_schedule: "constant", or "cosine" to 1 at the end of the run.
-        queue_size: K.
-        projection_dim: D.
-        projector_layers, projector_hidden: linear layers of the projector, width between them.
+        queue_size: K, rows of the memory queue.
+        projection_dim: D, length of the vectors compared.
+        projector_layers: linear layers of the projector.
+        projector_hidden: width between the projector's layers.
         projector_norm: its batch norm: "none"; "hidden", after the hidden layers; "all", after the
             last one too; "plain", as "all" with no bias and the last one not affine (MoCo v3).
         predictor_hidden: width of the predictor's hidden layer; 0 for no predictor.
         predictor_norm: as `projector_norm`.
         num_splits: splits of the batch norm in both encoders, with the teacher's batch shuffled;
             1 for plain batch norm.
-        student_view, teacher_view: recipes of the views "query" and "key".
+        student_view: recipe of the student's view.
+        teacher_view: recipe of the teacher's view.
     """
 
     temperature: float = 0.1

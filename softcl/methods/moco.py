@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Defaults] = {
     # 0.2 .. 1 and blurs half of the images.
     "cifar10": Defaults(_NOTEBOOK, "resnet18", 32, 200, 512, 0.06, 0.9, 5e-4, 0),
     "cifar100": mnn_bench_defaults(MoCo(**_BENCH), 32),
-    "tiny_imagenet": mnn_bench_defaults(
+    "tiny-imagenet": mnn_bench_defaults(
         MoCo(queue_size=16384, momentum=0.996, **_BENCH), image_size=64
     ),
     # Code, main_moco.py with --mlp --moco-t 0.2 --aug-plus --cos; its schedule steps per epoch.

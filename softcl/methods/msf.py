@@ -63,7 +63,7 @@ DEFAULTS: dict[str, Defaults] = {
     # k 5, weak teacher. The bench trains both directions (symmetric=True), at twice the cost.
     "cifar10": mnn_bench_defaults(MSF(), 32),
     "cifar100": mnn_bench_defaults(MSF(), 32),
-    "tiny_imagenet": mnn_bench_defaults(MSF(queue_size=16384, momentum=0.996), 64),
+    "tiny-imagenet": mnn_bench_defaults(MSF(queue_size=16384, momentum=0.996), 64),
     # Code, R50: projector 2048-4096-512, predictor 512-4096-512, K 128000, m 0.99, lr 0.05; k 10 is
     # the README's run, 5 the code's default. Its cosine schedule steps per epoch.
     "imagenet": Defaults(

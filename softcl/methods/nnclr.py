@@ -86,7 +86,7 @@ DEFAULTS: dict[str, Defaults] = {
     # Temperature 0.2 is solo's and the MNN bench's for CIFAR; K is the bench's.
     "cifar10": mnn_bench_defaults(NNCLR(), 32),
     "cifar100": mnn_bench_defaults(NNCLR(), 32),
-    "tiny_imagenet": mnn_bench_defaults(_TINY, 64),
+    "tiny-imagenet": mnn_bench_defaults(_TINY, 64),
     # solo: projector 2048-2048-256 with batch norm, predictor 4096-256, K 65536 (the paper: 98304,
     # unverified), temperature 0.1. Its optimiser settings were not found: those of MoCo v3's
     # ResNet-50 (LARS, 0.3 x 4096 / 256, weight decay 1e-6) stand here, unverified for NNCLR, and

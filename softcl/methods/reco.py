@@ -42,8 +42,10 @@ class ReCo(Method):
     """The method's numbers; the defaults are the code's losses with a small-data network.
 
     Attributes:
-        global_weight, local_weight: of the two relations; 0 leaves the term out.
-        teacher_temperature, global_temperature: of the global relation's two softmaxes.
+        global_weight: of the global relation; 0 leaves it out.
+        local_weight: of the local relation; 0 leaves it out.
+        teacher_temperature: of the teacher in the global relation.
+        global_temperature: of the student in the global relation.
         mix: "cutmix" or "mixup".
     """
 
@@ -124,7 +126,7 @@ DEFAULTS: dict[str, Defaults] = {
     # The code is for ImageNet alone. Its losses on small data, with the MNN bench's network and
     # schedule, are ours: no source.
     "cifar10": mnn_bench_defaults(ReCo(), 32),
-    "tiny_imagenet": mnn_bench_defaults(ReCo(queue_size=16384, momentum=0.996), 64),
+    "tiny-imagenet": mnn_bench_defaults(ReCo(queue_size=16384, momentum=0.996), 64),
     # Code, main_reco.py with the README's --moco-t 0.2: head 2048-2048-256, K 65536, m 0.999,
     # lr 0.03 at 256 images, weight decay 1e-4, 5 epochs of warm-up, cosine per step.
     "imagenet": Defaults(

@@ -69,7 +69,7 @@ DEFAULTS: dict[str, Defaults] = {
     "cifar10": mnn_bench_defaults(ReSSL(), 32),
     "cifar100": mnn_bench_defaults(ReSSL(), 32),
     "stl10": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
-    "tiny_imagenet": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
+    "tiny-imagenet": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
     # Code, R50: head 2048-4096-512, K 131072, m 0.999, lr 0.05 at 256 images, 5 epochs of warm-up;
     # weight decay 1e-4, but for biases and batch norm.
     "imagenet": Defaults(

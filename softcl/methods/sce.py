@@ -36,7 +36,7 @@ class SCE(RelationalMethod):
     """The method's numbers; the defaults are the code's for CIFAR-10.
 
     Attributes:
-        form: "paper" or "code", see the module's text.
+        form: "paper" or "code": the paper's labels or the released code's.
         positive_weight: w, the positive's share of the labels, in [0, 1].
     """
 
@@ -63,7 +63,7 @@ DEFAULTS: dict[str, Defaults] = {
     "cifar10": Defaults(SCE(), "resnet18", 32, 200, 256, 0.06, 0.9, 5e-4, 5),
     "cifar100": Defaults(SCE(), "resnet18", 32, 200, 256, 0.06, 0.9, 5e-4, 5),
     # MNN bench: D 256, head of width 2048 without batch norm, K 16384, m 0.996.
-    "tiny_imagenet": mnn_bench_defaults(
+    "tiny-imagenet": mnn_bench_defaults(
         SCE(
             queue_size=16384, momentum=0.996, projection_dim=256, projector_hidden=2048,
             projector_norm="none", num_splits=8, symmetric=True,

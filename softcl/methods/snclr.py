@@ -49,7 +49,7 @@ class SNCLR(Method):
     """The method's numbers; the defaults are the MNN bench's for CIFAR, with the paper's loss.
 
     Attributes:
-        form: "paper" or "code", see the module's text.
+        form: "paper" or "code": the paper's loss or the released code's.
         num_neighbors: n, soft neighbours of each key.
         positiveness_scale: the paper's gamma, which divides the positiveness; unused in the code.
         threshold: drop positiveness up to 1/n without rescaling the rest (code).
@@ -171,7 +171,7 @@ DEFAULTS: dict[str, Defaults] = {
     # 128-2048-128, both views strong. It averages the directions and leaves the factor 2T out.
     "cifar10": mnn_bench_defaults(SNCLR(), 32),
     "cifar100": mnn_bench_defaults(SNCLR(), 32),
-    "tiny_imagenet": mnn_bench_defaults(SNCLR(queue_size=16384, momentum=0.996), 64),
+    "tiny-imagenet": mnn_bench_defaults(SNCLR(queue_size=16384, momentum=0.996), 64),
     # Not released. The code's argument defaults look like MoCo v3's ResNet-50 recipe (LARS 0.6 x
     # batch / 256, weight decay 1e-6, 10 epochs of warm-up, temperature 1): unverified.
     "imagenet": Defaults(

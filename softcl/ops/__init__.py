@@ -32,7 +32,7 @@ from softcl.ops.backends import (
     check_backend_name,
     choose,
 )
-from softcl.ops.call import LossCall, StatisticsCall
+from softcl.ops.call import LossCall, StatisticsCall, sum_dtype
 from softcl.ops.checks import REDUCTIONS
 
 __all__ = [
@@ -289,7 +289,11 @@ def label_mean(
     queue = checks.filled_rows(queue, filled)
     _check_labels(rule, key, queue, excluded, backend)
     teacher_temperature = checks.temperature_of("teacher_temperature", teacher_temperature)
-    dtype = algebra.sum_dtype(key, local)
+    if isinstance(teacher_temperature, Tensor):  # read here, under its own name
+        teacher_temperature = checks.temperature_of(
+            "teacher_temperature", teacher_temperature.item()
+        )
+    dtype = sum_dtype(key, local)
     if normalize:
         key = algebra.unit_rows(key, dtype)[0].to(key.dtype)
     t, n = key.to(dtype), rule.num_neighbors
@@ -304,7 +308,7 @@ def label_mean(
         confidence = algebra.confidence_of(found.entropy, len(queue), excluded)
     weighted_sum = algebra.weighted_sum if elsewhere is None else elsewhere.weighted_sum
     mean = algebra.label_mean_of(
-        rule, t, float(teacher_temperature), found.lse, found.mean, confidence,
+        rule, t, teacher_temperature, found.lse, found.mean, confidence,
         found.neighbor_logits,
         lambda weights: weighted_sum(queue, found.neighbor_indices, weights),
     )  # fmt: skip
@@ -355,10 +359,21 @@ def merge_statistics(
             the part's first row, for one).
         num_neighbors: k, None for the longest of the parts' lists. The k nearest rows are right
             where each part's list holds its k nearest, or all its rows.
+
+    Raises:
+        TypeError, ValueError: there is no part, or num_neighbors is unusable.
     """
+    if not parts:
+        raise ValueError("parts must not be empty")
     sums = (torch.stack([part[place] for part in parts]) for place in range(3))
-    dtype, k = parts[0].lse.dtype, num_neighbors
-    k = max(part.neighbor_indices.shape[1] for part in parts) if k is None else k
+    dtype, lengths = parts[0].lse.dtype, [part.neighbor_indices.shape[1] for part in parts]
+    k = max(lengths)
+    if num_neighbors is not None:
+        k = checks.integer_of("num_neighbors", num_neighbors)
+        if not 0 <= k <= sum(lengths):
+            raise ValueError(
+                f"num_neighbors must be between 0 and the parts' {sum(lengths)} together, got {k}"
+            )
     lists = (torch.cat([part[place] for part in parts], 1) for place in (3, 4))
     merged = (x.to(dtype) for x in algebra.merge_sums(*sums))
     return QueueStatistics(*merged, *algebra.merge_neighbors(*lists, k))

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from softcl.labels import LabelRule
-from softcl.ops.algebra import sum_dtype
 from softcl.ops.checks import check_temperature
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 class StatisticsCall(NamedTuple):
@@ -188,16 +192,24 @@ def unpack(kind: type[Call], arguments: tuple) -> Call:
     return LossCall(*arguments[:3], LabelRule.from_numbers(arguments[3]), *arguments[4:])
 
 
-def read(call: Call) -> Call:
-    """The call with its temperatures as numbers, checked once more, and contiguous tensors."""
-    values = [
-        x.contiguous() if name in _TENSORS and x is not None else x
-        for name, x in zip(call._fields, call, strict=True)
-    ]
+def read_temperatures(call: Call) -> Call:
+    """The call with its temperatures as numbers, checked once more."""
+    values = list(call)
     for place in _TEMPERATURES[type(call)]:
         values[place] = value = float(values[place])
         check_temperature(call._fields[place], value)
     return type(call)(*values)
+
+
+def read(call: Call) -> Call:
+    """The call as a backend gets it: temperatures that are numbers, and contiguous tensors."""
+    call = read_temperatures(call)
+    return type(call)(
+        *[
+            x.contiguous() if name in _TENSORS and x is not None else x
+            for name, x in zip(call._fields, call, strict=True)
+        ]
+    )
 
 
 _TENSORS = frozenset({"query", "key", "queue", "excluded"})

@@ -8,6 +8,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,10 +47,20 @@ def check_rows_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> 
 def check_constant_rows(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     check_rows_like(name, tensor, like, like_name)
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, but only {like_name} has a gradient here: the labels and the "
-            f"softmax treat {name} as constant; pass {name}.detach()"
-        )
+        found = "requires grad"
+    elif has_tangent(tensor):
+        found = "has a tangent"
+    else:
+        return
+    raise ValueError(
+        f"{name} {found}, but only {like_name} has a gradient here: the labels and the "
+        f"softmax treat {name} as constant; pass {name}.detach()"
+    )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether it is a dual number (torch.func.jvp, torch.autograd.forward_ad)."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_excluded(excluded: Tensor | None, like: Tensor, num_rows: int) -> None:
@@ -82,8 +93,10 @@ def temperature_of(name: str, value: float | Tensor) -> float | Tensor:
                 f"{name} must be a number or a 0-dim tensor, got {value.dtype} of shape "
                 f"{shape_of(value)}"
             )
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires grad, but has none here; pass {name}.detach()")
+        if value.requires_grad and torch.is_grad_enabled() or has_tangent(value):
+            raise ValueError(
+                f"{name} requires grad or has a tangent, but no gradient here; pass {name}.detach()"
+            )
         return value
     # float and int first: what comes after them is slow, and unknown to torch.compile.
     if isinstance(value, bool) or not isinstance(value, (float, int)):

@@ -8,7 +8,7 @@
     csrc/cuda/queue_statistics.cu    merge, exact neighbours
 
 Experimental: it has not yet run on a GPU, and backend="auto" does not choose it. The same sources,
-compiled for the CPU by ``csrc/cuda/host``, run in the tests.
+compiled for the CPU by ``tests/native/cuda``, run in the tests.
 
 Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Where both are of one
 16-bit type their own products are made; otherwise every number is taken in two 16-bit parts, at
@@ -40,8 +40,6 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, reason
     if not module.has_cuda():
         return None, "softcl._C is built without CUDA"
-    if module.cuda_device_count() == 0:
-        return None, f"no CUDA device ({module.cuda_no_device_reason()})"
     return module, ""
 
 
@@ -67,6 +65,10 @@ def unsupported(call: Call) -> str | None:
     device, (N, D), K = call.query.device, call.query.shape, call.queue.shape[0]
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
+    # Not before: this asks the driver, and a process forked after that cannot use CUDA. Of tensors
+    # on a device torch has asked it already.
+    if module.cuda_device_count() == 0:
+        return f"no CUDA device ({module.cuda_no_device_reason()})"
     index = _index_of(device)
     capability = _capability(index)
     if capability < OLDEST_CAPABILITY:

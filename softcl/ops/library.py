@@ -95,7 +95,7 @@ class _Statistics(torch.autograd.Function):
         )
 
 
-class _Loss(torch.autograd.Function):
+class LossFunction(torch.autograd.Function):
     """Gradient of softcl::soft_contrastive, known since its forward pass: nothing is visited again.
 
     What torch.library.register_autograd would make of these functions reads the schema anew at
@@ -174,7 +174,7 @@ def _refuse_vmap(name: str):
     raise RuntimeError(f"{name} has no vmap: its rows are a batch already, so stack yours as rows")
 
 
-_FUNCTIONS = {StatisticsCall: _Statistics, LossCall: _Loss}
+_FUNCTIONS = {StatisticsCall: _Statistics, LossCall: LossFunction}
 
 
 def _in_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

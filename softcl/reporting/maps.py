@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from softcl.data import ImageSet, load_dataset
-from softcl.evaluation.backbone import features_of, load_backbone
 from softcl.evaluation.features import extract, sampled
 from softcl.reporting.figures import new_axes, to_png
 from softcl.reporting.runs import RunData
+from softcl.train.checkpoint import features_of, load_backbone
 
 WAYS = ("tsne", "pca", "none")
 MOST_IMAGES = 2000

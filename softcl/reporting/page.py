@@ -9,7 +9,7 @@ from typing import Any
 import softcl
 from softcl.reporting.figures import Figure, color
 from softcl.reporting.runs import RunData
-from softcl.training.progress import clock
+from softcl.train.log import clock
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto;

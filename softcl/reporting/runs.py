@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcl.training.run_folder import (
+from softcl.train.folder import (
     BASELINES,
     CONFIG,
     METRICS,

@@ -260,13 +260,11 @@ void check_views(std::int64_t N, std::int64_t H, std::int64_t W, std::int64_t si
     row[Column::kLeft] = W - row[Column::kWidth];
     row[Column::kMirror] = draw(0, 1);
     row[Column::kJittered] = draw(0, 3) > 0;
-    for (int i = 0; i < 3; ++i) {
-      row[Column::kKind + i] = (n + i) % 3;
-      row[Column::kFactor + i] = draw(0, 20) / 10.0f;
-    }
+    row[Column::kOrder] = draw(0, 23);
+    for (int i = 0; i < 3; ++i) row[Column::kFactor + i] = draw(0, 20) / 10.0f;
     row[Column::kHue] = draw(-5, 5) / 10.0f;
-    row[Column::kHueSlot] = draw(0, 3);
     row[Column::kGrayed] = draw(0, 4) == 0;
+    row[Column::kBlurred] = draw(0, 2) > 0;
     row[Column::kSigma] = draw(0, 40) / 10.0f;
     row[Column::kSolarized] = draw(0, 1);
   }

@@ -1,4 +1,7 @@
 // What CUDA devices there are. Answers without a driver too: there are none, and why.
+//
+// Every function starts the driver, and in a process that is forked after that CUDA does not work:
+// ask only where something is on a device already.
 
 #pragma once
 

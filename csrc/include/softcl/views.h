@@ -1,8 +1,8 @@
 // One view of a batch: crop, antialiased resize, mirror, colours, blur, normalise; uint8 in, fp32
 // out.
 //
-// The mathematics of softcl/data/{resample,color,views}.py, which is the reference, with one row of
-// a table of parameters per sample: those of kernels/views.py and the two that follow it there.
+// The mathematics of softcl/data/views.py, which is the reference, with one row of a table of
+// parameters per sample: Parameters in softcl/data/recipe.py.
 //
 //     resize   a separable triangle filter, max(scale, 1) wide, over the pixels of the crop
 //     colours  brightness, contrast and saturation in the sample's order, the hue among them; then
@@ -16,22 +16,22 @@
 
 namespace softcl {
 
-/// A row of the table. Places are whole pixels, flags 0 or not.
+/// A row of the table. Places are whole pixels; a flag is set where it is above 0.
 struct ViewColumn {
   enum {
     kTop,
     kLeft,
     kHeight,
     kWidth,
-    kMirror,
-    kJittered,
-    kKind,  // three columns: 0 brightness, 1 contrast, 2 saturation, in the order they come
-    kFactor = kKind + 3,  // three columns: theirs, in that order
-    kHue = kFactor + 3,   // turns
-    kHueSlot,             // how many of the three come before the hue
-    kGrayed,
-    kSigma,  // of the blur, in pixels of the view; 0: none
-    kSolarized,
+    kMirror,             // flag
+    kJittered,           // flag
+    kOrder,              // in [0, 24), its whole part counts, see read_jitter in csrc/cpu
+    kFactor,             // three columns: of brightness, contrast and saturation
+    kHue = kFactor + 3,  // turns
+    kGrayed,             // flag
+    kBlurred,            // flag
+    kSigma,              // of the blur, in pixels of the view
+    kSolarized,          // flag
     kCount
   };
 };

@@ -1,0 +1,284 @@
+"""Checkpoints that are either whole or refused, and the backbone in one.
+
+    last.pt       the newest
+    last-1.pt     the one before it
+    best.pt       the one with the highest k-NN accuracy
+    set-aside.pt  a last.pt that was damaged, or that a run was not continued from
+
+All but the newest are further names (hard links) of files that were last.pt once, so they cost no
+writing, and last.pt is a whole checkpoint at every moment.
+
+A checkpoint is one file, an ordinary ``torch.save`` archive (a zip file) whose zip comment holds
+the SHA-256 of every byte before it. It is written under a temporary name, flushed to the disk and
+then renamed, so the file under the final name is at every moment the old checkpoint or the new
+one. Any changed, missing or extra byte is found on reading. Plain ``torch.load`` reads it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcl.command import ConfigError
+from softcl.nn import build_backbone
+from softcl.train.config import TrainConfig
+
+LAST, PREVIOUS, BEST, SET_ASIDE = "last.pt", "last-1.pt", "best.pt", "set-aside.pt"
+NETWORKS = ("student", "teacher")
+
+_TAG = b"softcl-sha256:"
+_COMMENT_BYTES = len(_TAG) + 64  # the tag and 64 hexadecimal digits
+# A zip file ends with the length of its comment (two bytes) and the comment.
+_TRAILER_BYTES = 2 + _COMMENT_BYTES
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the path and the reason."""
+
+
+def replace_file(
+    path: Path, data: bytes, before_replacing: Callable[[], None] | None = None
+) -> None:
+    """Put `data` under the name `path` so that a crash leaves the old file or the new one.
+
+    Writes ``.NAME.tmp`` beside it, fsyncs, renames, and fsyncs the folder (without which the rename
+    itself may be lost with the power). On failure the temporary file is removed and the old file is
+    untouched. `before_replacing` is called when the new data is on the disk and has no name yet.
+
+    Raises:
+        OSError: as the file system gave it, naming `path`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_replacing is not None:
+            before_replacing()
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # a failed write does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # platforms where a folder cannot be opened
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to sync a folder; a failing disk must be reported.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def seal(archive: bytes) -> bytes:
+    """Add the checksum of a zip archive that has no comment, as its zip comment."""
+    if archive[-2:] != b"\0\0":
+        raise ValueError("archive must be a zip file without a comment")
+    body = archive[:-2]
+    digest = hashlib.sha256(body).hexdigest().encode()
+    return body + struct.pack("<H", _COMMENT_BYTES) + _TAG + digest
+
+
+def unseal(data: bytes) -> bytes:
+    """Return the archive inside `data` after checking it against its checksum.
+
+    Raises:
+        ValueError: with the reason, when the checksum is absent or differs.
+    """
+    body, trailer = data[:-_TRAILER_BYTES], data[-_TRAILER_BYTES:]
+    if not body or trailer[:-64] != struct.pack("<H", _COMMENT_BYTES) + _TAG:
+        raise ValueError("it has no checksum at its end (cut short, or not a softcl checkpoint)")
+    if hashlib.sha256(body).hexdigest().encode() != trailer[-64:]:
+        raise ValueError("its checksum does not match its content (damaged)")
+    return body + b"\0\0"
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` (nested dicts and lists of tensors, numbers and strings) to `path`, atomically.
+
+    The checkpoint of that name before it becomes PREVIOUS, when the new one is on the disk.
+
+    Raises:
+        CheckpointError: when the disk refuses it; whatever was under `path` is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    before = path.exists()
+
+    def keep_previous() -> None:
+        if before:
+            name_too(path, path.with_name(PREVIOUS))
+
+    try:
+        replace_file(path, seal(buffer.getvalue()), keep_previous)
+    except OSError as error:
+        kept = "; the checkpoint before it is kept" if before else ""
+        raise CheckpointError(f"{path}: cannot write: {error.strerror or error}{kept}") from error
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU, checksum verified, without unpickling arbitrary objects.
+
+    Raises:
+        CheckpointError: when the file is missing, unreadable, damaged or something else.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from error
+    try:
+        archive = unseal(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    try:
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds: the reason matters, not the kind
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"{path}: cannot load: {reason[0] if reason else error!r}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__} where a dict is expected")
+    return state
+
+
+# ------------------------------------------------------------------------- the checkpoints of a run
+
+
+def name_too(path: Path, other: Path) -> None:
+    """Make `other` a further name of the file `path`, replacing what had it, in one moment."""
+    temporary = other.with_name(f".{other.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    try:
+        os.replace(temporary, other)
+    finally:
+        # Where both were names of one file, rename does nothing and leaves the temporary name.
+        temporary.unlink(missing_ok=True)
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder has a checkpoint to go on from."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
+def read_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest checkpoint that is whole.
+
+    Returns:
+        Its path, its content and, where the newest was passed over, the reason in a line.
+
+    Raises:
+        CheckpointError: none is whole; the reason is that of the newest.
+    """
+    refused: list[CheckpointError] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists() and holds_checkpoint(folder):
+            continue
+        try:
+            return path, read_checkpoint(path), list(map(str, refused))
+        except CheckpointError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def put_back(folder: Path, path: Path) -> None:
+    """Make the checkpoint `path` the newest again; the last.pt in its place is set aside."""
+    if path.name == LAST:
+        return
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / SET_ASIDE)
+    name_too(path, folder / LAST)
+
+
+# ------------------------------------------------------------------------------------- its backbone
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A backbone in eval mode, and the run that it comes from.
+
+    Attributes:
+        path: of the checkpoint.
+        config: of the run.
+        content: of the checkpoint.
+    """
+
+    path: Path
+    backbone: nn.Module
+    config: TrainConfig
+    content: dict[str, Any]
+
+
+def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path names: a file, or a run folder's best.pt or else newest.
+
+    Raises:
+        CheckpointError: there is none that is whole.
+    """
+    if not path.is_dir():
+        return path, read_checkpoint(path)
+    if (path / BEST).exists():
+        return path / BEST, read_checkpoint(path / BEST)
+    newest, content, _ = read_newest(path)
+    return newest, content
+
+
+def load_backbone(path: Path, network: str = "student") -> Stored:
+    """Read a checkpoint and build its backbone: plain batch norm, eval mode, on the CPU.
+
+    Args:
+        path: a checkpoint or a run folder.
+        network: "student" or "teacher".
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another version.
+        ConfigError: its configuration is not one of this version.
+    """
+    file, content = find_checkpoint(path)
+    try:
+        config = TrainConfig.of(**content["config"])
+        stored = content[network]
+    except KeyError as error:
+        raise CheckpointError(f"{file}: not a training checkpoint (without {error})") from error
+    try:
+        backbone = build_backbone(config.arch, config.image_size)
+    except ValueError as error:
+        raise ConfigError("arch", config.arch, str(error)) from error
+    prefix = "backbone."
+    weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file}: does not fit {config.arch}: {reason}") from error
+    return Stored(file, backbone.eval().requires_grad_(False), config, content)
+
+
+def features_of(backbone: nn.Module, device: torch.device) -> nn.Module:
+    """The backbone on a device, in the memory order that convolutions like."""
+    return backbone.to(device).to(memory_format=torch.channels_last)

@@ -1,0 +1,342 @@
+"""What a run tells: rows of numbers, and lines on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+import softcl
+from softcl.data.kernels import describe_kernel
+from softcl.train.config import TrainConfig
+from softcl.train.folder import METRICS, RunFolder, finite
+from softcl.train.parts import Parts
+from softcl.train.step import MEASURES
+
+FIRST_STEPS = 50  # each has a line of its own
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Meter:
+    """Watches the loss of every step, and makes rows of the measures of some.
+
+    On a GPU the host looks at each loss one step late, when the next step has been launched, so
+    that it never waits for an idle device. A row has the measures of its own step, so that rows do
+    not depend on where a run was interrupted; only the speed is that since the row before.
+
+    Args:
+        every: steps per row, after the first FIRST_STEPS.
+        batch_size: N.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        self.every, self.batch_size = every, batch_size
+        self._last: tuple[int, Tensor] | None = None  # step, measures (5,)
+        self._watched: tuple[int, Tensor, Any] | None = None  # step, its loss's copy, its arrival
+        self._since, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
+        self.loss = math.nan
+
+    def add(self, step: int, measures: Tensor) -> None:
+        """Take in a step and check its loss; on a GPU that of the step before.
+
+        Raises:
+            Diverged: naming the step.
+        """
+        self._last = step, measures
+        self._timed_steps += 1
+        if measures.device.type == "cpu":
+            _check_loss(step, float(measures[0]))
+        else:
+            self._watch(step, *_copy_to_host(measures[0]))
+
+    def _watch(self, step: int, loss: Tensor, arrival: Any) -> None:
+        """Check the loss that was on its way to the host during the last step."""
+        watched, self._watched = self._watched, (step, loss, arrival)
+        if watched is not None:
+            before, loss, arrival = watched
+            arrival.synchronize()
+            _check_loss(before, float(loss))
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether a row is due after this many steps; the early ones would keep a GPU waiting."""
+        early = step <= FIRST_STEPS and self._last[1].device.type == "cpu"
+        return early or step % self.every == 0 or step == last_step
+
+    def row(self, waited: float) -> dict[str, Any]:
+        """The row of the last step.
+
+        Args:
+            waited: seconds spent waiting for data since the run started.
+
+        Raises:
+            Diverged: its loss is not finite.
+        """
+        step, measures = self._last
+        values = dict(zip(MEASURES, measures.tolist(), strict=True))
+        _check_loss(step, values["loss"])
+        self.loss = values["loss"]
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        speed = {
+            "images_per_s": self._timed_steps * self.batch_size / seconds,
+            "data_wait": min((waited - self._waited) / seconds, 1.0),
+        }
+        self.restart(waited)
+        return {"step": step, **values, **speed}
+
+    def check(self) -> None:
+        """Look at the last loss (before a checkpoint is written).
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if self._last is not None:
+            _check_loss(self._last[0], float(self._last[1][0]))
+
+    def restart(self, waited: float) -> None:
+        """Measure the speed from now on."""
+        self._since, self._waited, self._timed_steps = time.perf_counter(), waited, 0
+
+    def skip(self, seconds: float) -> None:
+        """Leave the last `seconds`, spent on something else than training, out of the speed."""
+        self._since += seconds
+
+
+def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy under way to the host, and the event after which it is there."""
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    copy.copy_(value, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return copy, arrival
+
+
+def _check_loss(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss of step {step} is {loss}")
+
+
+class MetricsLog:
+    """metrics.jsonl of a run folder, and the same numbers as TensorBoard events.
+
+    A line has ``step`` (steps done), ``epoch`` and either the numbers of a training step (loss, lr,
+    images_per_s, data_wait, confidence, ...) or an evaluation (knn_top1). NaN, which JSON lacks, is
+    written as null. A line goes out in one write, so a killed process leaves whole lines.
+
+    Raises:
+        OSError: naming the file, in every method but `close`.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder.path / METRICS
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # TensorBoard hides what older files of the folder say from this step on.
+        purge = None if folder.resumed_at is None else folder.resumed_at + 1
+        self._events = SummaryWriter(str(folder.path), purge_step=purge)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        row = finite(row)
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            written = os.write(self._file, line)
+            if written != len(line):  # the disk is full: the rest fails, and says so
+                os.write(self._file, line[written:])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        for name, value in row.items():
+            if name not in ("step", "epoch", "seconds") and value is not None:
+                self._events.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Events are written by a thread: with a checkpoint, they must be on the disk too."""
+        self._events.flush()
+
+    def close(self) -> None:
+        os.close(self._file)
+        try:
+            self._events.close()
+        except OSError:  # after a failed write the thread still holds bytes that the disk refuses
+            pass
+
+
+# ------------------------------------------------------------------------------------- terminal
+
+PLAIN_SECONDS = 10.0  # between two plain lines
+
+
+def clock(seconds: float) -> str:
+    """1:05, or 2:01:05 from an hour on."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class PlainProgress:
+    """A line every ten seconds: for log files, pipes and batch systems. No stream: no lines."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self._shown = time.monotonic()
+
+    def say(self, line: str) -> None:
+        if self.stream is not None:
+            print(line, file=self.stream, flush=True)
+
+    def show(self, step: int, steps: int, epoch: str, numbers: str) -> None:
+        now = time.monotonic()
+        if now - self._shown >= PLAIN_SECONDS or step >= steps:
+            self._shown = now
+            self.say(f"epoch {epoch}  step {step}/{steps}  {numbers}")
+
+    def close(self) -> None:
+        pass
+
+
+class BarProgress:
+    """A bar at the bottom of the terminal, with the numbers beside it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._console = Console(file=stream, highlight=False)
+        self._bar = RichProgress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task: int | None = None
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def show(self, step: int, steps: int, epoch: str, numbers: str) -> None:
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=steps, epoch=epoch, numbers="")
+        self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._bar.stop()
+            self._task = None
+
+
+def make_progress(stream: TextIO | None = None) -> PlainProgress | BarProgress:
+    """A bar if `stream` (standard output) is a terminal that can move its cursor, else lines."""
+    stream = sys.stdout if stream is None else stream
+    if not stream.isatty():
+        return PlainProgress(stream)
+    bar = BarProgress(stream)
+    return PlainProgress(stream) if bar._console.is_dumb_terminal else bar
+
+
+# ------------------------------------------------------------------------------------- in words
+
+
+def versions() -> dict[str, str]:
+    return {
+        "softcl": softcl.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which weights_only refuses
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def describe(parts: Parts, path: Path) -> Iterator[str]:
+    """What will run: the data, the settings and where each default comes from, the backend."""
+    config, state, world, images = parts.config, parts.state, parts.world, parts.images
+    backbone = state.student.backbone
+    trained = [*state.student.parameters(), *state.heads.parameters()]
+    parameters = sum(p.numel() for p in trained)
+    device = device_name(parts.knn.device)
+    yield f"softcl     {softcl.__version__}, torch {torch.__version__}, {device}"
+    yield f"data       {images.describe()}"
+    yield from (f"           {note}" for note in images.notes)
+    yield from (f"           skipped {line}" for line in images.skipped[:3])
+    yield f"evaluation {parts.evaluation}"
+    yield (
+        f"model      {config.arch} at {config.image_size} px ({backbone.stem_rule}), "
+        f"{backbone.num_features} features, {parameters / 1e6:.2f} M parameters"
+    )
+    yield f"networks   {describe_speed(config)}"
+    yield f"views      {describe_kernel(parts.knn.device, config.view_kernel)}"
+    yield f"method     {config.method} (defaults of {parts.defaults!r})"
+    numbers = ((k.replace("_", " "), v) for k, v in dataclasses.asdict(state.method).items())
+    words = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers)
+    # A number stays beside its name: textwrap does not break at a no-break space.
+    text = ", ".join(word.replace(" ", "\xa0") for word in words)
+    yield from (f"           {x}".replace("\xa0", " ") for x in textwrap.wrap(text, 85))
+    yield (
+        f"training   {config.epochs} epochs of {parts.feed.steps_per_epoch} steps, "
+        f"batch {config.batch_size}, {config.optimizer}, lr {config.lr:g} after "
+        f"{config.warmup_epochs:g} epochs of warm-up, weight decay {config.weight_decay:g}, "
+        f"seed {config.seed}"
+    )
+    yield f"backend    {parts.backend}"
+    if world.size > 1:
+        share = config.batch_size // world.size
+        kept = "each keeps a part of the queue" if config.queue_sharding else "each keeps the queue"
+        yield f"processes  {world.size}, {share} images of a batch each; {kept}"
+    yield f"run        {path}"
+
+
+def record(parts: Parts, config: TrainConfig) -> dict[str, Any]:
+    """The content of config.json: the settings, and what they come to on this machine."""
+    device = parts.knn.device
+    return {
+        "config": config.to_dict(),
+        "defaults": parts.defaults,
+        "images": parts.images.describe(),
+        "evaluation": parts.evaluation,
+        "backend": {"name": parts.backend.name, "passed_over": parts.backend.reasons},
+        "views": describe_kernel(device, config.view_kernel),
+        "device": device_name(device),
+        "versions": versions(),
+    }
+
+
+def describe_speed(config: TrainConfig) -> str:
+    """How the networks are computed."""
+    words = [config.precision or "fp32"]
+    words += ["channels last"] * bool(config.channels_last)
+    if config.compile or config.cuda_graph:
+        words.append("compiled, in CUDA graphs" if config.cuda_graph else "compiled")
+    return ", ".join(words)
+
+
+def describe_baselines(baselines: Mapping[str, Any], trained: float | None = None) -> str:
+    """The k-NN of pixels and first weights, before training or beside what it has reached."""
+    if "pixels" not in baselines:
+        return "k-NN       not measured: the images have no labels"
+    shares = (
+        f"raw pixels {baselines['pixels']:.1%}, untrained backbone {baselines['untrained']:.1%}"
+    )
+    if trained is None:
+        return f"k-NN       before training: {shares}"
+    return f"k-NN       {shares}, trained {trained:.1%}"

@@ -1,0 +1,129 @@
+"""The student's optimiser, which parameters decay, and what changes by plan from step to step.
+
+A method's lr and weight decay are for the optimiser that they were published with. Under another
+one they come from STANDARD, unless given. The schedules are functions of the step alone, where
+torch's schedulers have a state that checkpoints would have to hold.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from softcl.methods.method import SCHEDULES
+
+OPTIMIZERS = ("sgd", "lars", "adamw")
+_BATCH = 256  # the batch that a rate of STANDARD is for; it grows in proportion
+
+
+class Standard(NamedTuple):
+    rate: float  # for a batch of 256
+    weight_decay: float
+
+
+# MoCo v3's settings, github.com/facebookresearch/moco-v3: LARS for ResNet-50, AdamW for ViT. SGD:
+# MoCo's.
+STANDARD = {
+    "sgd": Standard(0.03, 1e-4),
+    "lars": Standard(0.6, 1e-6),
+    "adamw": Standard(1.5e-4, 0.1),
+}
+
+
+def standard_settings(optimizer: str, batch_size: int) -> dict[str, float]:
+    """lr, scaled to the batch, and weight decay for an optimiser that a method has none for."""
+    standard = STANDARD[optimizer]
+    return {"lr": standard.rate * batch_size / _BATCH, "weight_decay": standard.weight_decay}
+
+
+def build_optimizer(
+    student: nn.Module,
+    optimizer: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    decay_norms: bool,
+) -> torch.optim.Optimizer:
+    """The optimiser of the student's parameters.
+
+    Args:
+        optimizer: "sgd", "lars" (timm's: You et al., arXiv 1708.03888) or "adamw" (betas 0.9 and
+            0.999).
+        momentum: of SGD and LARS.
+        decay_norms: whether biases and the weights of norms decay too. LARS adapts the rate of
+            exactly those parameters that decay.
+
+    Raises:
+        ValueError: an unknown optimiser.
+    """
+    groups = parameter_groups(student, weight_decay, decay_norms=decay_norms)
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if optimizer == "lars":
+        from timm.optim import Lars
+
+        for group in groups:  # timm takes a decay of 0 for "do not adapt"
+            group["always_adapt"] = group.pop("decays")
+        return Lars(groups, lr=lr, momentum=momentum)
+    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, *, decay_norms: bool
+) -> list[dict[str, Any]]:
+    """Parameters that decay and, with ``decay_norms`` False, those that do not.
+
+    The latter are vectors and scalars (biases, weights of norms) and what a backbone names in
+    ``no_weight_decay()``, such as the position embedding of timm's vision transformers.
+    """
+    if decay_norms:
+        return [{"params": list(module.parameters()), "weight_decay": weight_decay, "decays": True}]
+    named = set()
+    for prefix, part in module.named_modules():
+        if callable(getattr(part, "no_weight_decay", None)):
+            named |= {f"{prefix}.{name}".lstrip(".") for name in part.no_weight_decay()}
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay, "decays": True},
+        {"params": [], "weight_decay": 0.0, "decays": False},
+    ]
+    for name, parameter in module.named_parameters():
+        groups[parameter.ndim <= 1 or name in named]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(
+    step: int, *, peak: float, steps_per_epoch: int, epochs: int, warmup_epochs: float
+) -> float:
+    """Linear from 0 to `peak` over the warm-up, then a half cosine to 0, per step (as ASCL's code).
+
+        t = step / steps_per_epoch
+        lr = peak t / warmup_epochs                                              t < warmup_epochs
+        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2         else
+
+    `step` counts from 0: the first step of a warm-up has a rate of 0.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    if warmup_epochs >= epochs:
+        return peak
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return 0.5 * peak * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def teacher_momentum(step: int, *, start: float, schedule: str, total_steps: int) -> float:
+    """The momentum of a step, from 0: `start`, or from there to 1 along a half cosine (BYOL).
+
+    m = 1 - (1 - start) (1 + cos(pi step / total_steps)) / 2                    "cosine"
+    """
+    if schedule == "constant":
+        return start
+    if schedule == "cosine":
+        return 1.0 - (1.0 - start) * (1.0 + math.cos(math.pi * step / total_steps)) / 2
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
