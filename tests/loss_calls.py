@@ -1,4 +1,5 @@
-"""How tests call one backend, and hold all that comes back to float64. Not a test file."""
+"""How tests call one backend, with calls as the operators hand them over, and hold all that comes
+back to float64. Not a test file."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softcl.labels import LabelRule
-from softcl.ops.call import LossCall, StatisticsCall
+from softcl.ops.call import LossCall, StatisticsCall, read
 from softcl.testing import (
     ENTROPY_TOLERANCE,
     GRADIENT_TOLERANCE,
@@ -54,7 +55,7 @@ def run_loss(backend, p: Problem, rule, temperature=0.1, teacher_temperature=0.0
     defaults = dict(positive=True, normalize=False, excluded=None, gradient=True, diagnostics=True)
     options = defaults | options
     call = LossCall(p.query, p.key, p.queue, rule, temperature, teacher_temperature, **options)
-    return Loss(*backend.run(call))
+    return Loss(*backend.run(read(call)))
 
 
 def run_statistics(
@@ -62,7 +63,7 @@ def run_statistics(
 ):
     """A backend's statistics of the queue."""
     call = StatisticsCall(query, queue, temperature, num_neighbors, sums, excluded)
-    return Statistics(*backend.run(call))
+    return Statistics(*backend.run(read(call)))
 
 
 def pairs(*axes) -> list[tuple]:

@@ -64,7 +64,7 @@ def compile_variants(folder: Path, *options: str) -> str:
     return answer.stdout
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90a"])
 def test_tightest_variants_stay_in_registers(tmp_path, arch):
     said = compile_variants(tmp_path, "-cubin", f"-arch={arch}", "-Xptxas", "-v,-Werror")
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)

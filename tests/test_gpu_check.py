@@ -45,6 +45,7 @@ def test_dry_run(tmp_path):
     assert text.count("\n| 3, 70, 16 |") == 4 and "left out" not in text
 
 
+@pytest.mark.long
 def test_a_step_that_fails_is_named(tmp_path):
     """A backend that gives wrong losses: the table says so in its place, and the command fails."""
     broken = tmp_path / "sitecustomize.py"
@@ -69,6 +70,7 @@ def test_a_step_that_fails_is_named(tmp_path):
     assert "wrong: loss is off" in table.with_suffix(".md").read_text()
 
 
+@pytest.mark.long
 def test_tuning(tmp_path):
     """The tuner's rows are rows of the table."""
     code = [sys.executable, "bench/tune_triton.py", "--dry-run", "--kinds", "dense", "search"]

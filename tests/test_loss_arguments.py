@@ -35,7 +35,9 @@ ORDER = torch.arange(N).flip(0)
 # ---- kinds of numbers ----
 
 
-@pytest.mark.parametrize("make", [np.float32, np.float64, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "make", [np.float32, np.float64, np.array, torch.tensor], ids=lambda x: x.__name__
+)
 def test_numbers_of_any_kind_are_numbers(make: Callable):
     method = SNCLR(temperature=make(0.25), positiveness_scale=make(2.0), form="code")
     assert type(method.temperature) is type(method.positiveness_scale) is float
@@ -45,7 +47,9 @@ def test_numbers_of_any_kind_are_numbers(make: Callable):
     assert torch.equal(criterion(U, V, QUEUE), MoCoLoss(temperature=0.25)(U, V, QUEUE))
 
 
-@pytest.mark.parametrize("make", [np.int64, np.uint8, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "make", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda x: x.__name__
+)
 def test_integers_of_any_kind_are_integers(make: Callable):
     method = ASCL(num_neighbors=make(3), queue_size=make(24), temperature=make(1))
     assert type(method.num_neighbors) is type(method.queue_size) is int

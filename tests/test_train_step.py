@@ -186,7 +186,7 @@ def test_a_step_can_be_read_in_one_sitting(flags: list[str], monkeypatch):
     assert main([*flags, "--num-splits", "1", "--max-steps", "3", "--out", "run"]) == 0
     own = {path.removeprefix("train/") for path in entered if path.startswith("train/")}
     assert own == {"loop.py", "optim.py", "step.py", "log.py"}
-    assert len(entered) <= MOST_FILES, sorted(entered)
+    assert len(entered) <= MOST_FILES, "\n".join(sorted(entered))
 
 
 def test_no_folder_imports_what_imports_it():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from loss_calls import some_long
 from triton_calls import check, on, run
 
 from softcl.labels import (
@@ -55,8 +58,14 @@ def test_excluded_row_at_any_temperature(triton_device, monkeypatch, target, tem
         assert relative_error(first.confidence, oracle.confidence) <= scale * ENTROPY_TOLERANCE
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 40])
-@pytest.mark.parametrize("temperatures", [(0.1, 1e-4), (1e-4, 1e-4), (0.1, 1e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("temperatures", "multiprocessors"),
+    some_long(
+        list(itertools.product([(0.1, 1e-4), (1e-4, 1e-4), (0.1, 1e-6)], [1, 40])),
+        [((1e-4, 1e-4), 1), ((0.1, 1e-6), 40)].__contains__,
+    ),
+    ids=str,
+)
 def test_merge_at_low_temperatures(triton_device, monkeypatch, temperatures, multiprocessors):
     """Cosines are exact, so nothing but the softmax and its merge rounds: as at any temperature.
 

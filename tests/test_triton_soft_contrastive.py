@@ -60,7 +60,8 @@ def test_against_oracle(triton_device, shape, half):
 def test_rules_without_a_name(triton_device, kind):
     p = on(triton_device, make_problem(5, 130, 24, kind=kind))
     excluded = torch.tensor([0, 129, -1, 64, 3], device=triton_device)
-    for i, rule in enumerate(random_rules(6, seed=KINDS.index(kind))):
+    count = 2 if kind == "duplicates" else 6  # ties take the interpreter long
+    for i, rule in enumerate(random_rules(count, seed=KINDS.index(kind))):
         options = dict(excluded=excluded) if i % 2 else dict(positive=i % 4 > 0)
         scale = 2.0  # as in test_sharp_labels
         if rule.clip and rule.adds_neighbors:

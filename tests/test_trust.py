@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from softcl import AdaptiveSoftLabels, trust
+from softcl import trust
 from softcl.ops import backends, trial
-from softcl.ops.call import LossCall
-from softcl.testing import make_problem
+from softcl.ops.call import StatisticsCall
 
 GPU = torch.device("cuda:0")
 STAND_INS = """
@@ -135,14 +135,14 @@ def test_auto_asks_before_it_takes_a_backend(monkeypatch):
 
     monkeypatch.setattr(backends, "load_backend", lambda name: Called)
     monkeypatch.setattr(trial, "reason_against", reason_against)
-    p = make_problem(4, 16, 8)
-    call = LossCall(p.query, p.key, p.queue, AdaptiveSoftLabels(2), 0.1, 0.05, True, True, None,
-                    True, False)  # fmt: skip
-    monkeypatch.setitem(backends.BACKENDS, "triton", ("cpu",))
+    rows = SimpleNamespace(device=GPU, shape=(4, 8), dtype=torch.float32)
+    call = StatisticsCall(rows, rows, 0.1, 0, True)
     choice = backends.choose(call)
-    assert choice.name == "cpu" and choice.reasons == {"triton": "it was wrong here"}
+    assert choice.name == "reference" and choice.reasons == {"triton": "it was wrong here"}
     asked.clear()
     assert backends.choose(call._replace(backend="triton")).name == "triton" and not asked
+    on_cpu = call._replace(query=SimpleNamespace(device=torch.device("cpu"), shape=(4, 8)))
+    assert backends.choose(on_cpu).name == "cpu" and not asked
 
 
 def test_the_enqueue_falls_back_to_pytorch(monkeypatch):

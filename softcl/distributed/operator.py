@@ -26,7 +26,7 @@ from softcl.distributed.shards import ShardedRows
 from softcl.labels import HardLabels
 from softcl.ops import algebra, library, register_rows
 from softcl.ops.algebra import merge_neighbors, merge_sums
-from softcl.ops.call import Call, LossCall, StatisticsCall, read_temperatures
+from softcl.ops.call import Call, LossCall, StatisticsCall, read_temperatures, sum_dtype
 
 _NO_ROW = 1 << 62  # stands after every row where a part has too few
 
@@ -130,7 +130,7 @@ def soft_contrastive(call: LossCall) -> tuple[Tensor, ...]:
     """This process's rows' loss, gradient and diagnostics, as `LossCall` lists them."""
     query, rows, rule = call.query, call.queue, call.rule
     results = call.empty_results()
-    dtype = algebra.sum_dtype(query, rows.local)
+    dtype = sum_dtype(query, rows.local)
     z, t, norm = query.to(dtype), call.key.to(dtype), None
     if call.normalize:
         z, norm = algebra.unit_rows(query, dtype)

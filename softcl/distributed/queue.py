@@ -12,8 +12,7 @@ from softcl.distributed.world import World
 from softcl.nn import MemoryQueue
 from softcl.nn.arguments import as_int
 from softcl.nn.enqueue import refuse_capture
-from softcl.nn.queue import refuse_rows, refuse_state
-from softcl.nn.ring import Ring
+from softcl.nn.queue import Ring, refuse_rows, refuse_state
 
 _PIECE_ROWS = 1 << 16  # of initial rows drawn at a time
 

@@ -32,7 +32,7 @@ from softcl.ops.backends import (
     check_backend_name,
     choose,
 )
-from softcl.ops.call import LossCall, StatisticsCall
+from softcl.ops.call import LossCall, StatisticsCall, sum_dtype
 from softcl.ops.checks import REDUCTIONS
 
 __all__ = [
@@ -293,7 +293,7 @@ def label_mean(
         teacher_temperature = checks.temperature_of(
             "teacher_temperature", teacher_temperature.item()
         )
-    dtype = algebra.sum_dtype(key, local)
+    dtype = sum_dtype(key, local)
     if normalize:
         key = algebra.unit_rows(key, dtype)[0].to(key.dtype)
     t, n = key.to(dtype), rule.num_neighbors

@@ -38,11 +38,6 @@ PIECE_ROWS = 512
 # -------------------------------------------------------------------------------------------- rows
 
 
-def sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is float64, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def scalar_dtype(tensor: Tensor) -> torch.dtype:
     """Of one number per row: float64 where the device has it."""
     return tensor.dtype if tensor.device.type == "mps" else torch.float64

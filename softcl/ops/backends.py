@@ -115,7 +115,10 @@ def load_backend(name: str) -> ModuleType:
 
 def reason_against(name: str, call: Call) -> str | None:
     """Why backend="auto" does not take a backend for ``call``, or None."""
-    return load_backend(name).unsupported(call) or trial.reason_against(name, call)
+    reason = load_backend(name).unsupported(call)
+    if reason is None and call.query.device.type == "cuda":
+        return trial.reason_against(name, call)
+    return reason
 
 
 def choose(call: Call) -> BackendChoice:

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from softcl.labels import LabelRule
-from softcl.ops.algebra import sum_dtype
 from softcl.ops.checks import check_temperature
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 class StatisticsCall(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softcl.ops import algebra
-from softcl.ops.call import Call, LossCall, StatisticsCall
+from softcl.ops.call import Call, LossCall, StatisticsCall, sum_dtype
 
 
 def unsupported(call: Call) -> str | None:
@@ -95,7 +95,7 @@ def queue_statistics(call: StatisticsCall) -> tuple[Tensor, ...]:
 
     Without its excluded row a vector's queue has one row less, of which at least one must be left.
     """
-    dtype = algebra.sum_dtype(call.query, call.queue)
+    dtype = sum_dtype(call.query, call.queue)
     vectors = call.query.to(dtype)
     softmax = RunningSoftmax(vectors if call.sums else vectors[:0], with_mean=True)
     nearest = RunningTopk(vectors, call.num_neighbors)
@@ -115,7 +115,7 @@ def soft_contrastive(call: LossCall) -> tuple[Tensor, ...]:
     What is not wanted, or what the rule does not compute, comes back empty.
     """
     rule, excluded = call.rule, call.excluded
-    dtype = algebra.sum_dtype(call.query, call.queue)
+    dtype = sum_dtype(call.query, call.queue)
     z, t, norm = call.query.to(dtype), call.key.to(dtype), None
     if call.normalize:
         z, norm = algebra.unit_rows(call.query, dtype)
