@@ -191,7 +191,7 @@ def soft_contrastive_loss(
         bool(positive),
         bool(normalize),
         excluded,
-        query.requires_grad and torch.is_grad_enabled() or _forward_mode(),
+        (query.requires_grad and torch.is_grad_enabled()) or _forward_mode(),
         bool(diagnostics),
         backend,
     )
@@ -280,7 +280,6 @@ def label_mean(
     A linear loss, such as BYOL's 2 - 2 z . v with the labels' candidates v, needs no more than m:
     sum_j y_j (2 - 2 z . v_j) = 2 - 2 z . m. The arguments are those of
     :func:`soft_contrastive_loss`, and so are the errors. No gradient is recorded.
-
     """
     checks.check_rows("key", key)
     elsewhere = operator_of(queue)
