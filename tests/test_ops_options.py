@@ -61,6 +61,19 @@ def test_excluding_a_row_is_a_queue_without_it(rule, kind, monkeypatch):
                 torch.testing.assert_close(found, oracle.confidence[0], atol=1e-11, rtol=0)
 
 
+def test_one_row_that_is_left_says_nothing_of_relations():
+    p = make_problem(3, 2, 5, dtype=torch.float64)
+    excluded, rule = torch.tensor([0, 1, -1]), AdaptiveSoftLabels(1)
+    loss, shown = soft_contrastive_loss(
+        p.query, p.key, p.queue, rule, reduction="none", excluded=excluded, diagnostics=True,
+        backend="reference", **TEMPERATURES,
+    )  # fmt: skip
+    oracle = loss_oracle(p, rule, excluded=excluded)
+    assert shown.confidence[:2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(shown.confidence, oracle.confidence)
+    torch.testing.assert_close(loss, oracle.loss)
+
+
 @pytest.mark.parametrize("piece", [1 << 22, 6 * 5, 6])
 def test_statistics_without_the_excluded_row(piece, monkeypatch):
     """Values, and the gradient in vectors and queue of a function of them all."""

@@ -32,7 +32,9 @@ from softcl.testing import (
 )
 
 UNNAMED = LabelRule(positive=0.5, mean=0.25, confident_neighbor=0.5, num_neighbors=4)
-RULES = [UNNAMED, *random_rules(5, seed=39)]
+# More labels may be above p than there are neighbours to clip.
+CLIPPED = LabelRule(positive=0.2, mean=2.0, confident_mean=1.0, clip=True, num_neighbors=2)
+RULES = [UNNAMED, CLIPPED, *random_rules(5, seed=39)]
 SHAPES = [(3, 5, 7), (9, 130, 32), (6, 200, 64)]
 OPTIONS = [{"normalize": True}, {"positive": False, "excluded": True}, {}]
 TEMPERATURES = {"temperature": 0.1, "teacher_temperature": 0.05}
