@@ -16,6 +16,10 @@ LONG_FILES = """
 """.split()
 
 
+# Of tests/cuda_host.py: whichever test calls one of them first compiles the kernels in it.
+COMPILING = {"load_host_module", "find_check_program"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long too")
 
@@ -27,6 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long") and not named:
                 item.add_marker(pytest.mark.skip(reason="long: make test-all, or --long"))
+    for item in items:
+        if COMPILING & vars(item.module).keys():
+            item.add_marker(pytest.mark.timeout(900))
     if not hasattr(config, "workerinput"):
         return  # one process keeps the order that it was given: bench/gpu_check.sh's matters
     places = {f"test_{name}.py": place for place, name in enumerate(LONG_FILES)}

@@ -41,7 +41,7 @@ def build(folder: Path, sanitizer: str, with_x86: bool) -> Path:
         if isa and not with_x86:
             continue
         objects.append(folder / f"{source.stem}.o")
-        subprocess.run([*common, *isa, "-c", source, "-o", objects[-1]], check=True, timeout=280)
+        subprocess.run([*common, *isa, "-c", source, "-o", objects[-1]], check=True)
     subprocess.run([*common, *objects, "-o", folder / "driver", "-pthread"], check=True)
     return folder / "driver"
 
@@ -49,6 +49,7 @@ def build(folder: Path, sanitizer: str, with_x86: bool) -> Path:
 DRIVER = ROOT / "tests" / "native" / "cpu_driver.cpp"
 
 
+@pytest.mark.timeout(900)  # compiling takes minutes where other tests run beside it
 @pytest.mark.parametrize(
     ("sanitizer", "with_x86"),
     [
@@ -66,7 +67,6 @@ def test_sanitizers_find_nothing(sanitizer, with_x86, tmp_path):
             env={**os.environ, "SOFTCL_CPU_ISA": isa},
             capture_output=True,
             text=True,
-            timeout=250,
         )
         assert done.returncode == 0, f"{isa}: {done.stdout}{done.stderr}"
         assert done.stdout == "clean\n"
