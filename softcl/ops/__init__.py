@@ -334,7 +334,8 @@ def choose_backend(
     :func:`queue_statistics` with ``num_neighbors``.
 
     Raises:
-        ValueError, UnsupportedBackendError: as the call itself would.
+        ValueError: ``backend`` is the name of none.
+        UnsupportedBackendError: the backend asked for cannot run such a call.
     """
     if rule is None:
         return choose(
