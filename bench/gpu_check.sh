@@ -40,7 +40,7 @@ else
   # The GPU's files first: a time limit would cut off others. Compiling ahead of time and the
   # interpreter need no GPU and run elsewhere. By name, for pytest takes files named with their folder
   # in the folder's order.
-  files=(tests/test_triton_*.py tests/test_cuda_[!hb]*.py)
+  files=(tests/test_triton_*.py tests/test_cuda_enqueue.py)
   for file in tests/test_*.py; do
     [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
   done

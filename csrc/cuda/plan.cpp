@@ -16,6 +16,21 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Of the means of all splits, where accuracy asks for more of them than fill the GPU.
+constexpr std::int64_t kMostMeanBytes = std::int64_t(512) << 20;
+
+// Short enough for what the means promise, as far as there is room for so many.
+int splits_for_accuracy(const Work& work) {
+  if (work.mean_rows == 0) return 1;
+  if (work.kernel_type != ElementType::kFloat32) {
+    return work.hopper ? static_cast<int>(ceil_div(work.queue_size, kLongestSplit)) : 1;
+  }
+  const std::int64_t longest = work.hopper ? kLongestHopperPartsSplit : kLongestPartsSplit;
+  const std::int64_t room = kMostMeanBytes / (work.num_rows * work.mean_rows * work.dim * 4);
+  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(room, kMostSplits));
+  return static_cast<int>(std::min(ceil_div(work.queue_size, longest), most));
+}
+
 // Blocks that hold candidates take one row after the other. 1024 neighbours among millions of rows
 // are a million candidates each: then fewer blocks run at a time.
 int choose_finish_blocks(const Work& work, std::int64_t candidates_per_block) {
@@ -67,9 +82,7 @@ Plan make_plan(const Work& work) {
       work.num_neighbors > 0 ? std::max(1, steps_per_chunk / steps_per_tile) : 1;
   int wanted =
       choose_splits(plan.row_blocks, plan.num_tiles, work.multiprocessors * plan.shape.blocks);
-  if (work.hopper && work.mean_rows > 0) {
-    wanted = std::max(wanted, static_cast<int>(ceil_div(work.queue_size, kLongestSplit)));
-  }
+  wanted = std::max(wanted, splits_for_accuracy(work));
   // No chunk belongs to two splits.
   plan.tiles_per_split = static_cast<int>(
       ceil_div(ceil_div(plan.num_tiles, wanted), tiles_per_chunk) * tiles_per_chunk);

@@ -83,4 +83,9 @@ void launch_stream(const StreamParams& params, Pairing pairing, int mean_rows, i
 
 inline constexpr int kMostDimensions = 256;
 
+/// Queue rows of a split, of numbers in two parts with means. A mean is a sum in fp32 to which 16
+/// rows at a time are added, and every addition rounds: of 8192 rows around a few directions it
+/// made the gradient's error 3.7e-6, of these 1.2e-6 (emulated, D = 128; of random rows 0.2e-6).
+inline constexpr int kLongestPartsSplit = 2048;
+
 }  // namespace softcl::cuda

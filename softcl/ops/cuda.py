@@ -12,8 +12,10 @@ compiled for the CPU by ``tests/native/cuda``, run in the tests.
 
 Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Where both are of one
 16-bit type their own products are made; otherwise every number is taken in two 16-bit parts, at
-three products for one. Nothing waits for the device, so a call can be captured in
-a CUDA graph.
+three products for one, with sums that are kept short, for tensor cores cut them off: in the
+emulation the gradient of float32 is off by at most 2e-6 (6e-6 where labels are clipped) for queues
+of up to 131,072 rows, beyond by a part that grows as the root of K. Nothing waits for the device,
+so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
