@@ -109,6 +109,11 @@ class LabelRule:
                 "of 0 would leave no label"
             )
 
+        # Made once: every call asks for them.
+        values = [getattr(self, name) for name in _FIELDS[:-1]]
+        place = TEACHER_POSITIVES.index(self.teacher_positive)
+        object.__setattr__(self, "_numbers", [*map(float, values), float(place)])
+
     @property
     def needs_mean(self) -> bool:
         """The teacher's mean mu takes part: a second product over the queue."""
@@ -135,8 +140,7 @@ class LabelRule:
 
     def to_numbers(self) -> list[float]:
         """All of it in the order of the fields, as an operator of torch.library takes it."""
-        values = [getattr(self, name) for name in _FIELDS[:-1]]
-        return [*map(float, values), float(TEACHER_POSITIVES.index(self.teacher_positive))]
+        return self._numbers
 
     @classmethod
     def from_numbers(cls, numbers: list[float]) -> LabelRule:

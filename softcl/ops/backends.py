@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -79,13 +80,14 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def preference(call: Call) -> tuple[str, ...]:
+def preference(call: Call) -> Iterator[str]:
     """The backends that backend="auto" tries for ``call``, in this order."""
     device = call.query.device.type
-    names = [x for x, types in BACKENDS.items() if types is None or device in types]
     if device == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
-        return ("cuda", *names)
-    return tuple(names)
+        yield "cuda"
+    for name, types in BACKENDS.items():
+        if types is None or device in types:
+            yield name
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def choose(call: Call) -> BackendChoice:
 def load_chosen(call: Call) -> ModuleType:
     """The module of the backend that `choose` names, without its words where the first runs."""
     if call.backend == "auto":
-        first = preference(call)[0]
+        first = next(preference(call))
         if reason_against(first, call) is None:
             return load_backend(first)
     return load_backend(choose(call).name)

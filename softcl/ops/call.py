@@ -194,26 +194,32 @@ def unpack(kind: type[Call], arguments: tuple) -> Call:
 
 def read_temperatures(call: Call) -> Call:
     """The call with its temperatures as numbers, checked once more."""
-    values = list(call)
-    for place in _TEMPERATURES[type(call)]:
-        values[place] = value = float(values[place])
-        check_temperature(call._fields[place], value)
-    return type(call)(*values)
+    return type(call)(*_read(call, _TEMPERATURES[type(call)], ()))
 
 
 def read(call: Call) -> Call:
     """The call as a backend gets it: temperatures that are numbers, and contiguous tensors."""
-    call = read_temperatures(call)
-    return type(call)(
-        *[
-            x.contiguous() if name in _TENSORS and x is not None else x
-            for name, x in zip(call._fields, call, strict=True)
-        ]
-    )
+    kind = type(call)
+    return kind(*_read(call, _TEMPERATURES[kind], _TENSORS[kind]))
 
 
-_TENSORS = frozenset({"query", "key", "queue", "excluded"})
-_TEMPERATURES = {
-    kind: [place for place, name in enumerate(kind._fields) if "temperature" in name]
-    for kind in (StatisticsCall, LossCall)
-}
+def _read(call: Call, temperatures: list[int], tensors: list[int]) -> list:
+    values = list(call)
+    for place in temperatures:
+        values[place] = value = float(values[place])
+        check_temperature(call._fields[place], value)
+    for place in tensors:
+        if values[place] is not None:
+            values[place] = values[place].contiguous()
+    return values
+
+
+def _places(names: tuple[str, ...]) -> dict[type, list[int]]:
+    return {
+        kind: [place for place, name in enumerate(kind._fields) if name in names]
+        for kind in (StatisticsCall, LossCall)
+    }
+
+
+_TENSORS = _places(("query", "key", "queue", "excluded"))
+_TEMPERATURES = _places(("temperature", "teacher_temperature"))
