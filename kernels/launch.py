@@ -2,16 +2,20 @@
 
 Triton's own path compares types, options and globals at every call, which costs more than the rest
 of a call together. What a compilation depends on here is short: its constants, and the dtype and
-the 16-byte alignment of every tensor. Integers are not specialised on, and fit in 32 bits.
+the 16-byte alignment of every tensor, for AMD also whether it is below 2 GiB. Integers are not
+specialised on, and fit in 32 bits.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .numerics import INTERPRET
+
+IS_AMD = torch.version.hip is not None
 
 _compiled: dict[tuple, object] = {}
 
@@ -55,6 +59,10 @@ def launch(
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     tensors = tuple([(x.dtype, x.data_ptr() & 15 == 0) for x in arguments if isinstance(x, Tensor)])
+    if IS_AMD:  # whose compiler takes 32-bit offsets where they reach all of a tensor
+        tensors += tuple(
+            [x.untyped_storage().size() < 2**31 for x in arguments if isinstance(x, Tensor)]
+        )
     key = (kernel.__name__, constants, num_warps, num_stages, max_registers, device, tensors)
     compiled = _compiled.get(key)
     if compiled is None:

@@ -188,13 +188,18 @@ def find_tile(target: str, kind: str, precision: str, D: int, heavy: bool = Fals
     return next(row for row in rows if row)[sum(width < D for width in WIDTHS)]
 
 
+# AMD's GPUs with 512 registers for each of 64 lanes. On gfx11 and gfx12, with fewer, gfx942's tiles
+# spill by the thousand, and there are no others yet.
+AMD_TARGETS = ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
+
+
 def target_name(architecture: tuple[int, int] | str, shared_memory: int | None = None) -> str:
     """The table's target for a GPU: its own architecture's, or the nearest that fits.
 
     ``architecture`` is CUDA's compute capability or AMD's name ("gfx942:sramecc+:xnack-");
     ``shared_memory`` the bytes that a program can have, in which GPUs of one generation differ:
     8.6 and 8.9 have 99 KB, 8.0 has 163. Newer ones than are known here take sm_100's tiles, or what
-    fits; AMD's all take gfx942's.
+    fits; those of AMD_TARGETS take gfx942's.
     """
     if isinstance(architecture, str):
         return "gfx942"

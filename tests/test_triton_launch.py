@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from softcl.kernels import enqueue, launch  # noqa: E402
 from softcl.labels import AdaptiveSoftLabels, HardLabels, LabelRule  # noqa: E402
 from softcl.ops import triton as backend  # noqa: E402
+from softcl.ops.call import StatisticsCall  # noqa: E402
 from softcl.testing import make_problem  # noqa: E402
 
 
@@ -114,3 +115,52 @@ def test_what_a_compilation_depends_on(launches):
     enqueue.launch(keys[:256].view(8, 32), queue, refused, 0, False)
     assert len(launch._compiled) == 4
     assert [grid for _, grid, _ in launches] == [(1, 1, 1)] * 5
+
+
+def test_a_tensor_of_two_gigabytes_is_another_compilation_on_amd(monkeypatch):
+    """Whose compiler gives smaller ones 32-bit offsets; elsewhere size plays no part."""
+
+    class Storage:
+        def __init__(self, size):
+            self.size = lambda: size
+
+    class Sized(torch.Tensor):
+        def untyped_storage(self):
+            return Storage(self.bytes)
+
+    compiled = []
+    module = SimpleNamespace(function=0, packed_metadata=0, run=lambda *arguments: None)
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            def compile_and_run(*arguments, **options):
+                compiled.append(grid)
+                return module
+
+            return compile_and_run
+
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launch.triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(launch, "INTERPRET", SimpleNamespace(value=False))
+    for is_amd, expected in ((True, 2), (False, 1)):
+        compiled.clear()
+        monkeypatch.setattr(launch, "IS_AMD", is_amd)
+        monkeypatch.setattr(launch, "_compiled", {})
+        for size in (1 << 20, 1 << 31, 1 << 20, 1 << 32):
+            rows = torch.zeros(4).as_subclass(Sized)
+            rows.bytes = size
+            launch.launch(Kernel(), (1, 1), (rows,), (), num_warps=4)
+        assert len(compiled) == expected
+
+
+def test_an_amd_gpu_without_tiles_is_declined_by_name(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    on_gpu = SimpleNamespace(device=torch.device("cuda:0"), shape=(4, 8), dtype=torch.float32)
+    call = StatisticsCall(on_gpu, on_gpu, 0.1, 0, True)
+    for name, declined in (("gfx1100", True), ("gfx1201", True), ("gfx942", False)):
+        monkeypatch.setattr(backend, "amd_name", lambda index, name=name: name)
+        reason = backend.unsupported(call)
+        assert (reason is not None) == declined
+        assert not declined or name in reason

@@ -35,7 +35,13 @@ def unsupported(call: Call) -> str | None:
             return "the tensors are on the CPU"
     elif device.type != "cuda":
         return f"the tensors are on {device.type}"
-    elif torch.version.hip is None and capability(device.index) < OLDEST_CAPABILITY:
+    elif torch.version.hip is not None:
+        from softcl.kernels.tiles import AMD_TARGETS
+
+        name = amd_name(device.index)
+        if name not in AMD_TARGETS:
+            return f"there are no tiles for {name}: those of gfx942 do not fit its registers"
+    elif capability(device.index) < OLDEST_CAPABILITY:
         found = ".".join(map(str, capability(device.index)))
         return f"compute capability {found} is below 8.0"
     for name, rows in (("vectors", call.query), ("queue", call.queue)):
@@ -139,6 +145,12 @@ def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def amd_name(index: int | None) -> str:
+    """Of an AMD GPU, such as "gfx942"."""
+    return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+
+
 def target_of(device: torch.device) -> tuple[str, int]:
     """The architecture's name in the tile table, and the number of multiprocessors."""
     if device.type == "cpu":
@@ -151,7 +163,7 @@ def _target_of_index(index: int | None) -> tuple[str, int]:
     from softcl.kernels.tiles import target_name
 
     properties = torch.cuda.get_device_properties(index)
-    arch = properties.gcnArchName if torch.version.hip else capability(index)
+    arch = amd_name(index) if torch.version.hip else capability(index)
     shared_memory = getattr(properties, "shared_memory_per_block_optin", None)
     return target_name(arch, shared_memory), properties.multi_processor_count
 
