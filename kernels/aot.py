@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -101,6 +102,22 @@ def compile_stream(
         conversions=count_conversions(loop_of(kernel.asm["ttgir"]), tile_size(how)),
         loop_stores=loop_stores,
     )
+
+
+def ptxas_says(work: plan.Work, target: str) -> str:
+    """What NVIDIA's assembler tells of the streaming kernel: registers, spills, and warnings such
+    as C7515, of products that it has made wait for each other."""
+    how = plan.make_plan(work, target, 132)
+    kernel = triton.compile(
+        source(work, how.config),
+        target=TARGETS[target],
+        options=compile_options(how.num_warps, how.config.NUM_STAGES, how.max_registers),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", ptx, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def source(work: plan.Work, config: stream.Config) -> ASTSource:

@@ -167,6 +167,7 @@ def make_plan(
         MEAN_PARTS=queue_parts if row_parts == 3 else min(queue_parts, 2),
         WEIGHT_PARTS=weight_parts(work),
         NATIVE_FP16=native_fp16,
+        LANDED=target == "sm_90" and work.visits_teacher and work.precision == "bf16",
         # Tensor memory adds one product to a sum in place; a second one would take it through the
         # registers and back. Registers have no room for two sums, nor has it for D > 128.
         REST_APART=in_tensor_memory

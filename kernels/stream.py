@@ -76,6 +76,7 @@ class Config(NamedTuple):
     MEAN_PARTS: int  # of the queue, in the second product
     WEIGHT_PARTS: int
     NATIVE_FP16: bool  # fp16 rows meet an fp16 queue as they are, in one part
+    LANDED: bool  # the mean's products are waited for in the loop; see sums.landed
     REST_APART: bool  # the second part of the weights has sums of its own
     SUM_GROUPS: int  # column groups that different warps hold
     CHUNK_GROUPS: int

@@ -222,6 +222,23 @@ def test_addresses_take_64_bits():
     assert names and any(re.search(rf"arith\.muli %\S+, {name} : i64", code) for name in names)
 
 
+@pytest.mark.parametrize("width", [pytest.param(64, marks=pytest.mark.long), 128,
+                                   pytest.param(256, marks=pytest.mark.long)])  # fmt: skip
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+@pytest.mark.parametrize("heavy", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_products_do_not_wait_for_each_other(kind, width, heavy):
+    """On Hopper: no warning of ptxas (C7515 makes every wgmma wait), and no spill."""
+    work = Work(
+        4096, 65536 + heavy, width, torch.bfloat16, torch.bfloat16, has_key=True,
+        teacher_softmax=kind == "dense", teacher_mean=kind == "dense", num_neighbors=5,
+        excluded=heavy, coldest=0.02 if heavy else 0.1,
+    )  # fmt: skip
+    assert work.kind == kind and work.heavy == heavy
+    said = aot.ptxas_says(work, "sm_90")
+    assert "C75" not in said and "warning" not in said, said
+    assert " 0 bytes spill stores" in said
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("side", "size", "colors"), [(32, 32, True), (32, 32, False), (96, 64, True), (256, 224, True)]
