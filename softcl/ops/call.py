@@ -7,7 +7,6 @@ the two operators is derived from the records' fields.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -52,12 +51,12 @@ class StatisticsCall(NamedTuple):
         """
         (n, d), k = self.query.shape, self.num_neighbors
         rows = n if self.sums else 0
-        make = functools.partial(self.query.new_empty, dtype=sum_dtype(self.query, self.queue))
+        make, dtype = self.query.new_empty, sum_dtype(self.query, self.queue)
         return {
-            "lse": make((rows,)),
-            "mean": make((rows, d)),
-            "entropy": make((rows,)),
-            "neighbor_logits": make((n, k)),
+            "lse": make((rows,), dtype=dtype),
+            "mean": make((rows, d), dtype=dtype),
+            "entropy": make((rows,), dtype=dtype),
+            "neighbor_logits": make((n, k), dtype=dtype),
             "neighbor_indices": make((n, k), dtype=torch.int64),
         }
 
@@ -103,12 +102,12 @@ class LossCall(NamedTuple):
         n, d = self.query.shape
         diagnostics, rule = self.diagnostics, self.rule
         shown = n if diagnostics and rule.needs_softmax else 0
-        make = functools.partial(self.query.new_empty, dtype=sum_dtype(self.query, self.queue))
+        make, dtype = self.query.new_empty, sum_dtype(self.query, self.queue)
         return {
-            "loss": make((n,)),
-            "dquery": make((n, d) if self.gradient else (0,)),
-            "confidence": make((shown,)),
-            "entropy": make((shown,)),
+            "loss": make((n,), dtype=dtype),
+            "dquery": make((n, d) if self.gradient else (0,), dtype=dtype),
+            "confidence": make((shown,), dtype=dtype),
+            "entropy": make((shown,), dtype=dtype),
             "positive_rank": make((n if diagnostics else 0,), dtype=torch.int64),
             "neighbor_indices": make(
                 (n, rule.num_neighbors if diagnostics else 0), dtype=torch.int64
