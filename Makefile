@@ -83,7 +83,7 @@ endef
 export check_version
 
 # Off a terminal nothing shows that a long command is alive: a line every half minute does.
-tell_on = test -t 1 || { while sleep 30 >/dev/null; do echo 'softcl: $(1) ...'; done & \
+tell_on = test -t 1 || { while sleep 30 >/dev/null 2>&1; do echo 'softcl: $(1) ...'; done & \
 	  trap "kill $$! 2>/dev/null" EXIT; };
 
 $(environment):
