@@ -3,8 +3,9 @@
 Before its first use in a process, a GPU kernel that was chosen for the user (``backend="auto"``,
 ``--fused``, the enqueue, the views) is tried on a small problem and compared with PyTorch's result.
 The trial runs in a process of its own, so that one that hangs, crashes or spoils the device's
-context does no harm. Its verdict is kept on disk, under what it depends on: the versions of softcl,
-torch, triton and the driver, and the GPU's name. A few seconds the first time, nothing after.
+context does no harm. That it was right is kept on disk, under what it depends on: the versions of
+softcl, torch, triton and the driver, and the GPU's name. It takes a few seconds the first time, and
+nothing after.
 
 A kernel that failed is passed over with one warning that names the reason. Nothing is tried while a
 CUDA graph is captured. ``SOFTCL_TRUST=1`` in the environment takes every kernel untried,
@@ -50,7 +51,7 @@ def reason_against(trial: str, subject: str, device: torch.device, **facts) -> s
         if _verdicts[key]:
             warnings.warn(
                 f"{subject} is not used on {device}: {_verdicts[key]}; "
-                "`python -m softcl.doctor` tries it again and tells more",
+                "`python -m softcl.doctor` tells more",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -98,7 +99,10 @@ def _try_and_store(key: str, trial: str, device: torch.device, facts: dict) -> s
             verdict = _stored().get(key)
             if verdict is None:
                 verdict = _try(trial, device, facts)
-                _store(key, verdict)
+                if (
+                    not verdict
+                ):  # what failed may have wanted memory or time: the next process tries
+                    _store(key, verdict)
             return verdict
     except OSError:  # no home, a full or read-only disk: the verdict is this process's alone
         return _try(trial, device, facts)
