@@ -112,7 +112,7 @@ def count(options: argparse.Namespace, world: World) -> None:
         after = through_loopback()
         counted = world.received.total() / STEPS
         formula = traffic.sharded_loss(rule, W, n, dim)
-        if world.is_first:
+        if world.is_main_process:
             carried = "" if before is None else f", loopback {(after - before) / STEPS / W:,.0f}"
             print(f"{name:<8} W {W}: counted {counted:,.0f}, formula {formula:,}{carried} bytes "
                   "per process and step")  # fmt: skip

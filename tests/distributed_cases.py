@@ -59,14 +59,14 @@ def exchanges(world: World, folder: Path) -> None:
     W = world.size
     whole = torch.randn(3 * W, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     part = own(world, whole).requires_grad_()
-    gathered = world.gather_rows(part)
+    gathered = world.all_gather_rows(part)
     assert torch.equal(gathered, whole)
     # Process r's loss is (r + 1) times the sum of c x: the gradient is the sum over processes.
     factor = torch.randn(3 * W, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ((world.rank + 1) * factor * gathered).sum().backward()
     same(part.grad, own(world, factor) * sum(range(1, W + 1)))
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
-        assert torch.equal(world.gather_rows(own(world, whole).to(dtype)), whole.to(dtype))
+        assert torch.equal(world.all_gather_rows(own(world, whole).to(dtype)), whole.to(dtype))
 
     part = own(world, whole).requires_grad_()
     sent = part[:1].expand(W, 5) * torch.arange(1, W + 1)[:, None]
@@ -84,13 +84,16 @@ def exchanges(world: World, folder: Path) -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     wanted = [torch.arange(3 * W - 1), *[nothing] * (W - 1)]  # all but one row to one process
     found = world.distribute(own(world, whole), wanted)
-    assert torch.equal(found, whole[:-1] if world.is_first else whole[:0])
-    assert world.all_of(world.rank) == list(range(W)) and world.start_max(world.rank)() == W - 1
-    assert world.first(lambda: 7) == 7
+    assert torch.equal(found, whole[:-1] if world.is_main_process else whole[:0])
+    assert (
+        world.all_gather_object(world.rank) == list(range(W))
+        and world.start_max(world.rank)() == W - 1
+    )
+    assert world.on_main_process(lambda: 7) == 7
     try:
-        world.first(lambda: 1 // 0)
+        world.on_main_process(lambda: 1 // 0)
     except ZeroDivisionError as error:
-        assert getattr(error, "told", False) != world.is_first
+        assert getattr(error, "reported", False) != world.is_main_process
     else:
         raise AssertionError("the first process's error did not come through")
 
@@ -306,7 +309,7 @@ def traffic_is_as_derived(world: World, folder: Path) -> None:
     queue.enqueue(keys)
     assert world.received.total() == most
     world.received.clear()
-    world.gather_rows(keys)
+    world.all_gather_rows(keys)
     assert world.received.total() == traffic.replicated_enqueue(W, n, D)
 
 
@@ -328,18 +331,18 @@ def queues(world: World, folder: Path) -> None:
                 warnings.simplefilter("ignore")
                 one.enqueue(keys)
                 sharded.enqueue(own(world, keys))
-                replica.enqueue(world.gather_rows(own(world, keys)))
+                replica.enqueue(world.all_gather_rows(own(world, keys)))
             assert torch.equal(sharded.shard.rows, own(world, one.rows))
             assert (sharded.pointer, sharded.filled) == (one.pointer, one.filled)
             assert sharded.refused == one.refused == number
-            assert len(set(world.all_of(checksum(replica)))) == 1
+            assert len(set(world.all_gather_object(checksum(replica)))) == 1
             if one.filled >= W:
                 visible = sharded.rows[: sharded.filled]
                 assert torch.equal(visible.local, own(world, one.rows[: one.filled]))
         state = sharded.state_dict()
-        stored = world.first(lambda state=state: state)
+        stored = world.on_main_process(lambda state=state: state)
         assert all(torch.equal(stored[name], x) for name, x in one.state_dict().items())
-        assert len(state["rows"]) == (K if world.is_first else 0)
+        assert len(state["rows"]) == (K if world.is_main_process else 0)
         again = ShardedQueue(K, 6, world)
         again.load_state_dict(stored)
         keys = torch.randn(2 * W, 6, generator=generator)
@@ -373,7 +376,7 @@ def half_precision(world: World, folder: Path) -> None:
     found.sum().backward()
     assert query.grad.dtype == torch.bfloat16
     unit = normalize(p.query.float(), dim=1)
-    assert torch.equal(world.gather_rows(own(world, unit.bfloat16())), unit.bfloat16())
+    assert torch.equal(world.all_gather_rows(own(world, unit.bfloat16())), unit.bfloat16())
 
 
 CASES = {

@@ -44,7 +44,7 @@ def run(world: World, folder: Path) -> None:
         return
     assert main(flags(folder, "two")) == 0
     assert main(flags(folder, "half", "--max-steps", "3", "--queue-sharding")) == 0
-    if not world.is_first:
+    if not world.is_main_process:
         return
     whole, half = (read_checkpoint(folder / name / "last.pt") for name in ("two", "half"))
     assert whole["step"] == 18 and half["step"] == 3
@@ -60,7 +60,9 @@ def run(world: World, folder: Path) -> None:
 def resume(world: World, folder: Path) -> None:
     """Saved by two processes, continued by any number: the same next loss."""
     copy = folder / f"half{world.size}"
-    world.first(lambda: None if copy.exists() else shutil.copytree(folder / "half", copy) and None)
+    world.on_main_process(
+        lambda: None if copy.exists() else shutil.copytree(folder / "half", copy) and None
+    )
     sharding = "--queue-sharding" if world.size == 4 else "--no-queue-sharding"
     assert main(["--resume", str(copy), "--max-steps", "5", sharding]) == 0
 
@@ -104,7 +106,7 @@ def stops(world: World, folder: Path) -> None:
         if vote.asked():
             stopped = step
             break
-    assert world.all_of(stopped) == [3] * world.size and vote.settle() == 143
+    assert world.all_gather_object(stopped) == [3] * world.size and vote.settle() == 143
     alone = StopVote(ALONE, SimpleNamespace(exit_code=130))
     assert alone.asked() and alone.settle() == 130
 
@@ -141,7 +143,7 @@ def silence(world: World, folder: Path) -> None:
         return
     started = time.monotonic()
     try:
-        short.all_of(1)
+        short.all_gather_object(1)
     except PeerError as error:
         assert f"process {world.rank} of {world.size}" in str(error) and "\n" not in str(error)
     else:

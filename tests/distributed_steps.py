@@ -68,7 +68,7 @@ def check_method(
     rows = method.loss(mine).rows
     exact = dtype == torch.float64
     # Of the mean, which is what a step minimises; a row's own loss may be near 0.
-    mean = world.sum(rows.detach().double().sum()) / len(expected)
+    mean = world.all_reduce(rows.detach().double().sum()) / len(expected)
     for found, want, most in (
         (rows, own(world, expected), LSE_TOLERANCE),
         (mean, expected.double().mean(), 1e-6),
@@ -84,7 +84,7 @@ def check_method(
         if want is None:
             continue
         of_heads = place >= len(own_leaves)
-        gradient = world.sum(gradient.clone()) if of_heads else gradient
+        gradient = world.all_reduce(gradient.clone()) if of_heads else gradient
         want = want if of_heads else own(world, want)
         # As a fraction of the largest gradient of the case, as test_methods does.
         scale = max(float(w.abs().max()) for w in wanted if w is not None)
@@ -163,7 +163,9 @@ def check_steps(world: World, method: Method, sharded: bool, accumulate: int, na
         rows, whole = queue.rows, one.queues[key].rows
         same(rows.local if sharded else rows, own(world, whole) if sharded else whole, 1e-8)
         if not sharded:
-            assert len(set(world.all_of(checksum(queue)))) == 1, f"{name}: the replicas differ"
+            assert len(set(world.all_gather_object(checksum(queue)))) == 1, (
+                f"{name}: the replicas differ"
+            )
 
 
 CASES = {case.__name__: case for case in (method_losses, steps)}

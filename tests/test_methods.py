@@ -257,14 +257,14 @@ class PartOfTwo(Batch):
     others: list[Tensor] | None = None
     given: list[Tensor] = dataclasses.field(default_factory=list)
 
-    def everyones(self, rows: Tensor, queue: Tensor | None = None) -> Tensor:
+    def all_gather(self, rows: Tensor, queue: Tensor | None = None) -> Tensor:
         self.given.append(rows.detach())
         other = rows if self.others is None else self.others[len(self.given) - 1]
         pair = (rows, other) if self.rank == 0 else (other, rows)
-        return super().everyones(torch.stack(pair, 1).flatten(0, 1), queue)
+        return super().all_gather(torch.stack(pair, 1).flatten(0, 1), queue)
 
-    def own(self, rows: Tensor) -> Tensor:
-        return 2 * super().own(rows) + self.rank
+    def row_indices(self, rows: Tensor) -> Tensor:
+        return 2 * super().row_indices(rows) + self.rank
 
 
 @pytest.mark.parametrize("name", ["snclr code", "nnclr 3", "ascl byol", "ressl keys", "sce keys"])

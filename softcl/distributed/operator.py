@@ -58,7 +58,7 @@ def queue_statistics(call: StatisticsCall) -> tuple[Tensor, ...]:
     """
     rows, k = call.queue, call.num_neighbors
     world = rows.world
-    gathered = world.gather(call.query).flatten(0, 1)  # (W n, D)
+    gathered = world.all_gather(call.query).flatten(0, 1)  # (W n, D)
     lse, mean, entropy, logits, indices = _local(
         call._replace(query=gathered, excluded=_excluded_here(call.excluded, rows))
     )
@@ -82,7 +82,7 @@ def _excluded_here(excluded: Tensor | None, rows: ShardedRows) -> Tensor | None:
     if excluded is None:
         return None
     world = rows.world
-    places = world.gather(excluded).flatten()
+    places = world.all_gather(excluded).flatten()
     return torch.where(
         (places >= 0) & (places % world.size == world.rank), places // world.size, -1
     )
@@ -136,7 +136,7 @@ def soft_contrastive(call: LossCall) -> tuple[Tensor, ...]:
         z, norm = algebra.unit_rows(query, dtype)
         t, _ = algebra.unit_rows(call.key, dtype)
     units = torch.stack([z.to(query.dtype), t.to(query.dtype)])
-    all_z, all_t = (x.flatten(0, 1) for x in rows.world.gather(units).unbind(1))  # (W n, D)
+    all_z, all_t = (x.flatten(0, 1) for x in rows.world.all_gather(units).unbind(1))  # (W n, D)
     excluded = _excluded_here(call.excluded, rows)
     finish_student = _start_student(call, z, t, all_z, all_t, excluded)
     labels = _Labels(call, t, all_t, excluded)

@@ -97,7 +97,7 @@ class ShardedQueue(Ring):
     @property
     def refused(self) -> int:
         """Number of keys refused so far, in all processes together."""
-        return sum(self.world.all_of(self.shard.refused))
+        return sum(self.world.all_gather_object(self.shard.refused))
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, {self.world}, filled={self.filled}"
@@ -165,7 +165,7 @@ class ShardedQueue(Ring):
             shard.rows.copy_(mine)
         self.pointer, self.filled, refused = state.tolist()
         self._place_shard()
-        shard._set_refused(refused if self.world.is_first else 0)
+        shard._set_refused(refused if self.world.is_main_process else 0)
         shard._warned = refused > 0
 
     def _place_shard(self) -> None:

@@ -68,7 +68,7 @@ class ShardedRows:
     @torch.no_grad()
     def _fetch(self, indices: Tensor) -> Tensor:
         """Rows (..., D) of ``indices`` (...), which differ from process to process."""
-        wanted = self.world.gather(indices.flatten())  # (W, n)
+        wanted = self.world.all_gather(indices.flatten())  # (W, n)
         rows, owned = self._owned(wanted)
         found = self.world.exchange(rows * owned[:, :, None])  # all but one of W are zero
         return found.sum(0, dtype=self.dtype).view(*indices.shape, -1)
@@ -79,7 +79,7 @@ class ShardedRows:
 
         Added where the rows are: W times D numbers arrive per row, and not k times D.
         """
-        wanted, scales = self.world.gather(indices), self.world.gather(weights)  # (W, n, k)
+        wanted, scales = self.world.all_gather(indices), self.world.all_gather(weights)  # (W, n, k)
         rows, owned = self._owned(wanted)
         part = torch.einsum("wnk,wnkd->wnd", scales * owned, rows.to(weights.dtype))
         return self.world.exchange(part).sum(0)

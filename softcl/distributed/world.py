@@ -106,13 +106,13 @@ class World:
         return f"process {self.rank} of {self.size}"
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     # ----------------------------------------------------------------------------- tensors
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """x (n, ...) of every process, (W, n, ...); differentiable, see `exchange`."""
         return x[None] if self.alone else _Gather.apply(x, self)
 
@@ -146,14 +146,14 @@ class World:
 
         return finish
 
-    def gather_rows(self, x: Tensor) -> Tensor:
+    def all_gather_rows(self, x: Tensor) -> Tensor:
         """x (n, ...) of every process -> all (W n, ...) in the batch's order; differentiable."""
         if self.alone:
             return x
         self.check_rows("x", len(x))
-        return self.gather(x).transpose(0, 1).flatten(0, 1)
+        return self.all_gather(x).transpose(0, 1).flatten(0, 1)
 
-    def own(self, count: int, device: torch.device | str | None = None) -> Tensor:
+    def row_indices(self, count: int, device: torch.device | str | None = None) -> Tensor:
         """The places (n,) of this process's n rows among all of the batch's."""
         return torch.arange(count, device=device) * self.size + self.rank
 
@@ -187,7 +187,7 @@ class World:
         """x[order] where x (n, ...) is a part of the whole and order (W n,) is on the CPU."""
         return self.distribute(x, [order[rank :: self.size] for rank in range(self.size)])
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the processes, in every process, in x itself."""
         if not self.alone:
             import torch.distributed as dist
@@ -205,7 +205,7 @@ class World:
         """
         if self.alone or self.even:
             return
-        counts = self.all_of(count)
+        counts = self.all_gather_object(count)
         if len(set(counts)) > 1:
             raise ValueError(f"{name} must have as many rows in every process, got {counts}")
 
@@ -214,16 +214,16 @@ class World:
 
     # ----------------------------------------------------------------- on the host, with patience
 
-    def first(self, function: Callable[[], T]) -> T:
+    def on_main_process(self, function: Callable[[], T]) -> T:
         """What ``function`` returns in the first process, in all of them; its errors too.
 
-        An error comes with ``told = True`` in the other processes: the first one reports it.
+        An error comes with ``reported = True`` in the other processes: the first one reports it.
         """
         if self.alone:
             return function()
         outcome: list[Any] = [None, None]
         failed: Exception | None = None
-        if self.is_first:
+        if self.is_main_process:
             try:
                 outcome[0] = function()
             except Exception as error:
@@ -240,11 +240,11 @@ class World:
             kind, arguments, fields = outcome[1]
             error = kind.__new__(kind, *arguments)
             error.args = arguments
-            vars(error).update(fields, told=True)
+            vars(error).update(fields, reported=True)
             raise error
         return outcome[0]
 
-    def all_of(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The small value of every process, by rank."""
         if self.alone:
             return [value]
@@ -279,7 +279,7 @@ class World:
         import torch.distributed as dist
 
         x = x.detach().cpu().contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.is_first else None
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.is_main_process else None
         raw = None if parts is None else [_raw(part) for part in parts]
         with _telling(str(self), "to collect"):
             dist.gather(_raw(x), raw, 0, group=self._patient)

@@ -125,11 +125,11 @@ class ASCL(QueueMethod):
         for view, other in zip(self.student_sees(), self.teacher_sees(), strict=True):
             h = normalize(batch.predicted[view], dim=1)
             t = normalize(batch.teacher[other], dim=1)
-            own, everyones = batch.own(t), batch.everyones(t)
-            self.check_batch(everyones.shape[0])
+            indices, keys = batch.row_indices(t), batch.all_gather(t)
+            self.check_batch(keys.shape[0])
             labels = label_mean(
-                self.rule(), t, everyones, teacher_temperature=self.teacher_temperature,
-                excluded=own if self.excludes else None, backend=batch.backend,
+                self.rule(), t, keys, teacher_temperature=self.teacher_temperature,
+                excluded=indices if self.excludes else None, backend=batch.backend,
             )  # fmt: skip
             rows.append(2.0 - 2.0 * (h.to(labels.mean.dtype) * labels.mean).sum(1))
             shown.append(Diagnostics(labels.confidence, labels.entropy, None, None))

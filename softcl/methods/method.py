@@ -80,7 +80,7 @@ class Batch:
     # A loss that reads the whole batch asks these two: where several processes have a part each,
     # they tell of all.
 
-    def everyones(self, rows: Tensor, queue: Tensor | None = None) -> Tensor | ShardedRows:
+    def all_gather(self, rows: Tensor, queue: Tensor | None = None) -> Tensor | ShardedRows:
         """Rows (N, D) of this batch as the set to compare with, and a queue's after them.
 
         Gradients reach the rows, in the process that has them.
@@ -89,14 +89,14 @@ class Batch:
         if world.alone:
             return rows if queue is None else torch.cat([rows, queue])
         if queue is None:  # constant rows travel once and are then at hand
-            return ShardedRows(rows, world) if rows.requires_grad else world.gather_rows(rows)
+            return ShardedRows(rows, world) if rows.requires_grad else world.all_gather_rows(rows)
         # Row j of the queue stands in place W N + j: with process j % W, as a part of a queue does.
-        own = queue.local if isinstance(queue, ShardedRows) else queue[world.rank :: world.size]
-        return ShardedRows(torch.cat([rows, own]), world, len(rows) * world.size + len(queue))
+        part = queue.local if isinstance(queue, ShardedRows) else queue[world.rank :: world.size]
+        return ShardedRows(torch.cat([rows, part]), world, len(rows) * world.size + len(queue))
 
-    def own(self, rows: Tensor) -> Tensor:
-        """The place of each of these rows among everyone's, (N,) int64."""
-        return self.world.own(len(rows), rows.device)
+    def row_indices(self, rows: Tensor) -> Tensor:
+        """The place of each of these rows in the whole batch, (N,) int64."""
+        return self.world.row_indices(len(rows), rows.device)
 
 
 class Result(NamedTuple):
@@ -332,8 +332,8 @@ class RelationalMethod(QueueMethod):
         for number, name in enumerate(teachers):
             query = torch.cat([batch.predicted[view] for view in views[number :: len(teachers)]])
             key = batch.teacher[name]
-            candidates = batch.everyones(normalize(key, dim=1), batch.rows())
-            own = batch.own(key).repeat(crops)
+            candidates = batch.all_gather(normalize(key, dim=1), batch.rows())
+            indices = batch.row_indices(key).repeat(crops)
             key = key.repeat(crops, 1)
-            found.append(self.rule_loss(batch, query, key, candidates, excluded=own))
+            found.append(self.rule_loss(batch, query, key, candidates, excluded=indices))
         return Result(torch.cat([part.rows for part in found]), found[0].shown)

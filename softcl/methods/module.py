@@ -138,10 +138,10 @@ class MethodLoss(nn.Module):
         """The method's queues by name, of those given and the module's own."""
         queues = {}
         for name in self.method.queues():
-            is_first = not queues  # which may be given without its name
-            queues[name] = _named(given, name, is_first)
+            is_main_process = not queues  # which may be given without its name
+            queues[name] = _named(given, name, is_main_process)
             if queues[name] is None:
-                queues[name] = _named(self.queue, name, is_first)
+                queues[name] = _named(self.queue, name, is_main_process)
             if queues[name] is None:
                 raise ValueError(
                     f"{_argument(name)} is missing: give one to forward or to the constructor"
@@ -245,7 +245,7 @@ def _argument(queue: str) -> str:
     return queue.replace(" ", "_")
 
 
-def _named(queues: Queues | None, name: str, is_first: bool) -> Queue | None:
+def _named(queues: Queues | None, name: str, is_main_process: bool) -> Queue | None:
     if isinstance(queues, (Mapping, nn.ModuleDict)):
         return queues[name] if name in queues else None
-    return queues if is_first else None
+    return queues if is_main_process else None

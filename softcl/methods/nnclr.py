@@ -71,13 +71,13 @@ class NNCLR(Method):
             )
             rows = queue[found.neighbor_indices].to(z.dtype)  # (N, k, D)
         predictions = normalize(batch.predicted[other], dim=1)  # (N, D)
-        everyones = batch.everyones(predictions)  # of the whole batch
+        keys = batch.all_gather(predictions)  # of the whole batch
         lse = queue_statistics(
-            rows.flatten(0, 1), everyones, self.temperature, backend=batch.backend
+            rows.flatten(0, 1), keys, self.temperature, backend=batch.backend
         ).lse  # (N k,)
         rows, predictions = rows.to(lse.dtype), predictions.to(lse.dtype)
-        own = torch.einsum("nkd,nd->nk", rows, predictions) / self.temperature
-        return (lse.view(-1, k) - own).mean(1)
+        positive = torch.einsum("nkd,nd->nk", rows, predictions) / self.temperature
+        return (lse.view(-1, k) - positive).mean(1)
 
 
 _TINY = NNCLR(queue_size=16384)

@@ -100,7 +100,7 @@ class ReCo(Method):
         if self.local_weight:
             order, share = batch.notes["order"], batch.notes["share"]
             queries.append(normalize(batch.predicted["mixed"], dim=1))
-            others = batch.world.gather_rows(k)[order]
+            others = batch.world.all_gather_rows(k)[order]
             keys.append(normalize(torch.lerp(others, q.detach(), share), dim=1))
         # The two contrastive terms share one visit of the queue.
         rows, shown = soft_contrastive_loss(

@@ -101,8 +101,8 @@ class SNCLR(Method):
         z = normalize(batch.predicted[view], dim=1)
         y = normalize(batch.student[view], dim=1)
         candidates = self.candidates(batch, batch.teacher[other]).to(z.dtype)  # (N, n + 1, D)
-        everyones = batch.everyones(candidates.flatten(0, 1))  # M, of the whole batch
-        lse = queue_statistics(z, everyones, self.temperature, backend=batch.backend).lse
+        keys = batch.all_gather(candidates.flatten(0, 1))  # M, of the whole batch
+        lse = queue_statistics(z, keys, self.temperature, backend=batch.backend).lse
         # In the precision of the sums, whatever the vectors' is.
         z, y, candidates = (x.to(lse.dtype) for x in (z, y, candidates))
         own = torch.einsum("nd,nrd->nr", z, candidates) / self.temperature

@@ -92,10 +92,10 @@ def fit(**given: Any) -> Fitted:
         named = ", ".join("pillow" if name == "PIL" else name for name in missing)
         raise RunError(f'training needs {named}: pip install "softcl[train]"')
     world = join(config)
-    given = world.first(lambda: settle_auto(settle_restart(given, os.environ)))
-    stored = world.first(lambda: read_run(given)) if "resume" in given else None
+    given = world.on_main_process(lambda: settle_auto(settle_restart(given, os.environ)))
+    stored = world.on_main_process(lambda: read_run(given)) if "resume" in given else None
     if stored is not None and stored.finished:
-        world.first(lambda: print(f"{stored.folder}: finished, nothing to resume"))
+        world.on_main_process(lambda: print(f"{stored.folder}: finished, nothing to resume"))
         fitted = Fitted(0, stored.folder, read_json(stored.folder / RESULT))
     else:
         config = TrainConfig.of(**given) if stored is None else stored.config
@@ -125,7 +125,7 @@ def start(config: TrainConfig, stored: StoredRun | None = None, world: World = A
     """A new run, or a stored one from its checkpoint on, by any number of processes."""
     out = None if config.out is None else Path(config.out).expanduser()
     if stored is None and out is not None:
-        world.first(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
+        world.on_main_process(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
     parts = assemble(config, world)
     if stored is not None and fingerprint(parts.images) != stored.content["fingerprint"]:
         reason = f"not the images that {stored.folder} was trained on"
@@ -160,7 +160,7 @@ def first_opens(
         made.append(make())
         return made[0].path
 
-    path = world.first(make_and_name)
+    path = world.on_main_process(make_and_name)
     try:
         yield path, made[0] if made else None
     finally:
@@ -178,7 +178,7 @@ def show_plan(parts: Parts) -> Fitted:
             size, count = config.image_size, config.show_views
             draw_views(Path(VIEWS), parts.images, parts.views, size, count, config.seed)
 
-    parts.world.first(show)
+    parts.world.on_main_process(show)
     return Fitted(0)
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: BaseException, message: str, code: int) -> int:
     """`report`, once where every process has the same to say."""
     rank = int(os.environ.get("RANK", "0"))
-    if rank > 0 and (getattr(error, "told", False) or code in (2, 130)):
+    if rank > 0 and (getattr(error, "reported", False) or code in (2, 130)):
         return code
     return report(f"process {rank}: {message}" if rank > 0 else message, code)
 

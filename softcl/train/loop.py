@@ -87,7 +87,7 @@ class Run:
                 self.folder.write_json(CONFIG, record(self.parts, self.config))
             self._list_skipped()
             self._show_views()
-        self.world.first(self._measure_baselines)
+        self.world.on_main_process(self._measure_baselines)
         if content is not None:
             self.load(content)
             self.progress.say(f"resumed    at step {self.state.step} of {self.total_steps}")
@@ -221,7 +221,7 @@ class Run:
             return
         paused = time.perf_counter()
         self._settle_buffers()
-        self.accuracy = self.world.first(self._evaluate)
+        self.accuracy = self.world.on_main_process(self._evaluate)
         if self.accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = self.accuracy, self.state.step
         self.evaluated_step = self.state.step
@@ -257,7 +257,7 @@ class Run:
         """The picture and the final numbers, after the last step."""
         self._settle_buffers()
         refused = sum(queue.refused for queue in self.state.queues.values())
-        return self.world.first(lambda: self._finish(refused))
+        return self.world.on_main_process(lambda: self._finish(refused))
 
     def _finish(self, refused: int) -> dict[str, Any]:
         picture = self._draw_picture()
@@ -331,7 +331,7 @@ class Run:
             "seconds": self.seconds(),
             "versions": versions(),
         }
-        self.world.first(lambda: self._write(content))
+        self.world.on_main_process(lambda: self._write(content))
         self.saved_step = self.state.step
         self.meter.skip(time.perf_counter() - started)
 
@@ -377,7 +377,7 @@ class Run:
 
     def _list_skipped(self) -> None:
         """skipped.txt, of all processes; images decoded on demand are found while they are read."""
-        skipped = dict.fromkeys(sum(self.world.all_of(self.parts.images.skipped), []))
+        skipped = dict.fromkeys(sum(self.world.all_gather_object(self.parts.images.skipped), []))
         if len(skipped) > self._listed and self.folder is not None:
             self._listed = len(skipped)
             self.folder.write_text(SKIPPED, "".join(f"{line}\n" for line in skipped))

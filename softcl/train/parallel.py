@@ -102,7 +102,7 @@ def average_buffers(modules: Iterable[nn.Module], world: World) -> None:
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
     if not buffers:
         return
-    mean = world.sum(torch.cat([b.flatten() for b in buffers])) / world.size
+    mean = world.all_reduce(torch.cat([b.flatten() for b in buffers])) / world.size
     for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view(buffer.shape))
 

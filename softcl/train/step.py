@@ -115,7 +115,7 @@ class TrainState:
         for name, rows in keys.items():
             queue = self.queues[name]
             if not self.world.alone and not isinstance(queue, ShardedQueue):
-                rows = self.world.gather_rows(rows.detach())
+                rows = self.world.all_gather_rows(rows.detach())
             queue.enqueue(rows, normalize=True)
 
     _PARTS = ("student", "teacher", "queues", "optimizer", "heads")
@@ -253,7 +253,10 @@ def _measures(result: Result, batch: Batch) -> Tensor:
 def _measures_of_all(means: Tensor, vectors: Tensor, world: World) -> Tensor:
     """The processes' measures from the means of their equal parts, by one exchange."""
     unit = nn.functional.normalize(vectors.double(), dim=1)
-    mean = world.sum(torch.cat([means.double(), unit.mean(0), unit.square().mean(0)])) / world.size
+    mean = (
+        world.all_reduce(torch.cat([means.double(), unit.mean(0), unit.square().mean(0)]))
+        / world.size
+    )
     first, second = mean[len(means) :].chunk(2)
     std = (second - first.square()).clamp(min=0.0).sqrt()  # over the whole batch
     spread = std.mean() * vectors.shape[1] ** 0.5
