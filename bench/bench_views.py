@@ -25,8 +25,8 @@ from bench.table import Row
 from bench.timing import measure
 from bench.view_peers import PEERS, absent, by_pillow, make_peer
 from softcl.data import STATISTICS, ImageSet, make_shapes, strong_view, weak_view
-from softcl.data.kernels import kernel_missing
 from softcl.data.recipe import RECIPES, draw
+from softcl.data.views import kernel_missing
 from softcl.train.parts import keep_freed_pages
 
 ON_CPU, ON_GPU = "torch on the CPU", "torch on the GPU"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from softcl.labels import LabelRule
-from softcl.ops.call import LossCall, StatisticsCall, read
+from softcl.ops.call import LossCall, StatisticsCall
+from softcl.ops.library import read
 from softcl.testing import (
     ENTROPY_TOLERANCE,
     GRADIENT_TOLERANCE,

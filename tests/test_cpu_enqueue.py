@@ -8,7 +8,7 @@ import pytest
 import torch
 
 _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
-from softcl.ops.native import ELEMENT_TYPES  # noqa: E402
+from softcl.native import ELEMENT_TYPES  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -16,7 +16,8 @@ import sys
 import torch
 sys.path.insert(0, "tests")
 from loss_calls import check_loss, check_statistics
-from softcl.ops import cpu, native
+from softcl import native
+from softcl.ops import cpu
 from softcl.testing import RULES, fitting, make_problem
 torch.set_num_threads(2)
 for i, (N, K, D) in enumerate(((1, 1, 1), (17, 97, 65), (70, 2000, 130), (200, 500, 40))):

@@ -11,7 +11,8 @@ from loss_calls import check_statistics, pairs, run_statistics
 from softcl.testing import KINDS, make_problem
 
 pytest.importorskip("softcl._C", reason="softcl._C is not built")
-from softcl.ops import cpu, native  # noqa: E402
+from softcl import native
+from softcl.ops import cpu  # noqa: E402
 
 # Coarse coordinates: products and sums are exact in float32, so ties are ties to the last bit.
 EXACT_STEP = 2.0**-6

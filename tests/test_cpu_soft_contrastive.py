@@ -22,7 +22,8 @@ from softcl.testing import (
 )
 
 pytest.importorskip("softcl._C", reason="softcl._C is not built")
-from softcl.ops import cpu, native  # noqa: E402
+from softcl import native
+from softcl.ops import cpu  # noqa: E402
 
 # Strips hold 8, 16 or 32 rows, tiles 96, 48 or 24 queue rows (D <= 256, <= 1024, more), sums break
 # at 64 and 256 dimensions, and queues from 1536 rows on are split between two threads.

@@ -15,9 +15,10 @@ _C = pytest.importorskip("softcl._C", reason="softcl._C is not built")
 
 from view_images import noise, table_of  # noqa: E402
 
-from softcl.data import kernels, make_shapes, strong_view  # noqa: E402
+from softcl import native  # noqa: E402
+from softcl.data import make_shapes, strong_view, views  # noqa: E402
 from softcl.data.recipe import COLUMNS, RECIPE, draw  # noqa: E402
-from softcl.data.views import render  # noqa: E402
+from softcl.data.render import render  # noqa: E402
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 CONSTANTS = torch.tensor([[1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]])
@@ -36,7 +37,7 @@ def drawn(number: int, height: int, width: int) -> torch.Tensor:
 
 
 def kernel(images, size, table, colors: bool = True) -> torch.Tensor:
-    return kernels.compiled_view(images, table, CONSTANTS, size, colors)
+    return views.compiled_view(images, table, CONSTANTS, size, colors)
 
 
 def assert_is_the_oracles(images, size, table, colors: bool = True) -> torch.Tensor:
@@ -97,7 +98,7 @@ def test_a_large_image_keeps_the_fractions_of_its_centres():
 def test_a_whole_image_of_the_views_size_keeps_its_pixels():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
     plain = torch.tensor([[1.0] * 3, [0.0] * 3])
-    got = kernels.compiled_view(images, table_of((0, 0, 16, 16)), plain, 16, False)
+    got = views.compiled_view(images, table_of((0, 0, 16, 16)), plain, 16, False)
     assert torch.equal(got, images * torch.tensor(1 / 255))
 
 
@@ -237,18 +238,18 @@ def test_without_the_compiled_module_pytorch_makes_the_views(monkeypatch):
     images = make_shapes(4).images
     view = lambda **o: strong_view(images, 16, MEAN, STD, torch.Generator().manual_seed(4), **o)  # noqa: E731
     cpu = torch.device("cpu")
-    assert kernels.kernel_for(images) is kernels.compiled_view
-    assert kernels.kernel_missing(cpu) is None
-    assert kernels.kernel_missing(torch.device("meta")) == "needs a CPU or a CUDA device"
-    assert kernels.describe_kernel(cpu) == f"by the compiled kernel ({_C.isa()})"
-    assert kernels.describe_kernel(cpu, False) == "by PyTorch, as asked for"
+    assert views.kernel_for(images) is views.compiled_view
+    assert views.kernel_missing(cpu) is None
+    assert views.kernel_missing(torch.device("meta")) == "needs a CPU or a CUDA device"
+    assert views.describe_kernel(cpu) == f"by the compiled kernel ({_C.isa()})"
+    assert views.describe_kernel(cpu, False) == "by PyTorch, as asked for"
     by_pytorch = view(kernel=False)
     assert not torch.equal(view(), by_pytorch)
-    reason = "needs softcl._C, which is not built"
-    monkeypatch.setattr(kernels, "native", lambda: (None, reason))
+    reason = "softcl._C is not built"
+    monkeypatch.setattr(native, "load_for_cpu", lambda: (None, reason))
     assert torch.equal(view(), by_pytorch)
-    assert kernels.describe_kernel(cpu) == f"by PyTorch (the kernel {reason})"
-    with pytest.raises(RuntimeError, match="the views' kernel needs softcl._C"):
+    assert views.describe_kernel(cpu) == f"by PyTorch (the kernel does not run: {reason})"
+    with pytest.raises(RuntimeError, match="the views' kernel does not run: softcl._C"):
         view(kernel=True)
 
 

@@ -14,8 +14,9 @@ from cuda_host import load_host_module
 from cuda_parts import MIXES, check, run, statistics, tolerance_of
 from loss_calls import case_id, check_statistics, pairs, some_long, stretched
 
+from softcl import native
 from softcl.labels import AdaptiveSoftLabels, HardLabels, MixedLabels, NeighborLabels
-from softcl.ops import cuda, native
+from softcl.ops import cuda
 from softcl.testing import (
     KINDS,
     RULES,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from run_comparison import assert_same_run
 
-from softcl.data import DataError, ImageSet, kernels, load_dataset, sets
+from softcl import native
+from softcl.data import DataError, ImageSet, load_dataset, sets, views
 from softcl.data.decode import Box, decode_crops
 from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe
@@ -190,18 +191,18 @@ def test_centred_squares_are_used_where_they_are_asked_for(wide_flags, tmp_path,
 def test_the_kernel_of_the_views_can_be_demanded_or_left(wide_flags, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
-    def views(*flags: str) -> str:
+    def made(*flags: str) -> str:
         assert main([*wide_flags, *flags, "--dry-run"]) == 0
         return json.loads(capsys.readouterr().out)["views"]
 
-    assert views("--no-view-kernel") == "by PyTorch, as asked for"
-    if kernels.native()[0] is not None:
-        assert views() == views("--view-kernel")
-        assert views().startswith("by the compiled kernel (")
-    monkeypatch.setattr(kernels, "native", lambda: (None, "needs softcl._C, which is not built"))
-    assert views() == "by PyTorch (the kernel needs softcl._C, which is not built)"
+    assert made("--no-view-kernel") == "by PyTorch, as asked for"
+    if native.load()[0] is not None:
+        assert made() == made("--view-kernel")
+        assert made().startswith("by the compiled kernel (")
+    monkeypatch.setattr(native, "load_for_cpu", lambda: (None, "softcl._C is not built"))
+    assert made() == "by PyTorch (the kernel does not run: softcl._C is not built)"
     assert main([*wide_flags, "--view-kernel", "--dry-run"]) == 2
-    assert "--view-kernel: needs softcl._C, which is not built" in capsys.readouterr().err
+    assert "--view-kernel: does not run: softcl._C is not built" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("extra", [[], ["--no-view-kernel"]])
@@ -209,6 +210,6 @@ def test_a_run_says_what_makes_its_views(wide_flags, capsys, monkeypatch, extra)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main([*wide_flags, *extra, "--out", "said", "--max-steps", "1"]) == 0
     wanted = False if extra else None
-    words = kernels.describe_kernel(torch.device("cpu"), wanted)
+    words = views.describe_kernel(torch.device("cpu"), wanted)
     assert f"views      {words}\n" in capsys.readouterr().out
     assert json.loads(Path("said/config.json").read_text())["views"] == words

@@ -18,7 +18,8 @@ from softcl import (
     soft_contrastive_loss,
 )
 from softcl.distributed import ShardedRows, World
-from softcl.ops.call import LossCall, StatisticsCall, pack
+from softcl.ops.call import LossCall, StatisticsCall
+from softcl.ops.library import pack
 from softcl.testing import available_backends, loss_oracle, make_problem, statistics_oracle
 
 BACKENDS = available_backends(make_problem(2, 3, 4), AdaptiveSoftLabels(1))

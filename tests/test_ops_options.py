@@ -155,7 +155,8 @@ def test_cuda_declines_excluded_rows(monkeypatch):
 
 def test_cuda_does_not_start_the_driver_for_tensors_on_the_cpu(monkeypatch):
     """Asked by every call under "auto"; a process forked after that could not use CUDA."""
-    from softcl.ops import cuda, native
+    from softcl import native
+    from softcl.ops import cuda
 
     def asked():
         raise AssertionError("the driver was started")

@@ -11,6 +11,7 @@ from collections import deque
 import pytest
 import torch
 
+from softcl import native
 from softcl.nn import MemoryQueue, enqueue
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,8 +21,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def code(request, monkeypatch):
     """Run a test with the PyTorch code and with the compiled code, where it is built."""
     if request.param == "torch":
-        monkeypatch.setattr(enqueue, "_native", lambda: None)
-    elif enqueue._native() is None:
+        monkeypatch.setattr(native, "load", lambda: (None, "left out"))
+    elif native.load()[0] is None:
         pytest.skip("softcl._C is not built")
     return request.param
 
@@ -192,14 +193,14 @@ def test_autograd_notices_that_the_rows_changed(code):
 @pytest.mark.parametrize("key_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_and_torch_code_agree(dtype, key_dtype, normalize):
-    native = enqueue._native()
-    if native is None:
+    module, _ = native.load()
+    if module is None:
         pytest.skip("softcl._C is not built")
     generator = torch.Generator().manual_seed(0)
     results = []
     keys = torch.randn(45, 37, generator=generator).to(key_dtype)
     keys[[4, 5, 30]] = torch.tensor([float("nan"), float("inf"), 0.0]).to(key_dtype)[:, None]
-    for write in (enqueue.enqueue_torch, lambda *rest: enqueue.enqueue_native(native, *rest)):
+    for write in (enqueue.enqueue_torch, lambda *rest: enqueue.enqueue_native(module, *rest)):
         rows = MemoryQueue(20, 37, dtype=dtype).rows
         refused = torch.tensor(7)
         write(keys, rows, refused, 13, normalize)

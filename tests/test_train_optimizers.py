@@ -11,8 +11,8 @@ from softcl.methods import ASCL
 from softcl.nn import MemoryQueue, build_backbone, make_teacher
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import fill
-from softcl.train.optim import build_optimizer, parameter_groups, teacher_momentum
-from softcl.train.step import MEASURES, TrainState, query_spread, train_step
+from softcl.train.optim import build_optimizer, parameter_groups
+from softcl.train.step import MEASURES, TrainState, query_spread, teacher_momentum, train_step
 
 
 class Small(nn.Sequential):

@@ -14,16 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcl.train.log import (
-    FIRST_STEPS,
-    BarProgress,
-    Diverged,
-    Meter,
-    PlainProgress,
-    clock,
-    make_progress,
-)
+from softcl.train.log import BarProgress, PlainProgress, clock, make_progress
 from softcl.train.parts import keep_freed_pages
+from softcl.train.step import FIRST_STEPS, Diverged, Meter
 
 ROOT = Path(__file__).resolve().parents[1]  # a fresh interpreter finds softcl from here
 STATUS = (120, 390, "4/10", "loss 6.5432  ETA 1:01")  # step, steps, epoch, numbers

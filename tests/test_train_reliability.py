@@ -22,8 +22,7 @@ from softcl.train import loop
 from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
 from softcl.train.folder import RunFolder, read_metrics
-from softcl.train.log import Diverged, Meter
-from softcl.train.step import first_damaged
+from softcl.train.step import Diverged, Meter, first_damaged
 
 
 def damage(path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from view_images import noise, table_of
 
-from softcl.data import VIEWS, kernels, make_shapes, strong_view, views, weak_view
+from softcl.data import VIEWS, make_shapes, strong_view, views, weak_view
 from softcl.data.recipe import COLUMNS
-from softcl.data.views import constants_of, render
+from softcl.data.render import constants_of, render
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -24,10 +24,10 @@ def both(make, images, size, device, monkeypatch, seed=0, **options):
         generator = torch.Generator().manual_seed(seed)
         return make(images.to(device), size, MEAN, STD, generator, **options, **more)
 
-    calls, original = [], kernels.triton_view
+    calls, original = [], views.triton_view
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "triton_view", lambda *a: calls.append(1) or original(*a))
-        patch.setattr(views, "triton_view", kernels.triton_view)
+        patch.setattr(views, "triton_view", lambda *a: calls.append(1) or original(*a))
+        patch.setattr(views, "triton_view", views.triton_view)
         got = view(kernel=True)
     assert len(calls) == 1
     return got, view(kernel=False)
@@ -68,7 +68,7 @@ def test_crops_that_were_cut_before(make, triton_device, monkeypatch):
 def kernels_and_rendered(table: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     images = noise(len(table), 8, 8).to(device)
     table = table.to(device)
-    made = kernels.triton_view(images, table, constants_of(MEAN, STD, images.device), 8, True)
+    made = views.triton_view(images, table, constants_of(MEAN, STD, images.device), 8, True)
     made = views._after_triton(made, table, MEAN, STD)
     return made, render(images, table, 8, MEAN, STD)
 
@@ -137,15 +137,15 @@ def test_the_table_has_the_kernels_columns():
 
 def test_where_the_kernel_runs(triton_device, monkeypatch):
     images = noise(2, 8, 8).to(triton_device)
-    assert kernels.kernel_for(images) is kernels.triton_view
+    assert views.kernel_for(images) is views.triton_view
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "LARGEST_IMAGE", 64)
-        assert kernels.kernel_for(images) is None
+        patch.setattr(views, "LARGEST_IMAGE", 64)
+        assert views.kernel_for(images) is None
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_has_triton", lambda: False)
-        assert kernels.kernel_for(images) is None
+        patch.setattr(views, "_has_triton", lambda: False)
+        assert views.kernel_for(images) is None
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert kernels.kernel_for(noise(2, 8, 8)) in (None, kernels.compiled_view)
+    assert views.kernel_for(noise(2, 8, 8)) in (None, views.compiled_view)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

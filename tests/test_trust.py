@@ -181,24 +181,24 @@ def test_the_trial_of_the_enqueue(wrong, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_trial_of_the_views(wrong, monkeypatch):
-    from softcl.data import kernels
+    from softcl.data import views
 
-    if kernels.kernel_missing(torch.device("cpu")):
+    if views.kernel_missing(torch.device("cpu")):
         pytest.skip("softcl._C is not built")
-    honest = kernels.compiled_view
+    honest = views.compiled_view
     stand_in = lambda *arguments: honest(*arguments) + 0.1 * wrong  # noqa: E731
-    monkeypatch.setattr(kernels, "compiled_view", stand_in)
+    monkeypatch.setattr(views, "compiled_view", stand_in)
     if not wrong:
-        return kernels.try_kernel("cpu", columns=15)
+        return views.try_kernel("cpu", columns=15)
     with pytest.raises(AssertionError, match="a weak view is off by"):
-        kernels.try_kernel("cpu", columns=15)
+        views.try_kernel("cpu", columns=15)
 
 
 def test_the_views_fall_back_to_pytorch(monkeypatch):
-    from softcl.data import kernels
+    from softcl.data import views
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(views, "_has_triton", lambda: True)
     monkeypatch.setattr(trust, "reason_against", lambda *a, **facts: "it was wrong")
-    assert kernels.kernel_missing(GPU) == "failed on this machine: it was wrong"
-    assert kernels.kernel_missing(GPU, tried=False) is None
+    assert views.kernel_missing(GPU) == "failed on this machine: it was wrong"
+    assert views.kernel_missing(GPU, tried=False) is None

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from view_images import noise
 
-from softcl.data import VIEWS, center_view, kernels, make_shapes, strong_view, views, weak_view
+from softcl.data import VIEWS, center_view, make_shapes, strong_view, views, weak_view
 from softcl.data.recipe import RECIPE, RECIPES, Recipe, draw
 from softcl.data.views import Share
 
@@ -21,7 +21,7 @@ def made_by(request, monkeypatch) -> str:
     """Views by the kernel for CPUs, where there is one, and by the operations it stands for."""
     if request.param == "PyTorch":
         monkeypatch.setattr(views, "kernel_for", lambda *_: None)
-    elif kernels.kernel_missing(torch.device("cpu")) is not None:
+    elif views.kernel_missing(torch.device("cpu")) is not None:
         pytest.skip("no kernel runs here")
     return request.param
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from view_images import parameters, table_of
 
-from softcl.data import views
+from softcl.data import render
 from softcl.data.recipe import slots
-from softcl.data.views import blur_matrix, center_view, crop_resize
+from softcl.data.render import blur_matrix, crop_resize
+from softcl.data.views import center_view
 
 functional = pytest.importorskip("torchvision.transforms.v2.functional")
 
@@ -77,9 +78,9 @@ def test_crop_resize_is_pillows_to_one_level():
 GRAY_TOLERANCE = 1e-4
 
 BLENDS = [
-    (views.BRIGHTNESS, "adjust_brightness", 1e-6),
-    (views.CONTRAST, "adjust_contrast", GRAY_TOLERANCE),
-    (views.SATURATION, "adjust_saturation", GRAY_TOLERANCE),
+    (render.BRIGHTNESS, "adjust_brightness", 1e-6),
+    (render.CONTRAST, "adjust_contrast", GRAY_TOLERANCE),
+    (render.SATURATION, "adjust_saturation", GRAY_TOLERANCE),
 ]
 
 
@@ -88,7 +89,7 @@ def test_blend_is_torchvisions_and_nearly_pillows(kind, name, tolerance):
     images = make_images(5, 12, 9)
     adjust = getattr(functional, name)
     for factor in (0.5, 0.93, 1.0, 1.3):
-        pixels = views.blend(
+        pixels = render.blend(
             rows_outermost(images), torch.full((5,), kind), torch.full((5,), factor)
         )
         expected = adjust(images.float() / 255, factor)
@@ -102,7 +103,7 @@ def test_blend_is_torchvisions_and_nearly_pillows(kind, name, tolerance):
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.01, 0.37])
 def test_hue_is_torchvisions(shift):
     images = make_images(6, 13, 10)
-    pixels = views.shift_hue(rows_outermost(images), torch.full((6,), shift))
+    pixels = render.shift_hue(rows_outermost(images), torch.full((6,), shift))
     expected = functional.adjust_hue(images.float() / 255, shift)
     assert (channels_first(pixels) - expected).abs().max() < 2e-5
 
@@ -113,13 +114,13 @@ def test_hue_of_special_pixels():
     )
     before = torch.stack((black, white, white / 2, red, green, blue, red + green))
     expected = torch.stack((black, white, white / 2, green, blue, red, green + blue))
-    turned = views.shift_hue(before.view(1, 7, 3, 1), torch.tensor([1 / 3]))
+    turned = render.shift_hue(before.view(1, 7, 3, 1), torch.tensor([1 / 3]))
     torch.testing.assert_close(turned.view(7, 3), expected, atol=1e-6, rtol=0)
 
 
 def test_gray_is_pillows_to_one_level():
     images = make_images(4, 9, 11)
-    result = views.gray(rows_outermost(images))[:, :, 0]
+    result = render.gray(rows_outermost(images))[:, :, 0]
     for image, view in zip(images, result, strict=True):
         expected = np.asarray(functional.to_pil_image(image).convert("L")).astype(np.float32) / 255
         assert np.abs(view.numpy() - expected).max() < 1.01 * LEVEL
@@ -128,7 +129,7 @@ def test_gray_is_pillows_to_one_level():
 def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
     boxes = [(0, 0, *images.shape[2:])] * len(images)
     p = parameters(table_of(*boxes, blurred=1.0, sigma=sigma))
-    return channels_first(views.blur(rows_outermost(images), p))
+    return channels_first(render.blur(rows_outermost(images), p))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_jitter_applies_the_operations_in_the_samples_order():
     factors = dict(brightness=0.7, contrast=1.35, saturation=0.65)
     order = torch.arange(24.0)
     p = parameters(table_of(*[(0, 0, 10, 10)] * 24, order=order, hue=0.08, **factors))
-    got = channels_first(views.jitter(rows_outermost(images), p))
+    got = channels_first(render.jitter(rows_outermost(images), p))
     kinds, hue_slot = slots(order)
     for i in range(24):
         steps = [BLENDS[int(kind[i])][1] for kind in kinds]
@@ -200,6 +201,6 @@ def test_solarize_is_pillows():
     image = Image.fromarray(pixels[0].permute(0, 2, 1).contiguous().numpy())
     expected = torch.from_numpy(np.asarray(ImageOps.solarize(image, 128)).copy())
     p = parameters(table_of(*[(0, 0, 16, 16)] * 2, solarized=torch.tensor([1.0, -0.5])))
-    got = views.solarize(pixels.float() / 255, p, views.THRESHOLD, 1.0)
+    got = render.solarize(pixels.float() / 255, p, render.THRESHOLD, 1.0)
     assert torch.equal((got[0] * 255).round().byte().permute(0, 2, 1), expected)
     assert torch.equal(got[1], pixels[1].float() / 255)

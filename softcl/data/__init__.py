@@ -6,12 +6,20 @@ decode -> stream (in which order, ahead of time) -> recipe (a view's parameters)
 
 from softcl.data.decode import contact_sheet
 from softcl.data.image_set import STATISTICS, CropOrder, Cut, DataError, ImageSet
-from softcl.data.kernels import describe_kernel, kernel_missing
 from softcl.data.recipe import RECIPES, Recipe
 from softcl.data.sets import FORMATS, SPLITS, find_format, load_dataset, training_split
 from softcl.data.shapes import make_shapes
 from softcl.data.stream import batch_indices, batches
-from softcl.data.views import VIEWS, Share, center_view, random_view, strong_view, weak_view
+from softcl.data.views import (
+    VIEWS,
+    Share,
+    center_view,
+    describe_kernel,
+    kernel_missing,
+    random_view,
+    strong_view,
+    weak_view,
+)
 
 __all__ = [
     "FORMATS",

@@ -8,245 +8,34 @@ device; a CUDA generator keeps everything on the GPU with no synchronisation.
     weak    crop, flip, normalise
     byol_first, byol_second    strong with wider crops; blurred always, and seldom but solarized
 
-The first two are the recipes of MoCo v2, ReSSL and ASCL, the pair that of BYOL and MoCo v3. Pixels
-stay floating point from the crop to the end, where the originals round to uint8 after each
-operation. The formulas are those of torchvision on floating images, with Pillow's grey
-0.299 R + 0.587 G + 0.114 B (torchvision has 0.2989 for red).
+The first two are the recipes of MoCo v2, ReSSL and ASCL, the pair that of BYOL and MoCo v3.
 
-`render` is the specification: plain PyTorch, every operation on every sample with fixed shapes,
-kept where the parameters say so. The kernels (kernels.py) differ from it by rounding (1e-5 in
-normalised units) and nothing else. Which of them makes the views follows from the device and from
-what is installed; a run is repeated to the bit by the same one alone, and says which it is.
-
-Pixels are (N, H, 3, W), rows outermost: a matrix on the rows is then one product (S, H) x (H, 3 W)
-and a matrix on the columns one product (3 S, W) x (W, S) per sample, with no copy between them.
+From the table of parameters (recipe.py) a kernel makes the views: on CPUs the compiled one
+(csrc/cpu/views), on GPUs Triton's (kernels/views.py), which leaves the blur and the solarisation to
+PyTorch and has not run on a GPU yet. Both differ from `render`, the PyTorch form, by rounding (1e-5
+in normalised units) and nothing else. Which of the three makes the views follows from the device
+and from what is installed; a run is repeated to the bit by the same one alone, and says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from softcl import native, trust
 from softcl.data.image_set import Triple
-from softcl.data.kernels import kernel_for, triton_view
-from softcl.data.recipe import RECIPE, RECIPES, Parameters, Recipe, central_table, draw, slots
-
-BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
-THRESHOLD = 128 / 255  # of solarisation: Pillow's
-
-# ------------------------------------------------------------------------------ crop, resize, blur
+from softcl.data.recipe import COLUMNS, RECIPE, RECIPES, Parameters, Recipe, central_table, draw
+from softcl.data.render import THRESHOLD, blur, constants_of, render, solarize
 
 
-def crop_matrix(
-    start: torch.Tensor,  # (N,) first row or column of the crop, whole numbers
-    length: torch.Tensor,  # (N,) rows or columns in the crop, whole numbers
-    mirror: torch.Tensor | None,  # (N,) flag, or None for no mirroring
-    size: int,  # length of the result
-    full: int,  # length of the image
-) -> torch.Tensor:
-    """Matrices (N, size, full) that crop, resize and mirror one axis.
-
-    The resize is the bilinear one of Pillow, which widens the triangle filter when it shrinks
-    (torchvision's antialias=True): with scale = length/size, width = max(scale, 1) and output i
-    centred at start + (i + 1/2) scale, the weight of input j is max(0, 1 - |j + 1/2 - centre_i| /
-    width) inside the crop, 0 outside, divided by the row's sum. Mirroring reverses the outputs.
-    """
-    device = start.device
-    outputs = torch.arange(size, device=device, dtype=start.dtype) + 0.5
-    if mirror is not None:
-        outputs = torch.where(mirror[:, None] > 0, size - outputs, outputs)  # (N, size)
-    scale = length / size
-    centre = start[:, None] + outputs * scale[:, None]  # (N, size)
-    inputs = torch.arange(full, device=device, dtype=start.dtype) + 0.5
-    inverse_width = scale.clamp(min=1.0).reciprocal()
-    weights = inputs - centre[..., None]  # (N, size, full)
-    weights = weights.abs_().mul_(inverse_width[:, None, None]).neg_().add_(1.0).clamp_(min=0.0)
-    inside = (inputs > start[:, None]) & (inputs < (start + length)[:, None])  # (N, full)
-    weights.mul_(inside[:, None, :])
-    return weights.div_(weights.sum(dim=2, keepdim=True))
-
-
-def blur_matrix(sigma: torch.Tensor, size: int) -> torch.Tensor:
-    """Matrices (N, size, size) of Pillow's GaussianBlur(radius=sigma) along one axis, sigma (N,).
-
-    Pillow approximates the Gaussian by three box filters of a fractional radius chosen to give
-    the variance sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by
-    extended box filtering", 2011), and continues the image past its border with the border's
-    pixels. One box of radius r is B[i, j] = min(1, max(0, r + 1 - |i - j|)) / (2 r + 1); what
-    falls outside is added to the first and the last column. The result is B^3. Pillow rounds to
-    uint8 after each box; this does not.
-    """
-    variance = sigma.square() / 3.0
-    whole = torch.floor((torch.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    part = part / (6 * (variance - (whole + 1).square()))
-    radius = (whole + part)[:, None]  # (N, 1)
-    index = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
-    distance = (index[:, None] - index[None, :]).abs()  # (size, size)
-    box = (radius[..., None] + 1.0 - distance).clamp_(0.0, 1.0)  # (N, size, size)
-    if size > 1:
-        box[:, :, 0] = (radius + 1.0 - index).clamp(min=0.0)
-        box[:, :, -1] = (radius + 1.0 - index.flip(0)).clamp(min=0.0)
-        box /= 2.0 * radius[..., None] + 1.0
-    else:
-        box.fill_(1.0)
-    return torch.bmm(torch.bmm(box, box), box)
-
-
-def apply_rows_then_columns(
-    images: torch.Tensor,  # (N, H, 3, W)
-    rows: torch.Tensor,  # (N, S, H)
-    columns: torch.Tensor,  # (N, T, W)
-) -> torch.Tensor:
-    """rows · image · columns^T for every sample and channel: (N, S, 3, T)."""
-    number, height, channels, width = images.shape
-    result = torch.bmm(rows, images.reshape(number, height, channels * width))
-    result = result.view(number, rows.shape[1] * channels, width)
-    result = torch.bmm(result, columns.transpose(1, 2))
-    return result.view(number, rows.shape[1], channels, columns.shape[1])
-
-
-def crop_resize(images: torch.Tensor, p: Parameters, size: int) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> (N, size, 3, size) in [0, 1], of the parameters' dtype."""
-    height, width = images.shape[-2:]
-    rows = crop_matrix(p.top, p.height, None, size, height).mul_(1 / 255)
-    columns = crop_matrix(p.left, p.width, p.mirror, size, width)
-    pixels = images.permute(0, 2, 1, 3).to(rows.dtype, memory_format=torch.contiguous_format)
-    return apply_rows_then_columns(pixels, rows, columns)
-
-
-def blur(pixels: torch.Tensor, p: Parameters) -> torch.Tensor:
-    """Pixels (N, S, 3, S) with the samples blurred that are to be."""
-    matrix = blur_matrix(p.sigma, pixels.shape[1])
-    return _where(p.blurred, apply_rows_then_columns(pixels, matrix, matrix), pixels)
-
-
-# ------------------------------------------------------------------------------------------ colours
-
-
-def _where(flag: torch.Tensor, changed: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    return torch.where(flag.view(-1, 1, 1, 1) > 0, changed, pixels)
-
-
-def gray(pixels: torch.Tensor) -> torch.Tensor:
-    """Grey value of each pixel: (N, H, 3, W) -> (N, H, 1, W)."""
-    red, green, blue = pixels.split(1, dim=2)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
-def blend(pixels: torch.Tensor, kind: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """clamp(factor pixels + (1 - factor) reference, 0, 1).
-
-    kind (N,) chooses the reference: black (BRIGHTNESS), the mean of the image's grey (CONTRAST) or
-    the pixel's own grey (SATURATION); factor (N,).
-    """
-    factor, kind = factor.view(-1, 1, 1, 1), kind.view(-1, 1, 1, 1)
-    own = gray(pixels)
-    reference = (kind == SATURATION) * own + (kind == CONTRAST) * own.mean((1, 3), keepdim=True)
-    return (factor * pixels + (1.0 - factor) * reference).clamp_(0.0, 1.0)
-
-
-def shift_hue(pixels: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the hue by `shift` (N,), in turns, at constant HSV saturation and value.
-
-    With M and m the largest and smallest channel and h in [0, 6) the hue, the channel that peaks at
-    hue p (red 0, green 2, blue 4) is m + (M - m) clamp(2 - |h - p|, 0, 1), |.| on the circle.
-    """
-    red, green, blue = pixels.unbind(2)
-    largest, smallest = pixels.amax(2), pixels.amin(2)
-    spread = largest - smallest
-    is_red, is_green = largest == red, largest == green
-    hue = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    hue.div_(spread.clamp(min=1e-12))  # a grey pixel has spread 0 and any hue
-    hue.add_(torch.where(is_green, 2.0, 4.0).masked_fill_(is_red, 0.0))
-    hue.add_(6.0 * shift[:, None, None])
-    peaks = torch.arange(0.0, 6.0, 2.0, device=pixels.device)
-    distance = hue[:, :, None] - peaks[:, None]  # (N, H, 3, W)
-    distance.sub_(torch.round(distance / 6.0), alpha=6.0)
-    weight = distance.abs_().neg_().add_(2.0).clamp_(0.0, 1.0)
-    return torch.addcmul(smallest[:, :, None], weight, spread[:, :, None])
-
-
-def jitter(pixels: torch.Tensor, p: Parameters) -> torch.Tensor:
-    """The three blends and the hue in each sample's order, whether it is jittered or not.
-
-    Each blend runs on all samples, with factor 1 where it comes on the hue's other side.
-    """
-    kinds, hue_slot = slots(p.order)
-    factors = torch.stack((p.brightness, p.contrast, p.saturation), dim=1)
-    factors = factors.gather(1, torch.stack(kinds, dim=1)).unbind(1)
-    for slot in range(3):
-        pixels = blend(pixels, kinds[slot], torch.where(hue_slot > slot, factors[slot], 1.0))
-    pixels = shift_hue(pixels, p.hue)
-    for slot in range(3):
-        pixels = blend(pixels, kinds[slot], torch.where(hue_slot <= slot, factors[slot], 1.0))
-    return pixels
-
-
-def color(pixels: torch.Tensor, p: Parameters) -> torch.Tensor:
-    """Jitter, grey, blur and solarisation of the samples (N, S, 3, S) that are to have them."""
-    pixels = _where(p.jittered, jitter(pixels, p), pixels)
-    pixels = blur(_where(p.grayed, gray(pixels), pixels), p)
-    return solarize(pixels, p, THRESHOLD, 1.0)
-
-
-def solarize(
-    pixels: torch.Tensor,
-    p: Parameters,
-    threshold: torch.Tensor | float,
-    whole: torch.Tensor | float,
-) -> torch.Tensor:
-    """Values from `threshold` up taken from `whole`, black and white together, where flagged."""
-    chosen = (p.solarized.view(-1, 1, 1, 1) > 0) & (pixels >= threshold)
-    return torch.where(chosen, whole - pixels, pixels)
-
-
-# -------------------------------------------------------------------------------------------- views
-
-
-@lru_cache(maxsize=16)
-def constants_of(
-    mean: Triple, std: Triple, device: torch.device, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """(2, 3): 1 / std and -mean / std."""
-    rows = [[1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    return torch.tensor(rows, device=device, dtype=dtype)
-
-
-def normalize(pixels: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
-    """(N, H, 3, W) in [0, 1] -> (pixels - mean) / std as contiguous (N, 3, H, W)."""
-    constants = constants_of(tuple(mean), tuple(std), pixels.device, pixels.dtype)
-    scale, offset = constants.view(2, 3, 1, 1)
-    result = pixels.new_empty((len(pixels), 3, pixels.shape[1], pixels.shape[3]))
-    return torch.addcmul(offset, pixels.transpose(1, 2), scale, out=result)
-
-
-def render(
-    images: torch.Tensor,  # (N, 3, H, W) uint8
-    table: torch.Tensor,  # (N, columns): recipe.COLUMNS
-    size: int,
-    mean: Triple,
-    std: Triple,
-    colors: bool = True,
-) -> torch.Tensor:
-    """The views (N, 3, size, size) that a table stands for, in its dtype: the specification.
-
-    Args:
-        colors: whether anything follows the crop; without, its columns alone are read.
-    """
-    p = Parameters(*table.unbind(1))
-    # Autocast would run the resampling products in half precision.
-    with torch.autocast(images.device.type, enabled=False):
-        pixels = crop_resize(images, p, size)
-        return normalize(color(pixels, p) if colors else pixels, mean, std)
-
-
-def _after_triton(
-    views: torch.Tensor, table: torch.Tensor, mean: Triple, std: Triple
-) -> torch.Tensor:
+def _after_triton(views: Tensor, table: Tensor, mean: Triple, std: Triple) -> Tensor:
     """The blur and the solarisation, which Triton's kernel leaves out, of normalised views.
 
     The blur's weights sum to 1, so that it may follow the normalisation.
@@ -258,7 +47,7 @@ def _after_triton(
     return solarize(views, p, THRESHOLD * scale + offset, scale + 2 * offset).contiguous()
 
 
-def _check(images: torch.Tensor, size: int, cropped: bool = False) -> None:
+def _check(images: Tensor, size: int, cropped: bool = False) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
     if images.dtype != torch.uint8:
@@ -282,7 +71,7 @@ class Share(NamedTuple):
 
 def uniforms(
     number: int, columns: int, generator: torch.Generator | Share, device: torch.device
-) -> torch.Tensor:
+) -> Tensor:
     """Numbers (number, columns) in [0, 1) for samples whose images are on `device`."""
     generator, rank, size = generator if isinstance(generator, Share) else (generator, 0, 1)
     if generator.device.type not in ("cpu", device.type):
@@ -296,7 +85,7 @@ def uniforms(
 
 @torch.no_grad()
 def random_view(
-    images: torch.Tensor,  # (N, 3, H, W) uint8
+    images: Tensor,  # (N, 3, H, W) uint8
     size: int,
     mean: Triple,
     std: Triple,
@@ -305,7 +94,7 @@ def random_view(
     recipe: Recipe = RECIPE,
     cropped: bool = False,
     kernel: bool | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Crop, flip, what the recipe has of colours, normalise: float32 (N, 3, size, size).
 
     Args:
@@ -327,7 +116,7 @@ def random_view(
 
 
 @torch.no_grad()
-def center_view(images: torch.Tensor, size: int, mean: Triple, std: Triple) -> torch.Tensor:
+def center_view(images: Tensor, size: int, mean: Triple, std: Triple) -> Tensor:
     """The view for evaluation, not random: the largest centred square, resized, normalised.
 
     images uint8 (N, 3, H, W) -> float32 (N, 3, size, size).
@@ -338,7 +127,200 @@ def center_view(images: torch.Tensor, size: int, mean: Triple, std: Triple) -> t
 
 
 # Transforms, called as `random_view`, by the name of their recipe.
-VIEWS: dict[str, Callable[..., torch.Tensor]] = {
-    name: partial(random_view, recipe=recipe) for name, recipe in RECIPES.items()
+VIEWS: dict[str, Callable[..., Tensor]] = {
+    name: functools.partial(random_view, recipe=recipe) for name, recipe in RECIPES.items()
 }
 strong_view, weak_view = VIEWS["strong"], VIEWS["weak"]
+
+
+# -------------------------------------------------------------------------------------- transforms
+
+# uint8 (N, 3, H, W) -> float (N, 3, S, S)
+Transform = Callable[[Tensor, torch.Generator | Share], Tensor]
+Images = Tensor | Mapping[str, Tensor]  # of a batch; crops by the name of their view
+
+
+@dataclass(frozen=True)
+class RecipeTransform:
+    """What makes one of the method's views; also of crops, which were cut out of image files.
+
+    Attributes:
+        make: `softcl.data.strong_view` or another of VIEWS.
+        recipe: what it does to each sample.
+        side: of the view, in pixels.
+        mean, std: of the normalisation.
+        kernel: whether the device's kernel is demanded or left; None for where it runs.
+    """
+
+    make: Callable[..., Tensor]
+    recipe: Recipe
+    side: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    kernel: bool | None = None
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | Share, *, cropped: bool = False
+    ) -> Tensor:
+        return self.make(
+            images, self.side, self.mean, self.std, generator,
+            recipe=self.recipe, cropped=cropped, kernel=self.kernel,
+        )  # fmt: skip
+
+
+def make_view(
+    views: Mapping[str, Transform], name: str, images: Images, generator: torch.Generator | Share
+) -> Tensor:
+    """One view (N, 3, S, S) of a batch of whole images, or of its crops."""
+    if isinstance(images, Mapping):
+        return views[name](images[name], generator, cropped=True)
+    return views[name](images, generator)
+
+
+def device_of(images: Images) -> torch.device:
+    return (next(iter(images.values())) if isinstance(images, Mapping) else images).device
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+LARGEST_IMAGE = 2**31 // 3  # pixels: places inside one image are counted in 32 bits
+
+# From images (N, 3, H, W) uint8, table (N, columns), constants (2, 3), size and colors to views.
+Kernel = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
+
+
+def kernel_for(images: Tensor, wanted: bool | None = None) -> Kernel | None:
+    """The kernel that makes views of these images if it is wanted, else None.
+
+    Args:
+        wanted: False for never, True to demand it, None for where it runs.
+
+    Raises:
+        RuntimeError: it is demanded and does not run.
+    """
+    if wanted is False:
+        return None
+    reason = kernel_missing(images.device, tried=wanted is None)
+    if reason is None and images.shape[-2] * images.shape[-1] >= LARGEST_IMAGE:
+        reason = f"takes images of less than {LARGEST_IMAGE} pixels"
+    if reason is None:
+        return triton_view if _is_tritons(images.device) else compiled_view
+    if wanted:
+        raise RuntimeError(f"the views' kernel {reason}")
+    return None
+
+
+def kernel_missing(device: torch.device, tried: bool = True) -> str | None:
+    """Why no kernel runs on a device, or None where one does.
+
+    A GPU's is used, unless it is demanded, after it was right once there (softcl/trust.py).
+    """
+    if not _is_tritons(device):
+        reason = native.load_for_cpu()[1]
+        return f"does not run: {reason}" if reason else None
+    if device.type not in ("cpu", "cuda"):
+        return "needs a CPU or a CUDA device"
+    if device.type == "cuda" and torch.version.hip is None:
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs compute capability 8.0 or later"
+    if not _has_triton():
+        return "needs triton"
+    if device.type == "cpu" or not tried:
+        return None
+    reason = trust.reason_against(
+        "softcl.data.views:try_kernel", "the views' kernel", device, columns=len(COLUMNS)
+    )
+    return None if reason is None else f"failed on this machine: {reason}"
+
+
+def try_kernel(device: str, columns: int) -> None:
+    """Weak and strong views of random images, by the device's kernel and by PyTorch.
+
+    Raises:
+        AssertionError: they differ by more than rounding does.
+        Exception: the kernel fails.
+    """
+    images = torch.randint(256, (16, 3, 40, 48), generator=torch.Generator().manual_seed(0))
+    images = images.to(device, torch.uint8)
+    for name in ("weak", "strong"):
+        found, expected = (
+            random_view(
+                images, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), torch.Generator().manual_seed(1),
+                recipe=RECIPES[name], kernel=kernel,
+            )
+            for kernel in (True, False)
+        )  # fmt: skip
+        error = float((found - expected).abs().max())
+        assert error <= 0.02, f"a {name} view is off by {error:.2e}"  # of a range of 4
+
+
+def describe_kernel(device: torch.device, wanted: bool | None = None) -> str:
+    """What makes the views on a device, in words."""
+    if wanted is False:
+        return "by PyTorch, as asked for"
+    reason = kernel_missing(device)
+    if reason is not None:
+        return f"by PyTorch (the kernel {reason})"
+    if _is_tritons(device):
+        return "by the Triton kernel"
+    return f"by the compiled kernel ({native.load()[0].isa()})"
+
+
+def _is_tritons(device: torch.device) -> bool:
+    """Whether the kernel for a device is Triton's: on GPUs, and on CPUs in its interpreter."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_view(
+    images: Tensor,
+    table: Tensor,
+    constants: Tensor,
+    size: int,
+    colors: bool,
+) -> Tensor:
+    """The views (N, 3, size, size) float32, not blurred nor solarized."""
+    from softcl.kernels import views
+
+    arguments = (images.contiguous(), table.contiguous(), constants, size, colors)
+    if images.device.type != "cuda":
+        return views.launch(*arguments)
+    with torch.cuda.device(images.device):  # Triton launches on the current device
+        return views.launch(*arguments)
+
+
+def compiled_view(
+    images: Tensor,
+    table: Tensor,
+    constants: Tensor,
+    size: int,
+    colors: bool,
+) -> Tensor:
+    """The views (N, 3, size, size) float32; without `colors` of the crop's columns alone.
+
+    A view's bits are a function of its own image, its parameters and the instruction set
+    (`softcl._C.isa()`): other samples of the batch and the number of threads change nothing.
+
+    Raises:
+        ValueError: naming a number of the table that is out of range.
+    """
+    assert table.shape == (len(images), len(COLUMNS)) and table.dtype == torch.float32
+    images, table, constants = images.contiguous(), table.contiguous(), constants.contiguous()
+    views = torch.empty((len(images), 3, size, size))
+    native.load()[0].cpu_views(
+        images=images.data_ptr(),
+        table=table.data_ptr(),
+        constants=constants.data_ptr(),
+        views=views.data_ptr(),
+        num_images=len(images),
+        height=images.shape[2],
+        width=images.shape[3],
+        size=size,
+        colors=colors,
+        num_threads=torch.get_num_threads(),
+    )
+    return views

@@ -26,7 +26,8 @@ from softcl.distributed.shards import ShardedRows
 from softcl.labels import HardLabels
 from softcl.ops import algebra, library, register_rows
 from softcl.ops.algebra import merge_neighbors, merge_sums
-from softcl.ops.call import Call, LossCall, StatisticsCall, read_temperatures, sum_dtype
+from softcl.ops.call import Call, LossCall, StatisticsCall, sum_dtype
+from softcl.ops.library import read_temperatures
 
 _NO_ROW = 1 << 62  # stands after every row where a part has too few
 

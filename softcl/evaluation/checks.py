@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softcl.ops.checks import (
+from softcl.ops.call import (
     all_finite,
     check_rows,
     explain_non_finite,

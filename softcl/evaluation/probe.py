@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softcl.evaluation.checks import check_labels, check_positive, check_vectors, check_whole
-from softcl.ops.checks import check_rows
+from softcl.ops.call import check_rows
 
 EPOCHS, BATCH, RATE, DROPS = 100, 256, 10.0, (60, 80)
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

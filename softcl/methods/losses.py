@@ -50,7 +50,7 @@ from softcl.methods.sce import SCE
 from softcl.methods.snclr import SNCLR
 from softcl.methods.vectors import check_order, check_share
 from softcl.nn import MemoryQueue
-from softcl.ops.checks import check_rows, shape_of
+from softcl.ops.call import check_rows, shape_of
 
 __all__ = [
     "ASCLLoss",

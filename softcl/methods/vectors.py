@@ -12,7 +12,7 @@ from torch import Tensor
 from softcl.distributed import ShardedQueue, ShardedRows, World
 from softcl.methods.method import Method
 from softcl.nn import MemoryQueue
-from softcl.ops.checks import (
+from softcl.ops.call import (
     all_finite,
     check_rows,
     check_rows_like,

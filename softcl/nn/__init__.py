@@ -5,8 +5,8 @@ built; the rest needs torch alone.
 """
 
 from softcl.nn.backbones import build_backbone
-from softcl.nn.encoder import Encoder, Projector, build_head
-from softcl.nn.momentum import make_teacher, shuffled, update_teacher
+from softcl.nn.encoder import Encoder, make_teacher, shuffled, update_teacher
+from softcl.nn.heads import Projector, build_head
 from softcl.nn.queue import MemoryQueue
 from softcl.nn.split_batch_norm import SplitBatchNorm2d, convert_split_batch_norm
 

@@ -16,13 +16,10 @@ from types import ModuleType
 
 import torch
 
-from softcl import trust
+from softcl import native, trust
+from softcl.native import ELEMENT_TYPES
 
 SMALLEST_NORM = 1e-12  # below it the operator's normalisation no longer gives unit rows
-
-# The values of ElementType in csrc/include/softcl/element_type.h.
-ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 LIBRARY = torch.library.Library("softcl", "FRAGMENT")
 LIBRARY.define(
@@ -79,27 +76,18 @@ def write(
     infinite in float16. rows and refused change in place; the host waits for no device.
     """
     known = keys.dtype in ELEMENT_TYPES and rows.dtype in ELEMENT_TYPES and len(keys) > 0
-    native = _native() if rows.device.type == "cpu" else None
-    kernel = kernel_for(keys, rows) if known and native is None else None
-    if known and native:
-        enqueue_native(native, keys, rows, refused, pointer, normalize)
+    module = native.load()[0] if rows.device.type == "cpu" else None
+    kernel = kernel_for(keys, rows) if known and module is None else None
+    if known and module:
+        enqueue_native(module, keys, rows, refused, pointer, normalize)
     elif kernel:
         enqueue_triton(kernel, keys, rows, refused, pointer, normalize)
     else:
         enqueue_torch(keys, rows, refused, pointer, normalize)
 
 
-@functools.cache
-def _native() -> ModuleType | None:
-    try:
-        from softcl import _C
-    except ImportError:
-        return None
-    return _C
-
-
 def enqueue_native(
-    native: ModuleType,
+    module: ModuleType,
     keys: torch.Tensor,
     rows: torch.Tensor,
     refused: torch.Tensor,
@@ -110,7 +98,7 @@ def enqueue_native(
     keys = keys.contiguous()
     if keys.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         keys = keys.clone()
-    refused += native.cpu_enqueue(
+    refused += module.cpu_enqueue(
         keys=keys.data_ptr(),
         queue=rows.data_ptr(),
         num_keys=keys.shape[0],

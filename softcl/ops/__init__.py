@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from softcl.labels import LabelRule
-from softcl.ops import algebra, checks, library
+from softcl.ops import algebra, library
 from softcl.ops.backends import (
     BACKENDS,
     FUSED_BACKENDS,
@@ -32,8 +32,24 @@ from softcl.ops.backends import (
     check_backend_name,
     choose,
 )
-from softcl.ops.call import LossCall, StatisticsCall, sum_dtype
-from softcl.ops.checks import REDUCTIONS
+from softcl.ops.call import (
+    REDUCTIONS,
+    LossCall,
+    StatisticsCall,
+    all_finite,
+    check_constant_rows,
+    check_count,
+    check_excluded,
+    check_rows,
+    check_rows_like,
+    explain_non_finite,
+    filled_rows,
+    integer_of,
+    shape_of,
+    sum_dtype,
+    temperature_of,
+    values_are_at_hand,
+)
 
 __all__ = [
     "BACKENDS",
@@ -165,18 +181,16 @@ def soft_contrastive_loss(
 
     Sources: methods and formulas are cited at each rule in :mod:`softcl.labels`.
     """
-    checks.check_rows("query", query)
-    checks.check_constant_rows("key", key, query, "query")
+    check_rows("query", query)
+    check_constant_rows("key", key, query, "query")
     elsewhere = operator_of(queue)
     local = queue if elsewhere is None else elsewhere.local_rows(queue, query=query)
-    checks.check_constant_rows("queue", local, query, "query")
+    check_constant_rows("queue", local, query, "query")
     if key.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"key must have query's shape {checks.shape_of(query)}, got {checks.shape_of(key)}"
-        )
+        raise ValueError(f"key must have query's shape {shape_of(query)}, got {shape_of(key)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    queue = checks.filled_rows(queue, filled)
+    queue = filled_rows(queue, filled)
     _check_labels(rule, query, queue, excluded, backend)
     if key.dtype != query.dtype:
         dtype = torch.promote_types(key.dtype, query.dtype)
@@ -186,8 +200,8 @@ def soft_contrastive_loss(
         key,
         queue,
         rule,
-        checks.temperature_of("temperature", temperature),
-        checks.temperature_of("teacher_temperature", teacher_temperature),
+        temperature_of("temperature", temperature),
+        temperature_of("teacher_temperature", teacher_temperature),
         bool(positive),
         bool(normalize),
         excluded,
@@ -198,9 +212,9 @@ def soft_contrastive_loss(
     loss, dquery, *shown = (library if elsewhere is None else elsewhere).run(call)
     # Of unit rows the gradient is finite where the loss is.
     checked = (loss,) if normalize else (loss, dquery)
-    if checks.values_are_at_hand(loss) and not checks.all_finite(*checked):
+    if values_are_at_hand(loss) and not all_finite(*checked):
         rows = queue if elsewhere is None else queue.local
-        checks.explain_non_finite(query=query, key=key, queue=rows)
+        explain_non_finite(query=query, key=key, queue=rows)
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     if not diagnostics:
@@ -246,20 +260,20 @@ def queue_statistics(
         TypeError, ValueError: an argument is unusable; the message names it and its value.
         UnsupportedBackendError: the backend asked for cannot run this call.
     """
-    checks.check_rows("vectors", vectors)
+    check_rows("vectors", vectors)
     elsewhere = operator_of(queue)
     local = queue if elsewhere is None else elsewhere.local_rows(queue, vectors=vectors)
-    checks.check_rows_like("queue", local, vectors, "vectors")
-    checks.check_excluded(excluded, vectors, queue.shape[0])
-    k = checks.integer_of("num_neighbors", num_neighbors)
-    checks.check_count("num_neighbors", k, queue.shape[0] - int(excluded is not None))
+    check_rows_like("queue", local, vectors, "vectors")
+    check_excluded(excluded, vectors, queue.shape[0])
+    k = integer_of("num_neighbors", num_neighbors)
+    check_count("num_neighbors", k, queue.shape[0] - int(excluded is not None))
     check_backend_name(backend)
-    temperature = checks.temperature_of("temperature", temperature)
+    temperature = temperature_of("temperature", temperature)
     call = StatisticsCall(vectors, queue, temperature, k, bool(sums), excluded, backend)
     statistics = QueueStatistics(*(library if elsewhere is None else elsewhere).run(call))
     shown = statistics.lse if sums else statistics.neighbor_logits
-    if checks.values_are_at_hand(shown) and not checks.all_finite(shown):
-        checks.explain_non_finite(vectors=vectors, queue=local)
+    if values_are_at_hand(shown) and not all_finite(shown):
+        explain_non_finite(vectors=vectors, queue=local)
     return statistics
 
 
@@ -281,17 +295,15 @@ def label_mean(
     sum_j y_j (2 - 2 z . v_j) = 2 - 2 z . m. The arguments are those of
     :func:`soft_contrastive_loss`, and so are the errors. No gradient is recorded.
     """
-    checks.check_rows("key", key)
+    check_rows("key", key)
     elsewhere = operator_of(queue)
     local = queue if elsewhere is None else elsewhere.local_rows(queue, key=key)
-    checks.check_constant_rows("queue", local, key, "key")
-    queue = checks.filled_rows(queue, filled)
+    check_constant_rows("queue", local, key, "key")
+    queue = filled_rows(queue, filled)
     _check_labels(rule, key, queue, excluded, backend)
-    teacher_temperature = checks.temperature_of("teacher_temperature", teacher_temperature)
+    teacher_temperature = temperature_of("teacher_temperature", teacher_temperature)
     if isinstance(teacher_temperature, Tensor):  # read here, under its own name
-        teacher_temperature = checks.temperature_of(
-            "teacher_temperature", teacher_temperature.item()
-        )
+        teacher_temperature = temperature_of("teacher_temperature", teacher_temperature.item())
     dtype = sum_dtype(key, local)
     if normalize:
         key = algebra.unit_rows(key, dtype)[0].to(key.dtype)
@@ -369,7 +381,7 @@ def merge_statistics(
     dtype, lengths = parts[0].lse.dtype, [part.neighbor_indices.shape[1] for part in parts]
     k = max(lengths)
     if num_neighbors is not None:
-        k = checks.integer_of("num_neighbors", num_neighbors)
+        k = integer_of("num_neighbors", num_neighbors)
         if not 0 <= k <= sum(lengths):
             raise ValueError(
                 f"num_neighbors must be between 0 and the parts' {sum(lengths)} together, got {k}"
@@ -402,9 +414,9 @@ def _check_labels(
 ) -> None:
     if not isinstance(rule, LabelRule):
         raise TypeError(f"rule must be a softcl.LabelRule, got {rule!r}")
-    checks.check_excluded(excluded, rows, queue.shape[0])
+    check_excluded(excluded, rows, queue.shape[0])
     limit = queue.shape[0] - int(excluded is not None)
-    checks.check_count("rule.num_neighbors", rule.num_neighbors, limit)
+    check_count("rule.num_neighbors", rule.num_neighbors, limit)
     check_backend_name(backend)
 
 

@@ -7,39 +7,24 @@ inputs and the same ``torch.get_num_threads()``.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from softcl.ops import native
-from softcl.ops.call import Call
-
-
-@functools.cache
-def _isa_refused() -> str | None:
-    """Why SOFTCL_CPU_ISA cannot be obeyed, or None."""
-    module, _ = native.load()
-    try:
-        module.isa()
-    except ValueError as error:
-        return str(error)
-    return None
+from softcl import native
+from softcl.ops.call import Call, fields_of, unsupported_types
 
 
 def unsupported(call: Call) -> str | None:
     """Why this backend cannot run ``call``, or None."""
     if call.query.device.type != "cpu":
         return f"the tensors are on {call.query.device.type}"
-    module, reason = native.load()
-    if module is None:
-        return reason
-    return native.unsupported_types(call) or _isa_refused()
+    module, reason = native.load_for_cpu()
+    return reason if module is None else unsupported_types(call)
 
 
 def run(call: Call) -> tuple[Tensor, ...]:
     """The results of the call, as its `empty_results` lists them."""
     module, _ = native.load()
     results = call.empty_results()
-    module.cpu_run(num_threads=torch.get_num_threads(), **native.fields_of(call, results))
+    module.cpu_run(num_threads=torch.get_num_threads(), **fields_of(call, results))
     return tuple(results.values())

@@ -26,8 +26,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from softcl.ops import native
-from softcl.ops.call import Call
+from softcl import native
+from softcl.ops.call import Call, fields_of, unsupported_types
 
 MOST_NEIGHBORS = 1024
 MOST_ROWS = 1 << 30
@@ -77,7 +77,7 @@ def unsupported(call: Call) -> str | None:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     if call.excluded is not None:
         return "its kernels do not know excluded rows"
-    reason = native.unsupported_types(call)
+    reason = unsupported_types(call)
     if reason is not None:
         return reason
     most = _most_dimensions(call.query.dtype, call.queue.dtype, index)
@@ -95,7 +95,7 @@ def run(call: Call) -> tuple[Tensor, ...]:
     module, _ = _load()
     device = call.query.device
     results = call.empty_results()
-    fields = native.fields_of(call, results)
+    fields = fields_of(call, results)
     where = {"device": _index_of(device), "stream": _stream_of(device)}
     # The first call only tells the size of the workspace, which is taken from torch's allocator.
     size = module.cuda_run(**fields, **where, workspace=0, workspace_bytes=0)

@@ -15,9 +15,10 @@ import functools
 import torch
 from torch import Tensor
 
+from softcl.labels import LabelRule
 from softcl.ops import algebra
 from softcl.ops.backends import load_chosen
-from softcl.ops.call import Call, LossCall, StatisticsCall, pack, read, schema, unpack
+from softcl.ops.call import Call, LossCall, StatisticsCall, check_temperature
 
 LIBRARY = torch.library.Library("softcl", "DEF")
 
@@ -43,6 +44,105 @@ def _fake(kind: type[Call]):
         return tuple(unpack(kind, arguments).empty_results().values())
 
     return fake
+
+
+# ------------------------------------------------------------------------------- arguments
+
+# Temperatures travel as tensors, so that one that changes every step is no constant of a
+# compiled graph; a rule as its numbers.
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "LabelRule": "float[]",
+    "float": "Tensor",
+    "int": "SymInt",
+    "bool": "bool",
+    "str": "str",
+}
+
+
+def schema(kind: type[Call]) -> str:
+    """The operator's parameters as torch.library writes them, in the order of the fields."""
+    types = kind.__annotations__.items()
+    return ", ".join(f"{_SCHEMA_TYPES[annotation(t)]} {name}" for name, t in types)
+
+
+def annotation(hint) -> str:
+    """A field's annotation as it was written."""
+    return getattr(hint, "__forward_arg__", hint)
+
+
+_ONE = torch.ones(1, dtype=torch.float64)  # of one dimension: a 0-dim tensor becomes a symbol
+_scalars: dict[float, Tensor] = {}
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor of one element on the CPU; a tensor is one already."""
+    if isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling():
+        # A product keeps a number that changes from becoming a constant of the graph.
+        return _ONE * value
+    found = _scalars.get(value)
+    if found is None or type(like) is not Tensor:  # fake tensors take no part in the cache
+        found = torch.full((), value, dtype=torch.float64)
+        if type(found) is Tensor and len(_scalars) < 64:
+            _scalars[value] = found
+    return found
+
+
+def pack(call: Call) -> tuple:
+    """The operator's arguments."""
+    query = call.query
+    if isinstance(call, StatisticsCall):
+        return (*call[:2], scalar(call.temperature, query), *call[3:])
+    return (
+        *call[:3],
+        call.rule.to_numbers(),
+        scalar(call.temperature, query),
+        scalar(call.teacher_temperature, query),
+        *call[6:],
+    )
+
+
+def unpack(kind: type[Call], arguments: tuple) -> Call:
+    """The call of an operator's arguments. Temperatures stay tensors: a fake one has no value."""
+    if kind is StatisticsCall:
+        return StatisticsCall(*arguments)
+    return LossCall(*arguments[:3], LabelRule.from_numbers(arguments[3]), *arguments[4:])
+
+
+def read_temperatures(call: Call) -> Call:
+    """The call with its temperatures as numbers, checked once more."""
+    return type(call)(*_read(call, _TEMPERATURES[type(call)], ()))
+
+
+def read(call: Call) -> Call:
+    """The call as a backend gets it: temperatures that are numbers, and contiguous tensors."""
+    kind = type(call)
+    return kind(*_read(call, _TEMPERATURES[kind], _TENSORS[kind]))
+
+
+def _read(call: Call, temperatures: list[int], tensors: list[int]) -> list:
+    values = list(call)
+    for place in temperatures:
+        values[place] = value = float(values[place])
+        check_temperature(call._fields[place], value)
+    for place in tensors:
+        if values[place] is not None:
+            values[place] = values[place].contiguous()
+    return values
+
+
+def _places(names: tuple[str, ...]) -> dict[type, list[int]]:
+    return {
+        kind: [place for place, name in enumerate(kind._fields) if name in names]
+        for kind in (StatisticsCall, LossCall)
+    }
+
+
+_TENSORS = _places(("query", "key", "queue", "excluded"))
+_TEMPERATURES = _places(("temperature", "teacher_temperature"))
 
 
 # ----------------------------------------------------------------------------------------- gradient

@@ -44,11 +44,12 @@ from softcl.train.folder import (
     settle_restart,
 )
 from softcl.train.images import fingerprint
-from softcl.train.log import Diverged, record
+from softcl.train.log import record
 from softcl.train.loop import Run
 from softcl.train.parallel import StopRequest, StopVote
 from softcl.train.parts import Parts, RunError, assemble
 from softcl.train.pictures import draw_views
+from softcl.train.step import Diverged
 
 __all__ = ["Fitted", "fit"]
 

@@ -25,11 +25,12 @@ from softcl.data import (
 )
 from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE
+from softcl.data.views import Images, RecipeTransform, Transform
 from softcl.distributed import ALONE, World
 from softcl.methods import Method, View
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import default_size
-from softcl.train.step import Images, RecipeTransform, Transform, derived_seed
+from softcl.train.step import derived_seed
 
 
 def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]:

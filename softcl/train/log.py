@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import sys
@@ -15,118 +14,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
 
 import softcl
-from softcl.data.kernels import describe_kernel
+from softcl.data.views import describe_kernel
 from softcl.train.config import TrainConfig
 from softcl.train.folder import METRICS, RunFolder, finite
 from softcl.train.parts import Parts
-from softcl.train.step import MEASURES
-
-FIRST_STEPS = 50  # each has a line of its own
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
-
-
-class Meter:
-    """Watches the loss of every step, and makes rows of the measures of some.
-
-    On a GPU the host looks at each loss one step late, when the next step has been launched, so
-    that it never waits for an idle device. A row has the measures of its own step, so that rows do
-    not depend on where a run was interrupted; only the speed is that since the row before.
-
-    Args:
-        every: steps per row, after the first FIRST_STEPS.
-        batch_size: N.
-    """
-
-    def __init__(self, every: int, batch_size: int) -> None:
-        self.every, self.batch_size = every, batch_size
-        self._last: tuple[int, Tensor] | None = None  # step, measures (5,)
-        self._watched: tuple[int, Tensor, Any] | None = None  # step, its loss's copy, its arrival
-        self._since, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
-        self.loss = math.nan
-
-    def add(self, step: int, measures: Tensor) -> None:
-        """Take in a step and check its loss; on a GPU that of the step before.
-
-        Raises:
-            Diverged: naming the step.
-        """
-        self._last = step, measures
-        self._timed_steps += 1
-        if measures.device.type == "cpu":
-            _check_loss(step, float(measures[0]))
-        else:
-            self._watch(step, *_copy_to_host(measures[0]))
-
-    def _watch(self, step: int, loss: Tensor, arrival: Any) -> None:
-        """Check the loss that was on its way to the host during the last step."""
-        watched, self._watched = self._watched, (step, loss, arrival)
-        if watched is not None:
-            before, loss, arrival = watched
-            arrival.synchronize()
-            _check_loss(before, float(loss))
-
-    def due(self, step: int, last_step: int) -> bool:
-        """Whether a row is due after this many steps; the early ones would keep a GPU waiting."""
-        early = step <= FIRST_STEPS and self._last[1].device.type == "cpu"
-        return early or step % self.every == 0 or step == last_step
-
-    def row(self, waited: float) -> dict[str, Any]:
-        """The row of the last step.
-
-        Args:
-            waited: seconds spent waiting for data since the run started.
-
-        Raises:
-            Diverged: its loss is not finite.
-        """
-        step, measures = self._last
-        values = dict(zip(MEASURES, measures.tolist(), strict=True))
-        _check_loss(step, values["loss"])
-        self.loss = values["loss"]
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        speed = {
-            "images_per_s": self._timed_steps * self.batch_size / seconds,
-            "data_wait": min((waited - self._waited) / seconds, 1.0),
-        }
-        self.restart(waited)
-        return {"step": step, **values, **speed}
-
-    def check(self) -> None:
-        """Look at the last loss (before a checkpoint is written).
-
-        Raises:
-            Diverged: it is not finite.
-        """
-        if self._last is not None:
-            _check_loss(self._last[0], float(self._last[1][0]))
-
-    def restart(self, waited: float) -> None:
-        """Measure the speed from now on."""
-        self._since, self._waited, self._timed_steps = time.perf_counter(), waited, 0
-
-    def skip(self, seconds: float) -> None:
-        """Leave the last `seconds`, spent on something else than training, out of the speed."""
-        self._since += seconds
-
-
-def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy under way to the host, and the event after which it is there."""
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    copy.copy_(value, non_blocking=True)
-    arrival = torch.cuda.Event()
-    arrival.record()
-    return copy, arrival
-
-
-def _check_loss(step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss of step {step} is {loss}")
 
 
 class MetricsLog:

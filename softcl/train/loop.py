@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from softcl.data.views import Images
 from softcl.evaluation.recalibration import recalibrated
 from softcl.train.checkpoint import BEST, LAST, name_too, write_checkpoint
 from softcl.train.folder import (
@@ -22,8 +23,6 @@ from softcl.train.folder import (
 )
 from softcl.train.images import fingerprint
 from softcl.train.log import (
-    Diverged,
-    Meter,
     MetricsLog,
     PlainProgress,
     clock,
@@ -33,11 +32,18 @@ from softcl.train.log import (
     record,
     versions,
 )
-from softcl.train.optim import learning_rate, teacher_momentum
 from softcl.train.parallel import StopVote, average_buffers
 from softcl.train.parts import Parts
 from softcl.train.pictures import choose_queries, draw_neighbors, draw_views, nearest
-from softcl.train.step import Images, first_damaged, query_spread, train_step
+from softcl.train.step import (
+    Diverged,
+    Meter,
+    first_damaged,
+    learning_rate,
+    query_spread,
+    teacher_momentum,
+    train_step,
+)
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 

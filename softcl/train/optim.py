@@ -1,19 +1,15 @@
-"""The student's optimiser, which parameters decay, and what changes by plan from step to step.
+"""The student's optimiser, and which parameters decay.
 
 A method's lr and weight decay are for the optimiser that they were published with. Under another
-one they come from STANDARD, unless given. The schedules are functions of the step alone, where
-torch's schedulers have a state that checkpoints would have to hold.
+one they come from STANDARD, unless given.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-from softcl.methods.method import SCHEDULES
 
 OPTIMIZERS = ("sgd", "lars", "adamw")
 _BATCH = 256  # the batch that a rate of STANDARD is for; it grows in proportion
@@ -95,35 +91,3 @@ def parameter_groups(
     for name, parameter in module.named_parameters():
         groups[parameter.ndim <= 1 or name in named]["params"].append(parameter)
     return [group for group in groups if group["params"]]
-
-
-def learning_rate(
-    step: int, *, peak: float, steps_per_epoch: int, epochs: int, warmup_epochs: float
-) -> float:
-    """Linear from 0 to `peak` over the warm-up, then a half cosine to 0, per step (as ASCL's code).
-
-        t = step / steps_per_epoch
-        lr = peak t / warmup_epochs                                              t < warmup_epochs
-        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2         else
-
-    `step` counts from 0: the first step of a warm-up has a rate of 0.
-    """
-    epoch = step / steps_per_epoch
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    if warmup_epochs >= epochs:
-        return peak
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return 0.5 * peak * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def teacher_momentum(step: int, *, start: float, schedule: str, total_steps: int) -> float:
-    """The momentum of a step, from 0: `start`, or from there to 1 along a half cosine (BYOL).
-
-    m = 1 - (1 - start) (1 + cos(pi step / total_steps)) / 2                    "cosine"
-    """
-    if schedule == "constant":
-        return start
-    if schedule == "cosine":
-        return 1.0 - (1.0 - start) * (1.0 + math.cos(math.pi * step / total_steps)) / 2
-    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")

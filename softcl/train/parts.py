@@ -15,7 +15,7 @@ from torch import nn
 
 from softcl.command import ConfigError, did_you_mean
 from softcl.data import DataError, ImageSet
-from softcl.data.kernels import kernel_missing
+from softcl.data.views import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods.method import Method

@@ -1,58 +1,26 @@
-"""One training step, the state it changes, its randomness, and where its numbers failed."""
+"""One training step: the state it changes, its randomness, its schedules, its numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softcl.data.recipe import Recipe
-from softcl.data.views import Share
+from softcl.data.views import Images, Share, Transform, device_of, make_view
 from softcl.distributed import ALONE, ShardedQueue, World
-from softcl.methods.method import Batch, Method, Result
+from softcl.methods.method import SCHEDULES, Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
 from softcl.train.parallel import shuffled_among
 
 # What train_step returns, in this order.
 MEASURES = ("loss", "confidence", "entropy", "positive_top1", "query_spread")
-
-# uint8 (N, 3, H, W) -> float (N, 3, S, S)
-Transform = Callable[[Tensor, torch.Generator | Share], Tensor]
-Images = Tensor | Mapping[str, Tensor]  # of a batch; crops by the name of their view
-
-
-@dataclass(frozen=True)
-class RecipeTransform:
-    """What makes one of the method's views; also of crops, which were cut out of image files.
-
-    Attributes:
-        make: `softcl.data.strong_view` or another of VIEWS.
-        recipe: what it does to each sample.
-        side: of the view, in pixels.
-        mean, std: of the normalisation.
-        kernel: whether the device's kernel is demanded or left; None for where it runs.
-    """
-
-    make: Callable[..., Tensor]
-    recipe: Recipe
-    side: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    kernel: bool | None = None
-
-    def __call__(
-        self, images: Tensor, generator: torch.Generator | Share, *, cropped: bool = False
-    ) -> Tensor:
-        return self.make(
-            images, self.side, self.mean, self.std, generator,
-            recipe=self.recipe, cropped=cropped, kernel=self.kernel,
-        )  # fmt: skip
 
 
 class Trained(nn.Module):
@@ -188,19 +156,6 @@ def train_step(
     return torch.stack(measures).mean(0)
 
 
-def make_view(
-    views: Mapping[str, Transform], name: str, images: Images, generator: torch.Generator | Share
-) -> Tensor:
-    """One view (N, 3, S, S) of a batch of whole images, or of its crops."""
-    if isinstance(images, Mapping):
-        return views[name](images[name], generator, cropped=True)
-    return views[name](images, generator)
-
-
-def device_of(images: Images) -> torch.device:
-    return (next(iter(images.values())) if isinstance(images, Mapping) else images).device
-
-
 def _no_exchange(state: TrainState) -> contextlib.AbstractContextManager:
     """Gradients are summed in each process, and averaged with those of the last part."""
     return contextlib.nullcontext() if state.parallel is None else state.parallel.no_sync()
@@ -308,7 +263,47 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-# ------------------------------------------------------------------------------ failing numbers
+# -------------------------------------------------------------------------------------- schedules
+
+# Functions of the step alone, where torch's schedulers have a state that checkpoints would have to
+# hold.
+
+
+def learning_rate(
+    step: int, *, peak: float, steps_per_epoch: int, epochs: int, warmup_epochs: float
+) -> float:
+    """Linear from 0 to `peak` over the warm-up, then a half cosine to 0, per step (as ASCL's code).
+
+        t = step / steps_per_epoch
+        lr = peak t / warmup_epochs                                              t < warmup_epochs
+        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2         else
+
+    `step` counts from 0: the first step of a warm-up has a rate of 0.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    if warmup_epochs >= epochs:
+        return peak
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return 0.5 * peak * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def teacher_momentum(step: int, *, start: float, schedule: str, total_steps: int) -> float:
+    """The momentum of a step, from 0: `start`, or from there to 1 along a half cosine (BYOL).
+
+    m = 1 - (1 - start) (1 + cos(pi step / total_steps)) / 2                    "cosine"
+    """
+    if schedule == "constant":
+        return start
+    if schedule == "cosine":
+        return 1.0 - (1.0 - start) * (1.0 + math.cos(math.pi * step / total_steps)) / 2
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+# --------------------------------------------------------------------------------- failing numbers
+
+FIRST_STEPS = 50  # each has a line of its own
 
 
 def first_damaged(state: TrainState, *, gradients: bool = False) -> str | None:
@@ -333,3 +328,105 @@ def first_damaged(state: TrainState, *, gradients: bool = False) -> str | None:
         if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} is not finite"
     return None
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Meter:
+    """Watches the loss of every step, and makes rows of the measures of some.
+
+    On a GPU the host looks at each loss one step late, when the next step has been launched, so
+    that it never waits for an idle device. A row has the measures of its own step, so that rows do
+    not depend on where a run was interrupted; only the speed is that since the row before.
+
+    Args:
+        every: steps per row, after the first FIRST_STEPS.
+        batch_size: N.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        self.every, self.batch_size = every, batch_size
+        self._last: tuple[int, Tensor] | None = None  # step, measures (5,)
+        self._watched: tuple[int, Tensor, Any] | None = None  # step, its loss's copy, its arrival
+        self._since, self._waited, self._timed_steps = time.perf_counter(), 0.0, 0
+        self.loss = math.nan
+
+    def add(self, step: int, measures: Tensor) -> None:
+        """Take in a step and check its loss; on a GPU that of the step before.
+
+        Raises:
+            Diverged: naming the step.
+        """
+        self._last = step, measures
+        self._timed_steps += 1
+        if measures.device.type == "cpu":
+            _check_loss(step, float(measures[0]))
+        else:
+            self._watch(step, *_copy_to_host(measures[0]))
+
+    def _watch(self, step: int, loss: Tensor, arrival: Any) -> None:
+        """Check the loss that was on its way to the host during the last step."""
+        watched, self._watched = self._watched, (step, loss, arrival)
+        if watched is not None:
+            before, loss, arrival = watched
+            arrival.synchronize()
+            _check_loss(before, float(loss))
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether a row is due after this many steps; the early ones would keep a GPU waiting."""
+        early = step <= FIRST_STEPS and self._last[1].device.type == "cpu"
+        return early or step % self.every == 0 or step == last_step
+
+    def row(self, waited: float) -> dict[str, Any]:
+        """The row of the last step.
+
+        Args:
+            waited: seconds spent waiting for data since the run started.
+
+        Raises:
+            Diverged: its loss is not finite.
+        """
+        step, measures = self._last
+        values = dict(zip(MEASURES, measures.tolist(), strict=True))
+        _check_loss(step, values["loss"])
+        self.loss = values["loss"]
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        speed = {
+            "images_per_s": self._timed_steps * self.batch_size / seconds,
+            "data_wait": min((waited - self._waited) / seconds, 1.0),
+        }
+        self.restart(waited)
+        return {"step": step, **values, **speed}
+
+    def check(self) -> None:
+        """Look at the last loss (before a checkpoint is written).
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if self._last is not None:
+            _check_loss(self._last[0], float(self._last[1][0]))
+
+    def restart(self, waited: float) -> None:
+        """Measure the speed from now on."""
+        self._since, self._waited, self._timed_steps = time.perf_counter(), waited, 0
+
+    def skip(self, seconds: float) -> None:
+        """Leave the last `seconds`, spent on something else than training, out of the speed."""
+        self._since += seconds
+
+
+def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy under way to the host, and the event after which it is there."""
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    copy.copy_(value, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return copy, arrival
+
+
+def _check_loss(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss of step {step} is {loss}")
