@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import softcl
-from softcl.methods import ASCL
+from softcl.data import ImageSet
+from softcl.methods import ASCL, METHODS
 from softcl.methods import method as method_module
 from softcl.nn import MemoryQueue, make_teacher
 from softcl.train.__main__ import main
+from softcl.train.images import BatchFeed
 from softcl.train.loop import Run
 from softcl.train.step import (
     MEASURES,
@@ -157,6 +160,56 @@ def test_learning_rate_is_the_published_schedule():
         for step in range(9)
     ]
     assert rates == pytest.approx([step / 8 for step in range(8)] + [1.0])
+
+
+# -------------------------------------------------------------------------------------- no waiting
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_reads_nothing_back_from_the_device(name, monkeypatch):
+    """On the meta device, whose tensors have no values: reading one, or copying it, is an error.
+
+    What is copied there comes out of pinned memory: with pageable memory the host would wait.
+    """
+    method = METHODS[name](queue_size=24, num_splits=1)
+    meta = torch.device("meta")
+    with meta:
+        student = nn.Sequential(nn.Flatten(), nn.Linear(48, method.projection_dim))
+        sizes = method.queues()
+        queues = {key: MemoryQueue(size, method.projection_dim) for key, size in sizes.items()}
+        heads = nn.ModuleDict(method.heads())
+        if method.predictor_hidden:
+            heads["predictor"] = nn.Linear(method.projection_dim, method.projection_dim)
+        teacher = make_teacher(student)
+    trained = [*student.parameters(), *heads.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, foreach=True)
+    state = TrainState(method, student, teacher, nn.ModuleDict(queues), optimizer, heads)
+    drawn = StepRandom.__call__
+    drawn = StepRandom.__call__  # no generator of that device can be made; None is its global one
+    monkeypatch.setattr(
+        StepRandom, "__call__", lambda *a: drawn(*a) if len(a) > 2 and a[2] == CPU else None
+    )
+    monkeypatch.setattr(MemoryQueue, "_check", lambda *_: None)  # it refuses that device
+    views = {key: lambda images, _: images.float() / 64 for key in method.views()}
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x.as_subclass(_Pinned))
+    pixels = torch.empty(8, 3, 4, 4, dtype=torch.uint8, device=meta)
+    resident = ImageSet(pixels, None, [], (0.5,) * 3, (0.5,) * 3, "resident")
+    with _PinnedCopies():
+        for images in BatchFeed(resident, 8, 0, meta).batches(0, 2):
+            measures = train_step(state, images, views, seed=1, backend="auto")
+    assert measures.is_meta and measures.shape == (len(MEASURES),) and state.step == 2
+
+
+class _Pinned(Tensor):
+    pass
+
+
+class _PinnedCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "copy" in str(function) and result.is_meta:
+            assert all(x.is_meta or type(x) is _Pinned for x in args if isinstance(x, Tensor))
+        return result
 
 
 # ------------------------------------------------------------------------------------ its files

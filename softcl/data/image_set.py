@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from softcl.data.recipe import Recipe
+from softcl.memory import moved
 
 if TYPE_CHECKING:
     from softcl.data.decode import LazyImages
@@ -186,7 +187,7 @@ class ImageSet:
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The images of `indices` (N,), on any device: uint8 (N, 3, H, W)."""
         if self.resident:
-            return self.images.index_select(0, indices.to(self.images.device))
+            return self.images.index_select(0, moved(indices, self.images.device))
         return self.images.batch(indices.cpu())
 
     def read(self, wanted: Wanted) -> Pixels:

@@ -9,7 +9,7 @@ order, so a sample never depends on how many others were made.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from softcl.data.image_set import ImageSet, Pixels, Wanted
+from softcl.memory import moved, pinned
 
 AHEAD = 2  # batches that are decoded before they are asked for
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -105,16 +106,11 @@ def batches(
     source = image_set.images if image_set.files is None else image_set.files
     if isinstance(source, torch.Tensor) or source.workers == 0:
         for wanted in order:
-            yield wanted, _moved(image_set.read(wanted), device)
+            yield wanted, _each(moved, image_set.read(wanted), device)
         return
 
     def read(wanted: Wanted) -> Pixels:
-        pixels = image_set.read(wanted)
-        if device.type != "cuda":
-            return pixels
-        if isinstance(pixels, dict):
-            return {name: part.pin_memory() for name, part in pixels.items()}
-        return pixels.pin_memory()
+        return _each(pinned, image_set.read(wanted), device)
 
     waiting: deque[tuple[Wanted, Future]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="softcl-prefetch") as thread:
@@ -123,16 +119,16 @@ def batches(
                 waiting.append((wanted, thread.submit(read, wanted)))
                 if len(waiting) > AHEAD:
                     wanted, future = waiting.popleft()
-                    yield wanted, _moved(future.result(), device)
+                    yield wanted, _each(moved, future.result(), device)
             while waiting:
                 wanted, future = waiting.popleft()
-                yield wanted, _moved(future.result(), device)
+                yield wanted, _each(moved, future.result(), device)
         finally:
             for _, future in waiting:
                 future.cancel()
 
 
-def _moved(pixels: Pixels, device: torch.device) -> Pixels:
+def _each(function: Callable, pixels: Pixels, device: torch.device) -> Pixels:
     if isinstance(pixels, dict):
-        return {name: part.to(device, non_blocking=True) for name, part in pixels.items()}
-    return pixels.to(device, non_blocking=True)
+        return {name: function(part, device) for name, part in pixels.items()}
+    return function(pixels, device)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from softcl.memory import moved
+
 T = TypeVar("T")
 
 # A process that does not answer for so long has failed. One that was killed is noticed at once.
@@ -166,14 +168,14 @@ class World:
                 in every process.
         """
         if self.alone:
-            return x[wanted[0].to(x.device)]
+            return x[moved(wanted[0], x.device)]
         self.check_rows("x", len(x))
         import torch.distributed as dist
 
         sent = [rows[rows % self.size == self.rank] // self.size for rows in wanted]
         sources = wanted[self.rank] % self.size
         counts = torch.bincount(sources, minlength=self.size).tolist()
-        outgoing = x.detach()[torch.cat(sent).to(x.device)]
+        outgoing = x.detach()[moved(torch.cat(sent), x.device)]
         arrived = x.new_empty((len(sources), *x.shape[1:]))
         with _telling(str(self), "to distribute rows"):
             dist.all_to_all_single(
@@ -181,7 +183,7 @@ class World:
             )
         self._count("distribute", (len(sources) - counts[self.rank]) * x[:1].nbytes)
         # They came sorted by source.
-        return arrived[sources.argsort(stable=True).argsort().to(x.device)]
+        return arrived[moved(sources.argsort(stable=True).argsort(), x.device)]
 
     def permute(self, x: Tensor, order: Tensor) -> Tensor:
         """x[order] where x (n, ...) is a part of the whole and order (W n,) is on the CPU."""

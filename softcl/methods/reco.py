@@ -31,6 +31,7 @@ from torch.nn.functional import normalize
 
 from softcl.distributed import ALONE, World
 from softcl.labels import HardLabels, LabelRule, RelationalLabels
+from softcl.memory import moved
 from softcl.methods.defaults import Defaults, mnn_bench_defaults, shapes_defaults
 from softcl.methods.method import Batch, Method, Result, View
 from softcl.methods.mixing import MIXES
@@ -75,7 +76,7 @@ class ReCo(Method):
         images, others = views["query"], views["key"]
         order = torch.randperm(len(images) * world.size, generator=generator)  # of all processes
         mixed, share = MIXES[self.mix](images, world.permute(others, order), generator)
-        order = order[world.rank :: world.size].to(images.device)
+        order = moved(order[world.rank :: world.size], images.device)
         return {**views, "mixed": mixed}, {"order": order, "share": share}
 
     def student_sees(self) -> tuple[str, ...]:

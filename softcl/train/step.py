@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softcl.data.views import Images, Share, Transform, device_of, make_view
 from softcl.distributed import ALONE, ShardedQueue, World
+from softcl.memory import copy_to_host
 from softcl.methods.method import SCHEDULES, Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
 from softcl.train.parallel import shuffled_among
@@ -364,7 +365,7 @@ class Meter:
         if measures.device.type == "cpu":
             _check_loss(step, float(measures[0]))
         else:
-            self._watch(step, *_copy_to_host(measures[0]))
+            self._watch(step, *copy_to_host(measures[0]))
 
     def _watch(self, step: int, loss: Tensor, arrival: Any) -> None:
         """Check the loss that was on its way to the host during the last step."""
@@ -416,15 +417,6 @@ class Meter:
     def skip(self, seconds: float) -> None:
         """Leave the last `seconds`, spent on something else than training, out of the speed."""
         self._since += seconds
-
-
-def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy under way to the host, and the event after which it is there."""
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    copy.copy_(value, non_blocking=True)
-    arrival = torch.cuda.Event()
-    arrival.record()
-    return copy, arrival
 
 
 def _check_loss(step: int, loss: float) -> None:
