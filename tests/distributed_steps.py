@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from dense_methods import CASES as METHODS
 from dense_methods import SMALL
-from distributed_cases import FUSED, checksum, has_native, own, same, shard
+from distributed_cases import FUSED, checksum, has_native, own, same, shard, some
 from test_methods import make_batch
 from test_methods_step import small_student
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ SPLITS, IMAGES = 4, 16
 
 def method_losses(world: World, folder: Path) -> None:
     """Rows and gradients of each method, with the queue replicated and sharded."""
-    for name, method in METHODS.items():
+    for name, method in some(world, METHODS.items()):
         for backend in ("reference", FUSED):
             if backend == FUSED and not has_native():
                 continue
@@ -131,7 +131,7 @@ def steps(world: World, folder: Path) -> None:
     """Two steps of every method: measures, gradients, weights, teacher and queue."""
     split = {**SMALL, "num_splits": SPLITS}
     extra = {"moco accumulated": MoCo(**split), "ascl accumulated": ASCL(num_neighbors=3, **split)}
-    for name, method in {**METHODS, **extra}.items():
+    for name, method in some(world, {**METHODS, **extra}.items()):
         method = dataclasses.replace(method, num_splits=SPLITS)
         for sharded in (False, True) if method.queues() else (False,):
             check_steps(world, method, sharded, 2 if "accumulated" in name else 1, name)

@@ -49,13 +49,14 @@ def build(folder: Path, sanitizer: str, with_x86: bool) -> Path:
 DRIVER = ROOT / "tests" / "native" / "cpu_driver.cpp"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # compiling takes minutes where other tests run beside it
 @pytest.mark.parametrize(
     ("sanitizer", "with_x86"),
     [
         pytest.param("address,undefined", False, id="memory-portable"),
-        pytest.param("address,undefined", True, id="memory", marks=pytest.mark.long),
-        pytest.param("thread", True, id="threads", marks=pytest.mark.long),
+        pytest.param("address,undefined", True, id="memory"),
+        pytest.param("thread", True, id="threads"),
     ],
 )
 def test_sanitizers_find_nothing(sanitizer, with_x86, tmp_path):

@@ -35,7 +35,10 @@ def output_of(command):
     return answer.stdout
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "dim",
+    [pytest.param(64, marks=pytest.mark.long), 128, pytest.param(256, marks=pytest.mark.long)],
+)
 def test_kernels_for_sm_90a(tmp_path, dim):
     """No spill, no local memory, no product that waits for the one before; copies by TMA, products
     by warpgroups, registers handed over."""

@@ -28,6 +28,7 @@ def run(out, *flags, **environment):
     )
 
 
+@pytest.mark.long
 def test_dry_run(tmp_path):
     answer = run(tmp_path, "--dry-run")
     assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-3000:]

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_a_run_killed_three_times_ends_as_if_left_in_peace():
     script = Path(__file__).with_name("kill_storm.py")
     command = [sys.executable, str(script), "--kills", "3", "--workers", "2"]

@@ -40,6 +40,7 @@ def make_table(tmp_path: Path, *only: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_rows_and_control(tmp_path: Path):
     control = load().CONTROLS[0]
     text = make_table(tmp_path, "moco", control)
