@@ -23,6 +23,8 @@
 
   #include <cuda.h>
 
+  #include <cstdio>
+
   // A tensor map lies among the kernel's parameters, where the copy engine reads it.
   #define SOFTCL_GRID_CONSTANT __grid_constant__
 
@@ -99,9 +101,28 @@ SOFTCL_DEVICE void mbarrier_expect(std::uint32_t barrier, int bytes) {
                : "memory");
 }
 
+    #ifdef SOFTCL_BOUND_WAITS
+SOFTCL_DEVICE std::uint64_t nanoseconds() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+static __device__ __noinline__ void give_up(const char* name, int parity) {
+  std::printf("softcl: block (%u, %u), thread %u waited 2 s for barrier '%s', parity %d\n",
+              blockIdx.x, blockIdx.y, threadIdx.x, name, parity);
+  __trap();
+}
+    #endif
+
 /// Waits until the last phase of this parity has ended, which is the current phase or the one
-/// before it. The phase before the first one has parity 1.
-SOFTCL_DEVICE void mbarrier_wait(std::uint32_t barrier, int parity) {
+/// before it. The phase before the first one has parity 1. In a build with SOFTCL_BOUND_WAITS a
+/// wait of two seconds names the barrier and ends the kernel.
+SOFTCL_DEVICE void mbarrier_wait([[maybe_unused]] const char* name, std::uint32_t barrier,
+                                 int parity) {
+    #ifdef SOFTCL_BOUND_WAITS
+  const std::uint64_t started = nanoseconds();
+    #endif
   std::uint32_t done;
   do {
     asm volatile(
@@ -113,6 +134,9 @@ SOFTCL_DEVICE void mbarrier_wait(std::uint32_t barrier, int parity) {
         : "=r"(done)
         : "r"(barrier), "r"(parity)
         : "memory");
+    #ifdef SOFTCL_BOUND_WAITS
+    if (done == 0 && nanoseconds() - started > 2000000000) give_up(name, parity);
+    #endif
   } while (done == 0);
 }
 

@@ -42,7 +42,11 @@ struct Ring {
     ptx::fence_async_proxy();
   }
   SOFTCL_DEVICE void wait_for(int i) const {
-    ptx::mbarrier_wait(S::kNumParts == 2 ? apart(i) : full(i), parity(i));
+    if constexpr (S::kNumParts == 2) {
+      ptx::mbarrier_wait("tile taken apart", apart(i), parity(i));
+    } else {
+      ptx::mbarrier_wait("tile copied", full(i), parity(i));
+    }
   }
   SOFTCL_DEVICE void release(int i) const {
     if (lane_index() == 0) ptx::mbarrier_arrive(empty(i));
@@ -56,7 +60,7 @@ SOFTCL_DEVICE void produce(const HopperParams& p, const Ring<S>& ring, int first
   const bool wide = S::kNumParts == 2 && p.stream.queue_type == ElementType::kFloat32;
   for (int i = 0; i < tiles; ++i) {
     // The stage's last tile was the one before in it: i - kStages.
-    if (i >= S::kStages) ptx::mbarrier_wait(ring.empty(i), 1 - ring.parity(i));
+    if (i >= S::kStages) ptx::mbarrier_wait("tile read", ring.empty(i), 1 - ring.parity(i));
     ptx::mbarrier_expect(ring.full(i), wide ? 2 * S::kTilePartBytes : S::kTilePartBytes);
     for (int box = 0; box < S::kDim / kBoxColumns; ++box) {
       const std::uint32_t target = ring.tile(i) + box * S::kTileRows * kBoxRowBytes;
@@ -102,7 +106,7 @@ SOFTCL_DEVICE void split_tile(std::uint32_t tile, ElementType type, int warp) {
 template <typename S>
 SOFTCL_DEVICE void split_tiles(const StreamParams& p, const Ring<S>& ring, int tiles, int warp) {
   for (int i = 0; i < tiles; ++i) {
-    ptx::mbarrier_wait(ring.full(i), ring.parity(i));
+    ptx::mbarrier_wait("tile copied", ring.full(i), ring.parity(i));
     split_tile<S>(ring.tile(i), p.queue_type, warp);
     ptx::fence_async_proxy();  // products read what each lane has written
     ptx::sync_warp();

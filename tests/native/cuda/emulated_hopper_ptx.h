@@ -60,8 +60,8 @@ inline void mbarrier_expect(std::uint32_t barrier, int bytes, const char* file =
   host::mbarrier_arrive({file, line}, barrier, bytes);
 }
 
-inline void mbarrier_wait(std::uint32_t barrier, int parity, const char* file = __builtin_FILE(),
-                          int line = __builtin_LINE()) {
+inline void mbarrier_wait(const char*, std::uint32_t barrier, int parity,
+                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   host::mbarrier_wait({file, line}, barrier, parity);
 }
 
