@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Everything that a GPU can say about the backends triton and cuda, in one command and under 9 minutes:
+# Everything that a GPU can say about the backends triton and cuda, in one command and under 10 minutes:
 #
 #     bench/gpu_check.sh               results to $OUT, or bench/results
 #     bench/gpu_check.sh --dry-run     this script and its Python on the CPU, tiny shapes
 #
-# Builds, checks and times (bench/gpu_table.py: float64, CUDA graphs, equal bits over 20 runs, the
-# table), runs the tests with the interpreter off, lets compute-sanitizer watch small calls where it is
-# installed, and times a run's step with NCCL in it (bench/engine_cost.py). What tells most comes
-# first. A step that fails is named at the end, and the others still run. Needs no network.
+# First contact, each in a process of its own: softcl_cuda_check, built with bounded waits, and small
+# calls of Triton. Then the tests with the interpreter off, small calls under compute-sanitizer where it
+# is installed, the tables (bench/gpu_table.py: float64, CUDA graphs, equal bits over 20 runs, times),
+# and a run's step with NCCL in it (bench/engine_cost.py). What a step printed is kept in $OUT/log as
+# soon as it ends. One that fails is named at the end, and the others still run. Needs no network.
 # PYTHON names another interpreter than .venv's.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SECONDS=0
-limit=520
+limit=580
 export OUT=${OUT:-$PWD/bench/results}
-mkdir -p "$OUT"
+mkdir -p "$OUT/log"
 python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null || python=python3
 failed=()
@@ -26,37 +27,47 @@ step() {  # step NAME SECONDS COMMAND...: within the time, whose end is a failur
   if ((most > left)); then most=$left; fi
   if ((most < 5)); then failed+=("$name (no time left)"); return; fi
   echo "== $name (at most $most s, $SECONDS s so far)"
-  timeout --kill-after=5 "$most" "$@" || failed+=("$name")
+  timeout --kill-after=5 "$most" "$@" 2> >(tee "$OUT/log/${name// /-}.err" >&2) |
+    tee "$OUT/log/${name// /-}.txt" || failed+=("$name")
 }
 
 if [[ ${1:-} == --dry-run ]]; then
   export TRITON_INTERPRET=1
-  step "small calls" 120 "$python" bench/gpu_table.py --dry-run --small
-  step "table" 200 "$python" bench/gpu_table.py --dry-run
+  step "first contact triton" 120 "$python" bench/gpu_table.py --dry-run --small
+  step "table triton" 200 "$python" bench/gpu_table.py --dry-run
 else
   unset TRITON_INTERPRET
-  step "build" 90 "$python" setup.py build_ext --inplace
-  step "table" 240 "$python" bench/gpu_table.py --budget 200
-  # The GPU's files first: a time limit would cut off others. Compiling ahead of time and the
-  # interpreter need no GPU and run elsewhere. By name, for pytest takes files named with their folder
-  # in the folder's order.
-  files=(tests/test_triton_*.py tests/test_cuda_enqueue.py)
+  check=build/check/softcl_cuda_check
+  step "build" 100 "$python" setup.py build_ext --inplace
+  step "configure the check" 30 cmake -S . -B build/check -DSOFTCL_PYTHON=OFF -DSOFTCL_BOUND_WAITS=ON
+  step "build the check" 100 cmake --build build/check -t softcl_cuda_check -j
+  step "first contact cuda" 20 "$check"
+  step "first contact triton" 60 "$python" bench/gpu_table.py --small --backend triton
+  # Compiling ahead of time and the interpreter need no GPU and run elsewhere.
+  pytest=("$python" -m pytest -q -p no:cacheprovider -k "not in_interpreter and not test_tile and not gpu_check")
+  step "tests of triton" 60 "${pytest[@]}" tests/test_triton_*.py
+  step "tests of cuda" 20 "${pytest[@]}" tests/test_cuda_enqueue.py
+  others=()
   for file in tests/test_*.py; do
-    [[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
+    [[ $file == tests/test_triton_* || $file == tests/test_cuda_* ]] || others+=("$file")
   done
-  step "tests" 150 "$python" -m pytest -q -p no:cacheprovider "${files[@]}" \
-    -k "not in_interpreter and not test_tile and not gpu_check"
+  step "other tests" 60 "${pytest[@]}" "${others[@]}"
   if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null)
   then
+    sanitizer=${sanitizer%%$'\n'*}
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-      step "$tool" 40 "${sanitizer%%$'\n'*}" --tool "$tool" --error-exitcode 1 \
-        "$python" bench/gpu_table.py --small
+      step "$tool cuda" 30 "$sanitizer" --tool "$tool" --error-exitcode 1 "$check"
+      step "$tool triton" 30 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+        "$python" bench/gpu_table.py --small --backend triton
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   else
     echo "== compute-sanitizer is not installed here: neither memcheck nor racecheck was run"
   fi
+  for backend in triton cuda; do
+    step "table $backend" 110 "$python" bench/gpu_table.py --budget 90 --backend "$backend"
+  done
   step "engine" 40 "$python" bench/engine_cost.py --rounds 40
 fi
 

@@ -1,8 +1,11 @@
-"""Checks the backends triton and cuda on the GPU at hand, then times them beside their peers.
+"""Checks one of our backends on the GPU at hand, then times it beside its peers.
 
-    python bench/gpu_table.py [--out FOLDER] [--budget SECONDS]     writes <gpu>.json and <gpu>.md
-    python bench/gpu_table.py --small                               one small call of every kind
-    TRITON_INTERPRET=1 python bench/gpu_table.py --dry-run          tiny shapes on the CPU
+    python bench/gpu_table.py [--backend triton] [--out FOLDER] [--budget SECONDS]
+                                                            writes <gpu>-triton.json and .md
+    python bench/gpu_table.py --backend cuda --small        one small call of every kind
+    TRITON_INTERPRET=1 python bench/gpu_table.py --dry-run  tiny shapes on the CPU
+
+A process runs one of them: what one breaks on the device is then not taken for the other's fault.
 
 Every row is held to the float64 oracle, to the same bits over 20 runs and to a CUDA graph's replay
 before it is timed; what is wrong is said in its place, is not timed, and makes the exit status 1.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -37,7 +41,6 @@ from softcl.testing import (  # noqa: E402
     Problem,
     assert_loss_close,
     assert_neighbors_close,
-    available_backends,
     loss_oracle,
     make_problem,
 )
@@ -52,7 +55,6 @@ TEMPERATURES = 0.1, 0.05
 DETERMINISM_RUNS = 20
 ROUNDS = 7
 OURS = ("triton", "cuda")
-HOT = "triton, L2 hot"  # on the same inputs again and again
 
 
 @dataclass
@@ -65,10 +67,10 @@ class Row:
     kind: str  # of RULES, or "search": the 10 nearest rows alone
     target: float = math.nan
     times: dict[str, float | str] = field(default_factory=dict)
-    python: float = math.nan  # host time of one call
+    python: float = math.nan  # host time of one call of ours
     floor: float = math.nan  # at the measured rate of a large bf16 product
-    graph: bool = True  # triton's calls were timed in a CUDA graph
-    wrong: bool = False  # a backend of ours is
+    graph: bool = True  # our calls were timed in a CUDA graph
+    wrong: bool = False  # our results are
 
     @property
     def flop(self) -> int:
@@ -121,17 +123,12 @@ def copies_for(row: Row, device: str) -> int:
     return max(1, min(CALLS, math.ceil(3 * l2 / (2 * row.D * (row.K + 2 * row.N)))))
 
 
-def contenders_of(row: Row, device: str) -> dict:
-    """Name -> step(problem) that computes losses and gradient, or neighbours."""
+def contenders_of(row: Row, device: str, backend: str) -> dict:
+    """Name -> step(problem) that computes losses and gradient, or neighbours; ours is the first."""
     if row.kind == "search":
-        steps = {name: lambda p, name=name: search(p, name) for name in ours_on(device)}
-        return steps | {"matmul + topk": search_in_blocks}
-    steps = {
-        name: lambda p, name=name: loss_step(
-            functools.partial(ours, backend=name), p, RULES[row.kind]
-        )
-        for name in ours_on(device)
-    }
+        return {backend: lambda p: search(p, backend), "matmul + topk": search_in_blocks}
+    own = functools.partial(ours, backend=backend)
+    steps = {backend: lambda p: loss_step(own, p, RULES[row.kind])}
     for name, peer in PEERS.items():
         if absent(name, device, RULES[row.kind]):
             continue
@@ -139,13 +136,6 @@ def contenders_of(row: Row, device: str) -> dict:
             continue
         steps[name] = lambda p, peer=peer: loss_step(peer, p, RULES[row.kind])
     return steps
-
-
-@functools.cache
-def ours_on(device: str) -> tuple[str, ...]:
-    """The backends that run here; triton is the one that this is about, and never left out."""
-    here = available_backends(make_problem(2, 8, 16, dtype=torch.bfloat16, device=device))
-    return tuple(name for name in OURS if name == "triton" or name in here)
 
 
 def ours(query, key, queue, rule, temperature, teacher_temperature, *, backend):
@@ -207,23 +197,23 @@ def check(row: Row, step, p: Problem, device: str) -> None:
 # ------------------------------------------------------------------------------------------ timing
 
 
-def measure(row: Row, device: str, rate: float, rounds: int) -> None:
+def measure(row: Row, device: str, backend: str, rate: float, rounds: int) -> None:
     """Fill ``row.times``: contenders take turns, medians count; one that has no room says so."""
     problems = inputs_of(row, device, copies_for(row, device))
-    timers, steps = {}, contenders_of(row, device)
-    for name in ours_on(device):
-        try:
-            check(row, steps[name], problems[0], device)
-        except Exception as error:  # the others are still worth timing
-            row.times[name] = f"wrong: {(str(error) or repr(error)).splitlines()[0]}"
-            row.wrong = True
-            del steps[name]
-    if len(problems) > 1 and "triton" in steps:  # else there is nothing to go round
-        steps[HOT] = steps["triton"]
+    timers, steps = {}, contenders_of(row, device, backend)
+    hot = f"{backend}, L2 hot"  # on the same inputs again and again
+    try:
+        check(row, steps[backend], problems[0], device)
+        if len(problems) > 1:  # else there is nothing to go round
+            steps[hot] = steps[backend]
+    except Exception as error:  # the others are still worth timing
+        row.times[backend] = f"wrong: {(str(error) or repr(error)).splitlines()[0]}"
+        row.wrong = True
+        del steps[backend]
     for name, step in steps.items():
         try:
-            timers[name], how = timer_of(step, problems[:1] if name == HOT else problems, device)
-            row.graph = row.graph and (how == "graph" or name != "triton")
+            timers[name], how = timer_of(step, problems[:1] if name == hot else problems, device)
+            row.graph = row.graph and (how == "graph" or name != backend)
         except torch.OutOfMemoryError:
             row.times[name] = "out of memory"
         except Exception as error:  # a peer's
@@ -239,42 +229,42 @@ def measure(row: Row, device: str, rate: float, rounds: int) -> None:
                 row.times[name] = "out of memory"
                 del timers[name]
     row.times |= {name: statistics.median(samples[name]) for name in timers}
-    if row.N * row.K <= 1 << 20 and "triton" in steps:
-        row.python = python_time(steps["triton"], problems[0], device)
+    if row.N * row.K <= 1 << 20 and backend in steps:
+        row.python = python_time(steps[backend], problems[0], device)
     row.floor = row.flop / rate * 1e6
 
 
 # ----------------------------------------------------------------------------------------- results
 
 
-def versions(device: str) -> dict[str, str]:
-    import triton
-
+def versions(device: str, backend: str) -> dict[str, str]:
     gpu = "CPU, interpreted" if device == "cpu" else torch.cuda.get_device_name()
     return {
         "gpu": gpu,
+        "backend": backend,
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.metadata.version("triton"),
         "cuda": str(torch.version.cuda),
     }
 
 
 def markdown(rows: list[Row], about: dict[str, str], rate: float) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.times if name != "triton"))
-    head = "N, K, D|labels|triton, us|target|floor|% of floor|python, us".split("|") + names
+    backend = about["backend"]
+    names = list(dict.fromkeys(name for row in rows for name in row.times if name != backend))
+    head = f"N, K, D|labels|{backend}, us|target|floor|% of floor|python, us".split("|") + names
     lines = [
-        f"# {about['gpu']}",
+        f"# {about['gpu']}: {backend}",
         "",
         ", ".join(f"{key} {value}" for key, value in about.items() if key != "gpu")
         + f"; a large bf16 product runs at {rate / 1e12:.0f} TFLOP/s.",
-        "Forward and gradient, bf16; contenders as multiples of triton's time.",
+        f"Forward and gradient, bf16; contenders as multiples of {backend}'s time.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
     for row in rows:
-        own = row.times.get("triton", math.nan)
+        own = row.times.get(backend, math.nan)
         numeric = isinstance(own, float)
         cells = [f"{row.N}, {row.K}, {row.D}", row.kind]
         cells += [f"{own:.1f}" if numeric else str(own), number(row.target), f"{row.floor:.1f}"]
@@ -294,7 +284,8 @@ def number(value: float) -> str:
 
 def write(out: Path, rows: list[Row], about: dict[str, str], rate: float, left_out: int) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    stem = about["gpu"].lower().replace(" ", "-").replace(",", "").replace("/", "-")
+    name = f"{about['gpu']} {about['backend']}"
+    stem = name.lower().replace(" ", "-").replace(",", "").replace("/", "-")
     text = markdown(rows, about, rate)
     if left_out:
         text += f"\n{left_out} rows were left out: the time was up.\n"
@@ -305,26 +296,26 @@ def write(out: Path, rows: list[Row], about: dict[str, str], rate: float, left_o
     return out / f"{stem}.md"
 
 
-def small(device: str) -> None:
+def small(device: str, backend: str) -> None:
     """One small call of every kind, in every dtype: what a sanitizer watches."""
     tiny = device == "cpu"
     N, K = (3, 90) if tiny else (37, 1000)
     for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float32, torch.float16):
         p = make_problem(N, K, 64, dtype=dtype, device=device)
-        for backend in ours_on(device):
-            for rule in RULES.values():
-                loss_step(functools.partial(ours, backend=backend), p, rule)
-            softcl.queue_statistics(p.query, p.queue, 0.01, num_neighbors=70, backend=backend)
+        for rule in RULES.values():
+            loss_step(functools.partial(ours, backend=backend), p, rule)
+        softcl.queue_statistics(p.query, p.queue, 0.01, num_neighbors=70, backend=backend)
         queue = MemoryQueue(50, 64, dtype=dtype, device=device)
         queue.enqueue(p.key)
         assert queue.refused == 0
-    print("small calls: done")
+    print(f"small calls of {backend}: done")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", default)))
+    parser.add_argument("--backend", choices=OURS, default="triton")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds for the whole table")
     parser.add_argument("--small", action="store_true", help="a few small calls, nothing timed")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
@@ -333,24 +324,25 @@ def main() -> None:
     device = "cpu" if arguments.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_table: no GPU here; --dry-run tries the script itself")
+    backend = arguments.backend
     if arguments.small:
-        return small(device)
+        return small(device, backend)
     rate = product_rate(device)
     rows = DRY_ROWS if arguments.dry_run else ROWS
     done: list[Row] = []
     for row in rows:
         if time.monotonic() > deadline:
             break
-        measure(row, device, rate, 1 if arguments.dry_run else ROUNDS)
+        measure(row, device, backend, rate, 1 if arguments.dry_run else ROUNDS)
         done.append(row)
         print(f"{row.N}, {row.K}, {row.D} {row.kind}: {row.times}", flush=True)
         # What is known is kept, whatever becomes of the next row.
-        written = write(arguments.out, done, versions(device), rate, len(rows) - len(done))
+        written = write(arguments.out, done, versions(device, backend), rate, len(rows) - len(done))
     print(written.read_text())
     print(f"gpu_table: wrote {written}")
     for row in done:
         if row.wrong:
-            said = {name: row.times[name] for name in OURS if isinstance(row.times.get(name), str)}
+            said = row.times[backend]
             print(f"gpu_table: {row.N}, {row.K}, {row.D} {row.kind}: {said}", file=sys.stderr)
     sys.exit(any(row.wrong for row in done))
 

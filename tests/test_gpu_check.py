@@ -61,7 +61,7 @@ def test_a_step_that_fails_is_named(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     answer = run(tmp_path, "--dry-run", PYTHONPATH=paths)
     assert answer.returncode == 1
-    assert "failed: table" in answer.stdout and "loss is off" in answer.stderr
+    assert "failed: table triton" in answer.stdout and "loss is off" in answer.stderr
     (table,) = tmp_path.glob("*.json")
     for row in json.loads(table.read_text())["rows"]:
         times = row["times"]
