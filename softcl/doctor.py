@@ -30,6 +30,7 @@ from softcl.ops import (
     choose_backend,
     queue_statistics,
     soft_contrastive_loss,
+    tune,
 )
 from softcl.testing import (
     ENTROPY_TOLERANCE,
@@ -65,6 +66,8 @@ PACKAGES = {
 }
 # Ragged on purpose: one row, one column, widths that fill no vector register or tile.
 SHAPES = ((17, 1000, 128), (1, 1, 1), (33, 257, 64), (5, 4096, 256), (64, 700, 96))
+# On a GPU also what training asks for, and a long queue: other tiles, more splits.
+GPU_SHAPES = (*SHAPES, (256, 65536, 128), (1024, 16384, 128), (16, 1 << 20, 128))
 DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -87,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X",
         help=f"of self-check for each backend that runs (default: {SECONDS:g}); 0: none",
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="time triton against cuda on each GPU, and keep what backend auto then prefers there",
+    )
     options = parser.parse_args(argv)
     if not 0 <= options.seconds < float("inf"):
         parser.error(f"--seconds {options.seconds}: must be at least 0 and finite")
@@ -107,6 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["backends"].append(row)
         if not options.json:
             print_backend(row)
+    if options.tune:
+        found["tune"] = []
+        for line in tuning():
+            found["tune"].append(line)
+            if not options.json:
+                print(f"tune       {line}", flush=True)
     if options.json:
         print(json.dumps(found, indent=2))
     return 1 if any(row.get("failure") for row in found["backends"]) else 0
@@ -195,25 +209,27 @@ def examine(name: str, device: str, seconds: float) -> dict[str, Any]:
     except UnsupportedBackendError as error:
         return {**row, "reason": str(error).partition("cannot run this call: ")[2] or str(error)}
     row.update(works=True, chosen=choice.name == name)
-    started, checks = time.perf_counter(), 0
+    spent, checks = 0.0, 0
     try:
-        for case in cases():
-            spent = time.perf_counter() - started
+        for case in cases(SHAPES if device == "cpu" else GPU_SHAPES):
             if spent >= seconds:
                 break
+            if device != "cpu":  # what has to be compiled does not count
+                loss_and_gradient(name, device, *case)
+            started = time.perf_counter()
             check_one(name, device, *case)
-            checks += 1
+            spent, checks = spent + time.perf_counter() - started, checks + 1
     except Exception as error:  # whatever a broken backend raises is the finding
         row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())}; at {words(case)}"
-    return {**row, "checks": checks, "seconds": time.perf_counter() - started}
+    return {**row, "checks": checks, "seconds": spent}
 
 
 Case = tuple[LabelRule, tuple[int, int, int], tuple[torch.dtype, torch.dtype], str]
 
 
-def cases() -> Iterator[Case]:
+def cases(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[Case]:
     """Every rule, shape, dtype and kind of data, so mixed that a short check sees each of them."""
-    table = list(itertools.product(SHAPES, DTYPES, KINDS))
+    table = list(itertools.product(shapes, DTYPES, KINDS))
     random.Random(0).shuffle(table)
     for turn in range(len(RULES)):
         for place, (shape, dtypes, kind) in enumerate(table, turn):
@@ -226,19 +242,14 @@ def words(case: Case) -> str:
     return f"{rule_name(rule)}, N={N}, K={K}, D={D}, {types}, {kind} rows"
 
 
-def check_one(
+def loss_and_gradient(
     backend: str,
     device: str,
     rule: LabelRule,
     shape: tuple[int, int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     kind: str,
-) -> None:
-    """Loss, gradient, statistics and neighbours of one problem against the formulas in float64.
-
-    Raises:
-        AssertionError: a result is out of tolerance.
-    """
+) -> tuple[Problem, torch.Tensor, torch.Tensor]:
     problem = make_problem(*shape, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1], device=device)
     query = problem.query.detach().clone().requires_grad_()
     loss = soft_contrastive_loss(
@@ -252,15 +263,26 @@ def check_one(
         backend=backend,
     )
     loss.sum().backward()
+    return problem, loss, query.grad
+
+
+def check_one(backend: str, device: str, *case: Any) -> None:
+    """Loss, gradient, statistics and neighbours of one problem against the formulas in float64.
+
+    Raises:
+        AssertionError: a result is out of tolerance.
+    """
+    rule, shape, dtypes, kind = case
+    problem, loss, gradient = loss_and_gradient(backend, device, *case)
     oracle = loss_oracle(problem, rule)
     # As in the tests: clustered rows have few large labels, so a rounding of one is not averaged
     # out; and a gradient that comes back in half precision carries its own rounding.
     scale = 1.0 if kind == "random" else 2.0
     if dtypes[0] == torch.float32:
-        assert_loss_close(loss, query.grad, oracle, dtypes[0], scale=scale)
+        assert_loss_close(loss, gradient, oracle, dtypes[0], scale=scale)
     else:
         assert_loss_close(loss, None, oracle, dtypes[0], scale=scale)
-        error = gradient_error(query.grad, oracle.dquery, 0.1)
+        error = gradient_error(gradient, oracle.dquery, 0.1)
         assert error <= 2**-8, f"gradient is off by {error:.2e}"
     check_statistics(backend, problem, min(7, shape[1]))
 
@@ -275,6 +297,17 @@ def check_statistics(backend: str, problem: Problem, k: int) -> None:
     assert_neighbors_close(
         found.neighbor_logits, found.neighbor_indices, vectors, queue, temperature=0.1
     )
+
+
+def tuning() -> Iterator[str]:
+    gpus = device_names()[1:]
+    if not gpus:
+        yield "no GPU here"
+    for device in gpus:
+        try:
+            yield from tune.tune(device)
+        except RuntimeError as error:
+            yield f"{device}: {error}"
 
 
 # ---------------------------------------------------------------------------------------- output

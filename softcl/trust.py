@@ -24,6 +24,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,11 +43,11 @@ def reason_against(trial: str, subject: str, device: torch.device, **facts) -> s
     """
     if os.environ.get("SOFTCL_TRUST") == "1" or device.type != "cuda":
         return None
-    key = json.dumps([trial, facts, _machine(device)], sort_keys=True)
+    key = json.dumps([trial, facts, machine(device)], sort_keys=True)
     if key not in _verdicts:
         if torch.cuda.is_current_stream_capturing():
             return None
-        stored = _stored().get(key)
+        stored = kept(VERDICTS).get(key)
         _verdicts[key] = _try_and_store(key, trial, device, facts) if stored is None else stored
         if _verdicts[key]:
             warnings.warn(
@@ -58,8 +59,9 @@ def reason_against(trial: str, subject: str, device: torch.device, **facts) -> s
     return _verdicts[key] or None
 
 
-def _machine(device: torch.device) -> dict[str, str]:
-    return {"device": _name_of(device), **_versions()}
+def machine(device: torch.device) -> str:
+    """What a finding depends on besides the call: the GPU, and the versions of what runs on it."""
+    return json.dumps({"device": _name_of(device), **_versions()}, sort_keys=True)
 
 
 @functools.cache
@@ -93,16 +95,16 @@ def _try_and_store(key: str, trial: str, device: torch.device, facts: dict) -> s
     try:
         from filelock import FileLock  # comes with torch
 
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{_file()}.lock", timeout=2 * SECONDS)
+        file = _file(VERDICTS)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{file}.lock", timeout=2 * SECONDS)
         with lock:
-            verdict = _stored().get(key)
+            verdict = kept(VERDICTS).get(key)
             if verdict is None:
                 verdict = _try(trial, device, facts)
-                if (
-                    not verdict
-                ):  # what failed may have wanted memory or time: the next process tries
-                    _store(key, verdict)
+                # What failed may have wanted memory or time: the next process tries again.
+                if not verdict:
+                    keep(VERDICTS, key, verdict)
             return verdict
     except OSError:  # no home, a full or read-only disk: the verdict is this process's alone
         return _try(trial, device, facts)
@@ -118,18 +120,21 @@ def _try(trial: str, device: torch.device, facts: dict) -> str:
             capture_output=True,
             text=True,
             timeout=SECONDS,
-            env=_environment(),
+            env=environment(),
         )
     except subprocess.TimeoutExpired:
         return f"it did not come back within {SECONDS:.0f} s"
-    if found.returncode == 0:
-        return ""
-    lines = [line for line in found.stderr.splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else f"its process ended with status {found.returncode}"
+    return "" if found.returncode == 0 else last_line(found)
+
+
+def last_line(failed: subprocess.CompletedProcess[str]) -> str:
+    """What a process that failed said last."""
+    lines = [line for line in failed.stderr.splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else f"its process ended with status {failed.returncode}"
     return last[:300]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """With this package's folder on the path, wherever the process was started."""
     folder = str(Path(__file__).resolve().parents[1])
     paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -142,25 +147,33 @@ def main() -> None:
     getattr(importlib.import_module(module), function)(device=wanted["device"], **wanted["facts"])
 
 
-# ----------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------- findings
+
+VERDICTS = "verdicts.json"
 
 
-def _file() -> Path:
+def _file(name: str) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "softcl" / "verdicts.json"
+    return Path(cache) / "softcl" / name
 
 
-def _stored() -> dict[str, str]:
-    """The verdicts on disk; none where the file is absent, damaged or not ours."""
+def kept(name: str) -> dict[str, Any]:
+    """The findings in a file of the cache; none where it is absent, damaged or not ours."""
     try:
-        found = json.loads(_file().read_text())
+        found = json.loads(_file(name).read_text())
     except (OSError, ValueError, RuntimeError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _store(key: str, verdict: str) -> None:
-    file = _file()
+def keep(name: str, key: str, finding: Any) -> None:
+    """Add a finding to a file of the cache.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = _file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({**_stored(), key: verdict}, indent=1))
+    temporary.write_text(json.dumps({**kept(name), key: finding}, indent=1))
     temporary.replace(file)

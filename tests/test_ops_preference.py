@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softcl import HardLabels
-from softcl.ops import backends, trial
+from softcl.ops import backends, trial, tune
 from softcl.ops.backends import Measured, choose
 from softcl.ops.call import LossCall, StatisticsCall
 
@@ -54,6 +54,7 @@ def gpu(monkeypatch):
     )
     monkeypatch.setattr(backends, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(trial, "reason_against", lambda name, call: None)
+    monkeypatch.setattr(tune, "prefers_cuda", lambda call: False)
     return against
 
 

@@ -140,6 +140,7 @@ def test_auto_asks_before_it_takes_a_backend(monkeypatch):
 
     monkeypatch.setattr(backends, "load_backend", lambda name: Called)
     monkeypatch.setattr(trial, "reason_against", reason_against)
+    monkeypatch.setattr(backends.tune, "prefers_cuda", lambda call: False)
     rows = SimpleNamespace(device=GPU, shape=(4, 8), dtype=torch.float32)
     call = StatisticsCall(rows, rows, 0.1, 0, True)
     choice = backends.choose(call)

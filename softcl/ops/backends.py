@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from softcl.ops import trial
+from softcl.ops import trial, tune
 from softcl.ops.call import Call
 
 # Name -> the device types on which backend="auto" tries it, in this order; None: on all. "cuda"
@@ -71,7 +71,7 @@ class Measured:
 
 
 # Empty: the kernels of "cuda" have not yet run on a GPU, so nothing is measured. They run where
-# they are asked for by name.
+# they are asked for by name, and where `python -m softcl.doctor --tune` found them as fast.
 CUDA_AT_LEAST_AS_FAST: tuple[Measured, ...] = ()
 
 
@@ -83,8 +83,9 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def preference(call: Call) -> Iterator[str]:
     """The backends that backend="auto" tries for ``call``, in this order."""
     device = call.query.device.type
-    if device == "cuda" and any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST):
-        yield "cuda"
+    if device == "cuda":
+        if any(row.covers(call) for row in CUDA_AT_LEAST_AS_FAST) or tune.prefers_cuda(call):
+            yield "cuda"
     for name, types in BACKENDS.items():
         if types is None or device in types:
             yield name

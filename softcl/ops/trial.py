@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from softcl import trust
@@ -20,26 +22,29 @@ def reason_against(name: str, call: Call) -> str | None:
     """Why backend ``name`` is not to be chosen for ``call`` on this machine, or None."""
     if name == "reference":
         return None
+    return trust.reason_against(
+        "softcl.ops.trial:run", f"backend {name}", call.query.device, **facts_of(name, call)
+    )
+
+
+def facts_of(name: str, call: Call) -> dict[str, Any]:
+    """The kind of a call, as `run` takes it."""
     numbers = None
     if isinstance(call, LossCall):
         # Rules with the same terms run the same kernels, whatever their weights.
         *weights, clip, _, teacher_positive = call.rule.to_numbers()
         numbers = [*(float(w > 0.0) for w in weights), clip, 0.0, teacher_positive]
-    return trust.reason_against(
-        "softcl.ops.trial:run",
-        f"backend {name}",
-        call.query.device,
-        backend=name,
-        D=call.query.shape[1],
-        vector_dtype=str(call.query.dtype).removeprefix("torch."),
-        queue_dtype=str(call.queue.dtype).removeprefix("torch."),
-        numbers=numbers,
-        num_neighbors=min(K, 1 << (call.num_neighbors - 1).bit_length())
-        if call.num_neighbors
-        else 0,
-        cold=coldest(call) < COLD,
-        excluded=call.excluded is not None,
-    )
+    k = call.num_neighbors
+    return {
+        "backend": name,
+        "D": call.query.shape[1],
+        "vector_dtype": str(call.query.dtype).removeprefix("torch."),
+        "queue_dtype": str(call.queue.dtype).removeprefix("torch."),
+        "numbers": numbers,
+        "num_neighbors": min(K, 1 << (k - 1).bit_length()) if k else 0,
+        "cold": coldest(call) < COLD,
+        "excluded": call.excluded is not None,
+    }
 
 
 def run(
