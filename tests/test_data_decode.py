@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softcl.data.decode import decode, image_size
+from softcl.data.decode import USUAL, decode, probe, white_of
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -19,7 +19,10 @@ NOT_A_NUMBER = np.where(GRAY == GRAY[0, 0], np.nan, GRAY).astype(np.float32)
 
 
 def read(path, height=HEIGHT, width=WIDTH) -> np.ndarray:
-    pixels = decode(path, height, width)
+    """The file as a set of its own."""
+    found = probe(path)
+    scale = USUAL if found.largest is None else white_of({found.floating: found.largest})
+    pixels = decode(path, height, width, scale)
     assert pixels.shape == (3, height, width) and pixels.dtype == np.uint8
     return pixels.transpose(1, 2, 0)
 
@@ -39,7 +42,9 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
         ("png", np.dstack([GRAY, ALPHA]), over_white(GRAY[..., None])),
         ("png", GRAY.astype(np.uint16) * 257, GRAY),
         ("tif", GRAY.astype(np.uint16) * 257, GRAY),
-        ("png", DARK.astype(np.uint16), DARK // 200),  # 200 of 65535: it is not stretched
+        ("png", DARK.astype(np.uint16), DARK),  # 8 bits suffice: 200 of 255
+        ("tif", DARK.astype(np.uint16) * 16, DARK * 16 * 255 // 4095),  # 12 bits
+        ("tif", DARK.astype(np.float32) / 250, DARK * 0 + 204),  # 0.8 of 1: it is not stretched
         ("tif", GRAY.astype(np.int32), GRAY),
         ("tif", GRAY.astype(np.int32) * 257, GRAY),
         ("tif", GRAY.astype(np.float32) / 255, GRAY),
@@ -71,7 +76,7 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     path = tmp_path / ("x.png" if orientation % 2 else "x.jpg")
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=100)
-    assert image_size(path) == (HEIGHT, WIDTH)
+    assert probe(path)[:2] == (HEIGHT, WIDTH)
     assert np.abs(read(path).astype(int) - upright).max() < 60  # JPEG, at the edges
 
 

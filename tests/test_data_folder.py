@@ -11,7 +11,9 @@ import torch
 
 from softcl.data import DataError, load_dataset
 from softcl.data.folder import list_folder
+from softcl.data.image_set import Listing
 from softcl.data.sets import known_statistics
+from softcl.data.splits import Choice, choose
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -27,6 +29,13 @@ def write_classes(root: Path, counts: dict[str, int], start: int = 0) -> None:
     for name, count in counts.items():
         for i in range(count):
             write(root / name / f"{i:03d}.png", start + i)
+
+
+def listed(root: Path, split: str) -> tuple[list[str], Choice]:
+    """The files of a split, and what else is known of it."""
+    whole: Listing = list_folder(root)
+    choice = choose(root, split, whole.parts, whole.labels)
+    return whole.only(choice.places).files, choice
 
 
 def values(root: Path, split: str) -> list[int]:
@@ -81,57 +90,59 @@ def test_val_stands_in_for_test(tmp_path):
 
 def test_without_splits_every_tenth_image_of_a_class_is_held_out(tmp_path):
     write_classes(tmp_path, {"a": 25, "b": 9, "c": 10})
-    train, test = list_folder(tmp_path, "train"), list_folder(tmp_path, "test")
-    everything = list_folder(tmp_path, "all")
-    assert test.files == ["a/009.png", "a/019.png", "c/009.png"]
-    assert sorted(train.files + test.files) == everything.files
-    assert not set(train.files) & set(test.files)
-    assert test.labels == [0, 0, 2] and everything.notes == []
-    assert "held out" in train.notes[0]
+    (train, about), (test, held) = listed(tmp_path, "train"), listed(tmp_path, "test")
+    everything, rest = listed(tmp_path, "all")
+    assert test == ["a/009.png", "a/019.png", "c/009.png"]
+    assert sorted(train + test) == everything
+    assert not set(train) & set(test)
+    assert held.labels == [0, 0, 2] and rest.notes == []
+    assert "held out" in about.notes[0]
 
 
 def test_without_classes(tmp_path):
     for i in (2, 0, 1):
         write(tmp_path / "images" / f"{i}.png", i)
-    for root in (tmp_path, tmp_path / "images"):  # one subfolder is no class
+    for root in (tmp_path, tmp_path / "images"):  # one subfolder is no class, but is entered
         data = load_dataset(str(root))
         assert data.labels is None and data.classes == [] and "no labels" in data.describe()
         assert values(root, "train") == [0, 1, 2]
-        assert "no test/ or val/ subfolder" in refused(root, "test")
+        assert "no part called test or val" in refused(root, "test")
 
 
-def test_images_beside_class_folders_take_the_labels_away(tmp_path):
+def test_images_beside_class_folders_have_no_label(tmp_path):
     write_classes(tmp_path, {"a": 2, "b": 2})
-    write(tmp_path / "stray.png")
-    data = load_dataset(str(tmp_path))
-    assert data.labels is None and len(data) == 5
-    assert data.notes == ["some images lie outside the class subfolders: no labels"]
+    write(tmp_path / "stray.png", 255)
+    data = load_dataset(str(tmp_path), "all")
+    assert data.labels.tolist() == [0, 0, 1, 1, -1]
+    assert data.notes == ["1 of 5 images have no label"]
+    labelled = data.labelled()
+    assert labelled.labels.tolist() == [0, 0, 1, 1] and labelled.images.max() == 1
 
 
 def test_a_class_may_be_called_train(tmp_path):
     write_classes(tmp_path, {"plane": 2, "train": 2, "truck": 2})
-    assert list_folder(tmp_path, "all").classes == ["plane", "train", "truck"]
+    assert listed(tmp_path, "all")[1].classes == ["plane", "train", "truck"]
     deep = tmp_path / "deep"
     write_classes(deep / "train", {"plane": 2, "train": 2})
     write_classes(deep / "test", {"plane": 2, "train": 2})
-    assert list_folder(deep, "train").classes == ["plane", "train"]
-    assert list_folder(deep, "train").files[-1] == "train/train/001.png"
+    files, choice = listed(deep, "train")
+    assert choice.classes == ["plane", "train"] and files[-1] == "train/train/001.png"
 
 
 def test_only_train_given(tmp_path):
     write_classes(tmp_path / "train", {"a": 2, "b": 2})
     assert len(load_dataset(str(tmp_path), "train")) == 4
-    assert "no images in test/ or val/" in refused(tmp_path, "test")
+    assert "no part called test or val" in refused(tmp_path, "test")
     (tmp_path / "test").mkdir()
     assert len(load_dataset(str(tmp_path), "all")) == 4
-    assert "no images in test/ or val/" in refused(tmp_path, "test")
+    assert "no part called test or val" in refused(tmp_path, "test")
 
 
 def test_folders_beside_the_splits_are_named(tmp_path):
     for name in ("train", "test", "unlabeled"):
         write_classes(tmp_path / name, {"a": 1, "b": 1})
-    listing = list_folder(tmp_path, "all")
-    assert len(listing.files) == 4 and listing.notes == ["ignored beside train/: unlabeled/"]
+    files, choice = listed(tmp_path, "all")
+    assert len(files) == 4 and choice.notes == ["left out: 2 images of unlabeled/"]
 
 
 # --------------------------------------------------------------------------------- which files
@@ -146,9 +157,10 @@ def test_nested_images_belong_to_the_first_level_and_other_files_to_none(tmp_pat
     (tmp_path / "README").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "a" / "folder.png").mkdir()
-    listing = list_folder(tmp_path, "all")
-    assert listing.files == ["a/0.png", "a/x/1.png", "b/UPPER.PNG", "b/y/z/2.jpg"]
-    assert listing.labels == [0, 0, 1, 1]
+    files, choice = listed(tmp_path, "all")
+    assert files == ["a/0.png", "a/x/1.png", "b/UPPER.PNG", "b/y/z/2.jpg"]
+    assert choice.labels == [0, 0, 1, 1]
+    assert list_folder(tmp_path).left_out == {".csv": 1, "without a suffix": 1}
 
 
 def test_links(tmp_path):
@@ -160,19 +172,19 @@ def test_links(tmp_path):
     (root / "a" / "loop").symlink_to(root)
     (root / "b" / "self").symlink_to(root / "b" / "self")
     (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
-    assert list_folder(root, "all").files == ["a/000.png", "b/000.png", "c/000.png", "c/001.png"]
+    assert list_folder(root).files == ["a/000.png", "b/000.png", "c/000.png", "c/001.png"]
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path):
     names = ["b.png", "a.png", "10.png", "9.png", "Z.png", "é.png", "a b.png"]
     for name in names:
         write(tmp_path / name)
-    assert list_folder(tmp_path, "all").files == sorted(names)
+    assert list_folder(tmp_path).files == sorted(names)
 
 
 def test_what_is_no_folder_of_images(tmp_path):
-    assert "no such folder" in refused(tmp_path / "nowhere")
-    assert "not a folder" in refused(write(tmp_path / "one" / "picture.png"))
+    assert "no such file or folder" in refused(tmp_path / "nowhere")
+    assert "not a folder but one image" in refused(write(tmp_path / "one" / "picture.png"))
     (tmp_path / "empty" / "train").mkdir(parents=True)
     for split in ("train", "test", "all"):
         assert "no images" in refused(tmp_path / "empty", split)

@@ -6,9 +6,14 @@ is a function of what is asked for: the number of threads and what was read befo
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import logging
 import math
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +24,7 @@ import torch
 
 from softcl.data.image_set import Cut, DataError, Listing, Triple, printable
 from softcl.data.recipe import draw_box
+from softcl.data.walk import Progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +32,10 @@ if TYPE_CHECKING:
 ORIENTATION = 0x0112  # the EXIF tag
 # What is opened, whatever a file is called. Pillow would run a program on some of the others: a
 # PostScript file called .jpg is handed to Ghostscript.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA",
+    "PCX", "ICO", "SGI", "SUN", "DDS", "QOI", "PSD", "XBM", "FITS",
+)  # fmt: skip
 UNREADABLE_LIMIT = 0.01
 _CHUNK = 32  # files per task of the threads that read a whole set
 _T = TypeVar("_T")
@@ -44,22 +53,87 @@ def pillow():
     return Image
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey images of 16 or 32 bits, and floating ones, scaled to 8 bits; others unchanged."""
-    if not (image.mode.startswith("I") or image.mode == "F"):
-        return image
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    largest = values.max()
-    if image.mode == "F":
-        full = 1.0 if largest <= 1 else 255.0
-    else:  # "I" has 32 bits in Pillow, 8 or 16 in nearly every file
-        full = 255.0 if image.mode == "I" and largest <= 255 else 65535.0
-    return pillow().fromarray(np.clip(values * (255.0 / full) + 0.5, 0, 255).astype(np.uint8))
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that Pillow decodes here; MPO is opened as the JPEG that it starts with."""
+    pillow().init()
+    return tuple(name for name in FORMATS if name in pillow().OPEN)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Those of the formats that are read, in lower case."""
+    known = pillow().registered_extensions()
+    able = {*formats(), "MPO"}
+    return frozenset(suffix for suffix, name in known.items() if name in able)
+
+
+def silence() -> None:
+    """Keep what Pillow and its libtiff say about odd files off the terminal.
+
+    A file that cannot be read is counted and named by us; of one that can, nobody needs to hear.
+    """
+    from PIL import _imaging
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    # Without a handler Python prints a logger's errors. One that the user has set is asked first.
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with contextlib.suppress(OSError, AttributeError):  # libtiff is linked in, or absent
+        libtiff = ctypes.CDLL(_imaging.__file__)
+        for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+            setter = getattr(libtiff, name)
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
+
+
+class White(NamedTuple):
+    """The values that become white in grey images of more than 8 bits: one scale for a set.
+
+    whole:    of those with whole numbers
+    floating: of the others
+    """
+
+    whole: float = 65535.0
+    floating: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.whole:g} (of floating-point numbers {self.floating:g})"
+
+
+USUAL = White()
+
+
+def white_of(largest: Mapping[bool, float]) -> White:
+    """The scale of a set, from the largest value found in images of whole numbers (False) and of
+    floating ones (True).
+
+    Whole numbers: all ones in as many bits as it takes, at least eight. Floating ones: 1, or up to
+    2 what is larger than that; above 2 they are whole numbers stored as floating ones.
+    """
+    whole, floating = largest.get(False, USUAL.whole), largest.get(True, 0.0)
+    return White(_ones(whole), max(floating, 1.0) if floating <= 2 else _ones(floating))
+
+
+def _ones(number: float) -> float:
+    return 2.0 ** max(int(number).bit_length(), 8) - 1
+
+
+def eight_bits(values: np.ndarray, white: White) -> np.ndarray:
+    """Whole or floating numbers as uint8; below 0 they are black, beyond white they are white."""
+    full = white.floating if values.dtype.kind == "f" else white.whole
+    scaled = np.nan_to_num(values.astype(np.float64)) * (255.0 / full) + 0.5
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is grey, with more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _rgb(image: Image.Image, white: White) -> Image.Image:
     """RGB; transparent pixels are laid over white, as a viewer shows them."""
-    image = _eight_bit(image)
+    if is_deep(image):
+        image = pillow().fromarray(eight_bits(np.asarray(image), white))
     if image.mode == "RGB":
         return image
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -89,10 +163,29 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def image_size(file: File) -> tuple[int, int]:
-    """(height, width) of an upright image, from its header."""
-    with pillow().open(file, formats=FORMATS) as image:
-        return _upright_size(image)
+class Probe(NamedTuple):
+    """What is learned of a set from one of its images.
+
+    height, width: upright
+    floating, largest: of a grey image of more than 8 bits: whether its values are floating-point
+                       numbers, and the largest; else None
+    """
+
+    height: int
+    width: int
+    floating: bool | None = None
+    largest: float | None = None
+
+
+def probe(file: File) -> Probe:
+    """The size of an upright image, from its header; and how deep it is."""
+    with pillow().open(file, formats=formats()) as image:
+        size = _upright_size(image)
+        if not is_deep(image):
+            return Probe(*size)
+        values = np.asarray(image)
+        floating = values.dtype.kind == "f"
+        return Probe(*size, floating, float(values[np.isfinite(values)].max(initial=0)))
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -100,19 +193,28 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
-def decode(file: File, height: int, width: int) -> np.ndarray:
+def decode(file: File, height: int, width: int, white: White = USUAL) -> np.ndarray:
     """Pixels (3, height, width) uint8 of the file's largest centred part of that ratio.
 
     Any exception means that it cannot be read.
     """
-    from PIL import ImageOps
-
-    with pillow().open(file, formats=FORMATS) as image:
+    with pillow().open(file, formats=formats()) as image:
         image.draft(None, (2 * width, 2 * height))  # JPEG skips detail that a resize would discard
-        image = _rgb(_upright(image))
+        image = _rgb(_upright(image), white)
         if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), pillow().Resampling.BILINEAR)
+            box = _centre(image.width, image.height, width / height)
+            image = image.resize((width, height), pillow().Resampling.BILINEAR, box=box)
         return np.asarray(image).transpose(2, 0, 1)
+
+
+def _centre(width: int, height: int, ratio: float) -> tuple[float, float, float, float]:
+    """The largest centred part of an image that has a ratio of width to height: its box.
+
+    Pillow's ImageOps.fit does this too, with boxes that rounding puts outside of some images.
+    """
+    inner_width, inner_height = min(width, height * ratio), min(height, width / ratio)
+    left, top = (width - inner_width) / 2, (height - inner_height) / 2
+    return left, top, min(left + inner_width, width), min(top + inner_height, height)
 
 
 class Box(NamedTuple):
@@ -125,7 +227,9 @@ class Box(NamedTuple):
     side: int
 
 
-def decode_crops(file: File, draw: Callable[[int, int], Sequence[Box]]) -> list[np.ndarray]:
+def decode_crops(
+    file: File, draw: Callable[[int, int], Sequence[Box]], white: White = USUAL
+) -> list[np.ndarray]:
     """Parts of the file's upright image, each resized to (3, side, side) uint8.
 
     What torchvision's resized_crop makes of an image of Pillow: the filter, bilinear, sees the
@@ -138,7 +242,7 @@ def decode_crops(file: File, draw: Callable[[int, int], Sequence[Box]]) -> list[
     Raises:
         Exception: any one means that the file cannot be read.
     """
-    with pillow().open(file, formats=FORMATS) as image:
+    with pillow().open(file, formats=formats()) as image:
         height, width = _upright_size(image)
         boxes = draw(height, width)
         spare = min(min(box.height, box.width) // (2 * box.side) for box in boxes)
@@ -146,7 +250,7 @@ def decode_crops(file: File, draw: Callable[[int, int], Sequence[Box]]) -> list[
         if spare > 1:
             image.draft(None, (image.width // spare, image.height // spare))
         scale = round(longest / max(image.size))
-        image = _rgb(_upright(image))
+        image = _rgb(_upright(image), white)
         if image.size != (-(-width // scale), -(-height // scale)):  # it could not be turned
             boxes, scale = draw(image.height, image.width), 1
         return [_cut(image, box, scale) for box in boxes]
@@ -175,11 +279,15 @@ class LazyImages:
     Args:
         size: (height, width) of the centred part that `batch` gives.
         workers: threads; 0 for the caller's alone.
+        white: the scale of grey images of more than 8 bits.
     """
 
-    def __init__(self, listing: Listing, size: tuple[int, int], workers: int) -> None:
-        self.listing, self.size, self.workers = listing, size, workers
-        self.skipped: list[str] = list(listing.skipped)
+    def __init__(
+        self, listing: Listing, size: tuple[int, int], workers: int, white: White = USUAL
+    ) -> None:
+        silence()
+        self.listing, self.size, self.workers, self.white = listing, size, workers, white
+        self.skipped: list[str] = []
         self._broken: set[int] = set()
         self._lock = threading.Lock()
         self._map: Callable[..., Iterable] = map
@@ -188,6 +296,13 @@ class LazyImages:
 
     def __len__(self) -> int:
         return len(self.listing.files)
+
+    def only(self, positions: Sequence[int]) -> LazyImages:
+        """The same without all images but those at `positions`."""
+        listing = self.listing.only(positions)
+        images = LazyImages(listing, self.size, self.workers, self.white)
+        images.skipped = self.skipped  # one list, whichever of the two finds a file unreadable
+        return images
 
     def _mark_broken(self, index: int, error: Exception) -> None:
         with self._lock:
@@ -198,9 +313,11 @@ class LazyImages:
                 self.skipped.append(f"{printable(self.listing.files[index])}: {reason}")
 
     def _refuse_if_many(self) -> None:
-        bad, total = len(self.skipped), len(self)
+        lost = sum(self.listing.lost.values())
+        bad, total = len(self._broken) + lost, len(self) + lost
         if bad > UNREADABLE_LIMIT * total:
-            first = "; ".join(self.skipped[:3]) + ("; ..." if bad > 3 else "")
+            lines = [*self.listing.lost, *self.skipped]
+            first = "; ".join(lines[:3]) + ("; ..." if len(lines) > 3 else "")
             raise DataError(
                 f"{printable(self.listing.root)}: {bad} of {total} images cannot be read "
                 f"(1% is allowed): {first}"
@@ -223,10 +340,15 @@ class LazyImages:
         name = printable(self.listing.files[index])
         raise DataError(f"{printable(self.listing.root)}: no readable image to replace {name}")
 
-    def _for_each(self, function: Callable[[int, int], None], indices: Sequence[int]) -> None:
+    def _for_each(
+        self,
+        function: Callable[[int, int], None],
+        indices: Sequence[int],
+        tick: Callable[[int], None] = lambda done: None,
+    ) -> None:
         """Call `function` with the place and the value of each index, on the threads."""
-        for _ in self._map(function, range(len(indices)), indices):
-            pass
+        for done, _ in enumerate(self._map(function, range(len(indices)), indices)):
+            tick(done)
 
     def read_all(self) -> torch.Tensor:
         """All images that can be read, uint8 (M, 3, H, W); the others leave the listing."""
@@ -236,17 +358,17 @@ class LazyImages:
         def read(_: int, start: int) -> None:
             for i in range(start, min(start + _CHUNK, len(self))):
                 try:
-                    array[i] = decode(self.listing.open(i), *self.size)
+                    array[i] = decode(self.listing.open(i), *self.size, self.white)
                 except Exception as error:
                     self._mark_broken(i, error)
 
-        listed = len(self.skipped)
-        self._for_each(read, range(0, len(self), _CHUNK))
-        self.skipped[listed:] = sorted(self.skipped[listed:])
+        progress = Progress(f"reading {printable(self.listing.root)}", len(self))
+        self._for_each(read, range(0, len(self), _CHUNK), lambda done: progress.tick(_CHUNK * done))
+        self.skipped.sort()
         self._refuse_if_many()
         if self._broken:
             kept = [i for i in range(len(self)) if i not in self._broken]
-            self.listing.keep(kept)
+            self.listing = self.listing.only(kept)
             self._broken.clear()
             images = images[kept]
         return images
@@ -257,7 +379,7 @@ class LazyImages:
         array = result.numpy()
 
         def read(place: int, index: int) -> None:
-            array[place] = self._read(index, lambda file: decode(file, *self.size))
+            array[place] = self._read(index, lambda file: decode(file, *self.size, self.white))
 
         self._for_each(read, indices.tolist())
         return result
@@ -283,7 +405,7 @@ class LazyImages:
                     for cut, rows in drawn
                 ]
 
-            made = self._read(index, lambda file: decode_crops(file, draw))
+            made = self._read(index, lambda file: decode_crops(file, draw, self.white))
             for array, crop in zip(arrays, made, strict=True):
                 array[place] = crop
 

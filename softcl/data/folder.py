@@ -1,146 +1,129 @@
-"""Folders of image files, with or without class subfolders and splits; and Tiny-ImageNet's."""
+"""Folders of image files: with or without parts, class subfolders, and tables of labels."""
 
 from __future__ import annotations
 
-import os
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+from softcl.data.decode import suffixes
 from softcl.data.image_set import DataError, Listing, printable
+from softcl.data.splits import TRAIN, WORDS, Label, as_label
+from softcl.data.walk import KINDS, counted, walk
 
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-)
-TRAIN, TESTS = "train", ("test", "val")
 TINY_SIGNS = (("val/val_annotations.txt",),)
+LABEL_KEYS = ("label", "labels", "fine_label", "cls", "class", "target")
+# Hugging Face's two, and Tiny-ImageNet's.
+TABLES = ("metadata.csv", "metadata.jsonl", "val_annotations.txt")
+
+Names = tuple[str, ...]  # a path below the root
 
 
-def list_files(folder: Path) -> list[tuple[str, ...]]:
-    """Paths of the images under a folder as tuples of names, sorted; links are followed."""
-    found: list[tuple[str, ...]] = []
+def list_folder(root: Path) -> Listing:
+    """The images of a folder.
 
-    def walk(folder: str, prefix: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> None:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:  # a link back to a folder that contains it
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                try:
-                    is_folder, is_file = entry.is_dir(), entry.is_file()
-                except OSError:  # a link that leads only to itself
-                    continue
-                path = (*prefix, entry.name)
-                if is_folder:
-                    walk(entry.path, path, (*above, here))
-                elif is_file and os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    found.append(path)
-
-    try:
-        walk(os.fspath(folder), (), ())
-    except OSError as error:
-        place = printable(error.filename or folder)
-        raise DataError(f"{place}: {error.strerror or error}") from error
-    return sorted(found)
-
-
-def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
-    """{"train": ..., "test": ...} where the folder is divided so, else {}.
-
-    train/ beside test/ or val/ divides it, or those names alone: a set of classes may well have
-    one called "train".
-    """
-    try:
-        names = {e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")}
-    except OSError as error:
-        raise DataError(f"{printable(root)}: {error.strerror or error}") from error
-    tests = [name for name in TESTS if name in names]
-    divided = bool(names) and names <= {TRAIN, *TESTS}
-    if not (divided or (TRAIN in names and tests)):
-        return {}
-    others = sorted(names - {TRAIN, *TESTS} - {"__MACOSX"})
-    if others:
-        notes.append(f"ignored beside {TRAIN}/: " + ", ".join(printable(n) + "/" for n in others))
-    folders = {TRAIN: root / TRAIN} if TRAIN in names else {}
-    if tests:
-        # ImageNet's test/ has no labels and its val/ has.
-        labelled = [name for name in tests if any(len(p) > 1 for p in list_files(root / name))]
-        folders["test"] = root / (labelled or tests)[0]
-    return folders
-
-
-def list_folder(root: Path, split: str) -> Listing:
-    """The images of split "train", "test" or "all".
-
-    train/ and test/ (or val/) are honoured. Without them "train" is everything, except that with
-    class subfolders every tenth image of each class is held out for "test". The first folder
-    level gives the classes when every image lies in a subfolder and there are at least two of
-    them; classes are numbered in the sorted order of all splits' names together.
+    train/ and test/ (or val/) are its parts, in any case, also as training, testing, valid and
+    validation: where both are there, or nothing else. The first folder level, below a part's, gives
+    the classes where there are at least two; a table of TABLES gives those of the images beside and
+    below it.
 
     Raises:
-        DataError: there is no such folder, or it has no images for that split.
+        DataError: there is no such folder, or it has no images.
     """
     if not root.is_dir():
-        reason = "not a folder" if root.exists() else "no such folder"
+        reason = "not a folder" if root.exists() else "no such file or folder"
         raise DataError(f"{printable(root)}: {reason}")
+    left_out: Counter[str] = Counter()
+    found = walk(root, suffixes(), left_out, TABLES)
+    paths = [path for path in found if path[-1] not in TABLES]
+    if not paths:
+        raise DataError(f"{printable(root)}: no images in this folder{_instead(left_out)}")
     notes: list[str] = []
-    folders = _split_folders(root, notes)
-    parts = {name: list_files(folder) for name, folder in folders.items()} or {"": list_files(root)}
-    if not any(parts.values()):
-        kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
-        raise DataError(f"{printable(root)}: no images in this folder (looked for {kinds})")
+    tables = {
+        path[:-1]: table
+        for path in found
+        if path[-1] in TABLES and (table := _table(root.joinpath(*path), notes)) is not None
+    }
+    tops = {path[0] for path in paths if len(path) > 1}
+    parts = {WORDS[name.lower()] for name in tops if name.lower() in WORDS}
+    divided = bool(parts) and (
+        all(name.lower() in WORDS for name in tops) or (TRAIN in parts and len(parts) > 1)
+    )
+    level = int(divided)  # of the classes
 
-    classes = sorted({p[0] for paths in parts.values() for p in paths if len(p) > 1})
-    wanted = [name for name in parts if split in (name, "all") or name == ""]
-    chosen = [(name, path) for name in wanted for path in parts[name]]
-    if not chosen:
-        name = "train/" if split == "train" else "test/ or val/"
-        raise DataError(f"{printable(root)}: no images in {name}, asked for split {split!r}")
-    labels = None
-    if len(classes) > 1 and all(len(path) > 1 for _, path in chosen):
-        number = {name: i for i, name in enumerate(classes)}
-        labels = [number[path[0]] for _, path in chosen]
-    elif len(classes) > 1:
-        notes.append("some images lie outside the class subfolders: no labels")
-    files = ["/".join((folders[name].name, *path) if name else path) for name, path in chosen]
-    listing = Listing(root, files, labels, classes if labels else [], notes)
-    if not folders:
-        listing.hold_out(split, "no test/ or val/ subfolder")
+    def word(path: Names) -> Label:
+        for place, table in tables.items():
+            if path[: len(place)] == place:
+                return table.get(path[len(place) :])
+        return path[level] if len(path) > level + 1 else None
+
+    def part(path: Names) -> str:
+        top = path[0] if divided and len(path) > 1 else ""
+        return WORDS.get(top.lower(), top)
+
+    labels = [word(path) for path in paths]
+    if len(set(labels) - {None}) < 2:
+        labels = [None] * len(paths)
+    return Listing(
+        root,
+        ["/".join(path) for path in paths],
+        [part(path) for path in paths],
+        labels,
+        notes=notes,
+        left_out=left_out,
+        why_unlabelled="fewer than two class subfolders",
+    )
+
+
+def _instead(left_out: Counter[str]) -> str:
+    """What a folder without images has, and what may be done about it."""
+    if not left_out:
+        return ", which has no other files either"
+    hints = dict.fromkeys(KINDS[kind] for kind, _ in left_out.most_common() if kind in KINDS)
+    told = "".join(f"; {what}: {hint}" for what, hint in list(hints)[:2])
+    return f" but {counted(left_out)}{told}"
+
+
+def list_tiny_imagenet(root: Path) -> Listing:
+    """Tiny-ImageNet-200 as it is published: the labels of val/ stand in a table, test/ has none."""
+    listing = list_folder(root)
+    listing.statistics = "tiny-imagenet"
     return listing
 
 
-def list_tiny_imagenet(folder: Path, split: str) -> Listing:
-    """Tiny-ImageNet-200 as it is published; "test" is val/, whose labels stand in a text file.
+def _table(file: Path, notes: list[str]) -> dict[Names, Label] | None:
+    """The labels in a table by the paths of the images, below the table's folder.
 
-    train/<class>/images/*.JPEG, val/images/*.JPEG with val/val_annotations.txt; test/ has no labels
-    and is left alone.
-
-    Raises:
-        DataError: the annotations lack an image or name an unknown class.
+    None, with a note that says why, where it has none.
     """
-    train = folder / "train"
-    entries = train.iterdir() if train.is_dir() else ()
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    number = {name: place for place, name in enumerate(classes)}
-    listing = Listing(folder, [], [], classes, statistics="tiny-imagenet")
-    if split in ("train", "all"):
-        for path in list_files(train):
-            listing.files.append("/".join(("train", *path)))
-            listing.labels.append(number[path[0]])
-    if split in ("test", "all"):
-        file = folder / "val" / "val_annotations.txt"
-        lines = [line.split("\t") for line in file.read_text(errors="replace").splitlines()]
-        class_of = {words[0]: words[1] for words in lines if len(words) > 1}
-        for path in list_files(folder / "val"):
-            if path[-1] not in class_of:
-                raise DataError(f"{file}: has no line for {path[-1]}")
-            if class_of[path[-1]] not in number:
-                raise DataError(
-                    f"{file}: class {class_of[path[-1]]!r} of {path[-1]} is not in train/"
-                )
-            listing.files.append("/".join(("val", *path)))
-            listing.labels.append(number[class_of[path[-1]]])
-    if not listing.files:
-        raise DataError(f"{folder}: no images for split {split!r}")
-    return listing
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            if file.suffix == ".txt":  # name, class, and a box that nobody needs here
+                rows = (line.split("\t") for line in stream)
+                return {("images", row[0]): as_label(row[1]) for row in rows if len(row) > 1}
+            records = csv.DictReader(stream) if file.suffix == ".csv" else _objects(stream)
+            table, known = {}, set()
+            for record in records:
+                known.update(map(str, record))
+                key = next((key for key in LABEL_KEYS if key in record), None)
+                name = record.get("file_name")
+                if key is not None and isinstance(name, str):
+                    table[tuple(name.split("/"))] = as_label(record[key])
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        notes.append(f"{printable(file.name)}: not read: {reason}")
+        return None
+    if not table:
+        columns = printable(", ".join(sorted(known))) or "nothing"
+        wanted = f"file_name and one of {', '.join(LABEL_KEYS)}"
+        notes.append(f"{printable(file.name)}: no labels: it has {columns}, not {wanted}")
+    return table or None
+
+
+def _objects(lines: Iterator[str]) -> Iterator[dict]:
+    for line in lines:
+        content = json.loads(line) if line.strip() else {}
+        if isinstance(content, dict):
+            yield content

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from softcl.data.decode import LazyImages
 
 Triple = tuple[float, float, float]
-HOLD_OUT = 10  # without a test part, every tenth image of a class is held out
+LONGEST = 300  # characters of a path in a message
 
 
 class DataError(Exception):
@@ -40,85 +41,70 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
 
 
 def printable(path: str | Path) -> str:
-    """The path as one line of text, whatever bytes its name holds."""
+    """The path as one line of text, whatever bytes its name holds and however long it is."""
     text = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "?" for c in text)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
 
 
 class Arrays(NamedTuple):
     """A split whose files hold raw pixels.
 
     images: (M, 3, H, W) uint8
-    labels: (M,) int64 or None
-    statistics: the row of STATISTICS
+    labels: (M,) int64, -1 where an image has none, or None
+    statistics: the row of STATISTICS, or None if none is known
+    notes: lines worth printing
     """
 
     images: np.ndarray
     labels: np.ndarray | None
     classes: list[str]
-    statistics: str
+    statistics: str | None
+    notes: Sequence[str] = ()
 
 
 @dataclass
 class Listing:
-    """Image files of one split, not decoded yet.
+    """Image files of a set, not decoded yet: a name, a part and a label of each.
 
     files:      their names, below `root`
-    labels:     their classes as numbers, or None
-    skipped:    "name: reason" for what could not even be listed
+    parts:      "train", "test" or "val", or "" where nothing says so; another folder's name where
+                the set is divided and they are in none of its parts
+    labels:     their classes as words or numbers, None where there is none
+    names:      of the classes whose labels are numbers
+    notes:      lines worth printing about how the set was read
+    left_out:   how many other files there are of each kind
+    lost:       "file: reason" of what is missing from a file that holds images, and of how many
     places:     where each lies, for `read`, if the files are no files of their own
     read:       from a place to the bytes of an image file
     statistics: the row of STATISTICS that the set is known to need, or None
+    why_unlabelled: what to say where no image has a label
     """
 
     root: Path
     files: list[str]
-    labels: list[int] | None
-    classes: list[str]
+    parts: list[str]
+    labels: list[Any]
+    names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    lost: dict[str, int] = field(default_factory=dict)
     places: list[Any] | None = None
     read: Callable[[Any], BinaryIO] | None = None
     statistics: str | None = None
+    why_unlabelled: str = ""
 
     def open(self, index: int) -> Path | BinaryIO:
         """What an image decoder reads: a path, or a file in memory."""
         return self.root / self.files[index] if self.read is None else self.read(self.places[index])
 
-    def keep(self, positions: Sequence[int]) -> None:
-        """Leave out all images but those at `positions`."""
-        for name in ("files", "labels", "places"):
+    def only(self, positions: Sequence[int]) -> Listing:
+        """The same set without all images but those at `positions`."""
+        columns = {}
+        for name in ("files", "parts", "labels", "places"):
             values = getattr(self, name)
-            if values is not None:
-                setattr(self, name, [values[place] for place in positions])
-
-    def hold_out(self, split: str, lacking: str) -> None:
-        """Keep the part of an undivided set that belongs to `split`.
-
-        Without labels there is no test part. With them every tenth image of a class is it.
-
-        Args:
-            lacking: what would have divided the set, for the messages.
-
-        Raises:
-            DataError: there are no labels, or too few images, to hold some out.
-        """
-        if split == "all" or (self.labels is None and split == "train"):
-            return
-        if self.labels is None:
-            raise DataError(
-                f"{printable(self.root)}: {lacking}, and no labels to hold images out by"
-            )
-        seen: dict[int, int] = {}
-        places = []
-        for place, label in enumerate(self.labels):
-            seen[label] = seen.get(label, 0) + 1
-            if (seen[label] % HOLD_OUT == 0) == (split == "test"):
-                places.append(place)
-        if not places:
-            raise DataError(f"{printable(self.root)}: too few images for split {split!r}")
-        self.keep(places)
-        self.notes.append(f"{lacking}: every {HOLD_OUT}th image of a class is held out for test")
+            columns[name] = None if values is None else [values[place] for place in positions]
+        return replace(self, **columns)
 
 
 class Cut(NamedTuple):
@@ -150,7 +136,7 @@ class ImageSet:
     """Images with optional labels.
 
     images:     uint8 tensor (M, 3, H, W) when resident, else an object that decodes on demand
-    labels:     int64 (M,) or None
+    labels:     int64 (M,), -1 where an image has none, or None where none has
     classes:    names of the classes, in the order of the labels; empty without labels
     mean, std:  normalisation constants for pixels in [0, 1]
     statistics: the row of STATISTICS they come from
@@ -195,6 +181,15 @@ class ImageSet:
         if isinstance(wanted, torch.Tensor):
             return self.batch(wanted)
         return self.files.crops(wanted.indices.cpu(), wanted.cuts)
+
+    def labelled(self) -> ImageSet:
+        """The set without the images that have no label; itself where all have one or none has."""
+        if self.labels is None or bool((self.labels >= 0).all()):
+            return self
+        places = (self.labels >= 0).nonzero().flatten()
+        images = self.images[places] if self.resident else self.images.only(places.tolist())
+        files = None if self.files is None else self.files.only(places.tolist())
+        return replace(self, images=images, labels=self.labels[places], files=files)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Move a resident set's images; a set decoded on demand stays where it is. Returns self."""

@@ -10,81 +10,81 @@ import functools
 import io
 import json
 import os
-import re
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from softcl.data.folder import EXTENSIONS
+from softcl.data.decode import suffixes
+from softcl.data.folder import LABEL_KEYS
 from softcl.data.image_set import DataError, Listing, printable
+from softcl.data.splits import Label, as_label, part_in
+from softcl.data.walk import Progress, is_ignored, suffix_of, walk
 
-_TRAIN = re.compile(r"(^|[^a-z])(train|training)([^a-z]|$)")
-_TEST = re.compile(r"(^|[^a-z])(test|val|valid|validation)([^a-z]|$)")
-
-
-def _containers(root: Path, kind: str, split: str) -> tuple[Path, list[Path], bool]:
-    """The folder, its containers of a split, and whether their names divide the set at all.
-
-    The words train, test and val in a path below the folder do. If none has any, the containers
-    are all of them.
-    """
-    base = root.parent if root.is_file() else root
-    files = [root] if root.is_file() else sorted(p for p in root.rglob(f"*.{kind}") if p.is_file())
-    names = [path.relative_to(base).as_posix().lower() for path in files]
-    train = [path for path, name in zip(files, names, strict=True) if _TRAIN.search(name)]
-    tests = [path for path, name in zip(files, names, strict=True) if _TEST.search(name)]
-    if not train and not tests:
-        return base, files, False
-    chosen = {"train": train, "test": tests, "all": files}[split]
-    if not chosen:
-        raise DataError(f"{base}: no file with {split!r} in its name among {len(files)}")
-    return base, chosen, True
+Place = Path | Sequence[Path]  # a file or a folder; or the files that a pattern names
 
 
-def _set_labels(listing: Listing, labels: Sequence[int | None], names: Sequence[str] = ()) -> None:
-    """Take the labels if every image has one; classes without a name are called by number."""
-    known = [label for label in labels if label is not None]
-    if known and len(known) < len(labels):
-        missing = len(labels) - len(known)
-        listing.notes.append(f"{missing} of {len(labels)} images have no label: no labels")
-    elif known:
-        listing.labels = known
-        listing.classes = [*names, *map(str, range(len(names), max(known) + 1))]
+def _containers(place: Place, kind: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
+    """The folder, and the files of one kind that are read."""
+    if not isinstance(place, Path):
+        return Path(os.path.commonpath([file.parent for file in place])), list(place)
+    if place.is_file():
+        return place.parent, [place]
+    return place, [place.joinpath(*names) for names in walk(place, (kind,), left_out)]
+
+
+def _part_of(file: Path, base: Path) -> str:
+    return part_in(file.relative_to(base).as_posix())
 
 
 # --------------------------------------------------------------------------------------- tar shards
 
 _END_BYTES = 1024  # two blocks of zeros
-_LABEL_KEYS = ("label", "cls", "class")
+_LABEL_BYTES = 1 << 20  # that a file beside an image may have
 
 
-def list_tar(root: Path, split: str) -> Listing:
-    """The images of split "train", "test" or "all" in shards that belong to one by their names.
+def list_tar(place: Place) -> Listing:
+    """The images of tar shards, which belong to a split by the shards' names.
 
-        0001.jpg 0001.cls      an image and its class, a whole number in text
-        0002.jpg 0002.json     the class may stand in a JSON object too, as "label", "cls", "class"
+        0001.jpg 0001.cls      an image and its class, a whole number or a word in text
+        0002.jpg 0002.json     the class may stand in a JSON object too, as one of LABEL_KEYS
 
     The members of a sample share a name up to its first dot. A shard must be an uncompressed tar
-    file; one that is cut short gives the images before the cut.
+    file; one that is cut short gives the images before the cut, and counts for as many lost ones as
+    it has fewer than the largest.
 
     Raises:
-        DataError: a shard is compressed or no tar file, or the split has no images.
+        DataError: a shard is compressed or no tar file, or there are no images.
     """
-    base, shards, divided = _containers(root, "tar", split)
-    listing = Listing(base, [], None, [], places=[], read=_read_member)
-    labels: list[int | None] = []
-    for shard in shards:
-        for name, place, label in _samples(shard, listing):
+    left_out: Counter[str] = Counter()
+    base, shards = _containers(place, ".tar", left_out)
+    listing = Listing(base, [], [], [], left_out=left_out, places=[], read=_read_member)
+    listing.why_unlabelled = f"no class in .cls or .json (looked for {', '.join(LABEL_KEYS)})"
+    progress = Progress(f"listing the shards of {printable(base)}", len(shards))
+    cut: dict[Path, int] = {}
+    largest = 0
+    for number, shard in enumerate(shards):
+        progress.tick(number)
+        samples, whole = _samples(shard, left_out)
+        for name, where, label in samples:
             listing.files.append(f"{printable(shard.name)}/{name}")
-            listing.places.append((shard, *place))
-            labels.append(label)
+            listing.places.append((shard, *where))
+            listing.labels.append(label)
+        listing.parts += [_part_of(shard, base)] * len(samples)
+        if whole:
+            largest = max(largest, len(samples))
+        else:
+            cut[shard] = len(samples)
     if not listing.files:
-        raise DataError(f"{printable(root)}: no images in its {len(shards)} tar file(s)")
-    _set_labels(listing, labels)
-    if not divided:
-        listing.hold_out(split, "no tar file has test or val in its name")
+        raise DataError(f"{printable(base)}: no images in its {len(shards)} tar file(s)")
+    for shard, count in cut.items():
+        line = f"{printable(shard.name)}: cut short after {count} images"
+        if not largest:
+            raise DataError(f"{printable(base)}: {line}, and nothing says how many are lost")
+        lost = max(largest - count, 1)
+        listing.lost[f"{line}, about {lost} are lost"] = lost
     return listing
 
 
@@ -95,67 +95,83 @@ def _read_member(place: tuple[Path, int, int]) -> BinaryIO:
         return io.BytesIO(file.read(length))
 
 
-def _samples(shard: Path, listing: Listing) -> list[tuple[str, tuple[int, int], int | None]]:
-    """(name, (offset, length), label) of each image of a shard, in its order."""
+_Samples = list[tuple[str, tuple[int, int], Label]]
+
+
+def _samples(shard: Path, left_out: Counter[str]) -> tuple[_Samples, bool]:
+    """(name, (offset, length), label) of each image of a shard, in its order; whether it is whole.
+
+    tarfile is trusted with nothing but the headers: members may claim any size, and what it raises
+    for a hostile file is anything.
+    """
     images: dict[str, tuple[str, tuple[int, int]]] = {}
-    labels: dict[str, int] = {}
-    size, end = os.path.getsize(shard), 0
+    labels: dict[str, Label] = {}
+    size, end, reason = os.path.getsize(shard), 0, ""
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(shard, "r:") as archive, open(shard, "rb") as file:
             for member in archive:
-                if not member.isfile():
+                if member.offset_data < end or member.size < 0:
+                    raise tarfile.ReadError("its members overlap")
+                names = member.name.split("/")
+                if member.isdir() or any(map(is_ignored, filter(None, names))):
+                    continue
+                if not member.isfile() or member.issparse():
+                    left_out["no regular file"] += 1
                     continue
                 end = member.offset_data + member.size
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}", f".{extension.lower()}"
                 if end > size:
                     raise tarfile.ReadError("a member is cut short")
-                if "." + extension.rpartition(".")[2] in EXTENSIONS and key not in images:
-                    images[key] = (printable(member.name), (member.offset_data, member.size))
+                stem, _, extension = names[-1].partition(".")
+                key, extension = "/".join([*names[:-1], stem]), f".{extension.lower()}"
+                if suffix_of(names[-1]) in suffixes():
+                    if key in images:
+                        left_out["second image of a sample"] += 1
+                    else:
+                        images[key] = (printable(member.name), (member.offset_data, member.size))
                 elif extension in (".cls", ".json"):
-                    label = _label(archive.extractfile(member).read(), extension)
-                    if label is not None:
-                        labels[key] = label
+                    file.seek(member.offset_data)
+                    labels[key] = _label(file.read(min(member.size, _LABEL_BYTES)), extension)
+                else:
+                    left_out[suffix_of(names[-1]) or "without a suffix"] += 1
         if end + _END_BYTES > size:  # where a whole one has its end mark
             raise tarfile.ReadError("no end mark")
-    except tarfile.ReadError as error:
-        if not images:
-            reason = "compressed or damaged; shards must be plain tar files"
-            raise DataError(f"{printable(shard)}: not a readable tar file ({reason})") from error
-        last = next(reversed(images))
-        if labels and last not in labels:  # it was in what is missing
-            del images[last]
-        listing.skipped.append(f"{printable(shard.name)}: cut short after {len(images)} images")
-    return [(name, place, labels.get(key)) for key, (name, place) in images.items()]
+    except OSError as error:
+        raise DataError(f"{printable(shard)}: {error.strerror or error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    if reason and not images:
+        raise DataError(
+            f"{printable(shard)}: not a readable tar file (compressed or damaged; shards must be "
+            f"plain tar files: {reason})"
+        )
+    if reason and labels and (last := next(reversed(images))) not in labels:
+        del images[last]  # its label was in what is missing
+    found = [(name, where, labels.get(key)) for key, (name, where) in images.items()]
+    return found, not reason
 
 
-def _label(data: bytes, extension: str) -> int | None:
+def _label(data: bytes, extension: str) -> Label:
+    if extension == ".cls":
+        return as_label(data)
     try:
-        if extension == ".cls":
-            label = int(data)
-        else:
-            content = json.loads(data)
-            label = next(content[key] for key in _LABEL_KEYS if key in content)
-    except (ValueError, TypeError, StopIteration):
+        content = json.loads(data)
+        return as_label(next(content[key] for key in LABEL_KEYS if key in content))
+    except (ValueError, TypeError, StopIteration, RecursionError):
         return None
-    is_number = isinstance(label, int) and not isinstance(label, bool)
-    return label if is_number and 0 <= label < 1 << 31 else None
 
 
 # ----------------------------------------------------------------------------------------- parquet
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 _GROUPS_HELD = 8
 
 
-def list_parquet(root: Path, split: str) -> Listing:
-    """The images of split "train", "test" or "all" in files that belong to one by their names.
+def list_parquet(place: Place) -> Listing:
+    """The images of parquet files, which belong to a split by the files' names.
 
     As Hugging Face datasets store them: one column holds the bytes of image files, bare or as a
-    struct with a field "bytes", another whole numbers, the labels. Needs pyarrow, which softcl does
-    not install by itself.
+    struct with a field "bytes", another numbers or words, the labels. Needs pyarrow, which softcl
+    does not install by itself.
 
     Images are read by row groups, of which the last few stay in memory: a set that fits is read
     once from front to back; one that does not is read a whole group for each image, so many small
@@ -183,11 +199,12 @@ def list_parquet(root: Path, split: str) -> Listing:
             raise ValueError("no bytes in this row")
         return io.BytesIO(data)
 
-    base, tables, divided = _containers(root, "parquet", split)
-    listing = Listing(base, [], None, [], places=[], read=read)
-    labels: list[int | None] = []
-    names: list[str] = []
-    for table in tables:
+    left_out: Counter[str] = Counter()
+    base, tables = _containers(place, ".parquet", left_out)
+    listing = Listing(base, [], [], [], left_out=left_out, places=[], read=read)
+    progress = Progress(f"listing the tables of {printable(base)}", len(tables))
+    for number, table in enumerate(tables):
+        progress.tick(number)
         try:
             file = parquet.ParquetFile(table)
             column = _image_column(table, file.schema_arrow)
@@ -195,35 +212,36 @@ def list_parquet(root: Path, split: str) -> Listing:
                 file.metadata.row_group(group).num_rows
                 for group in range(file.metadata.num_row_groups)
             ]
-            found, named = _parquet_labels(file)
+            labels, names = _parquet_labels(file)
         except (OSError, ValueError) as error:  # pyarrow's own errors derive from ValueError
             reason = " ".join(str(error).split())
             raise DataError(f"{printable(table)}: cannot read: {reason}") from error
         rows = [(group, row) for group, count in enumerate(groups) for row in range(count)]
         listing.files += [f"{printable(table.name)}, row {place}" for place in range(len(rows))]
         listing.places += [(table, group, column, row) for group, row in rows]
-        labels += found
-        names = names or named
+        listing.parts += [_part_of(table, base)] * len(rows)
+        listing.labels += labels
+        listing.names = listing.names or names
+        columns = ", ".join(file.schema_arrow.names)
+        listing.why_unlabelled = (
+            f"none in columns {columns} (looked for numbers or words in {', '.join(LABEL_KEYS)})"
+        )
     if not listing.files:
-        raise DataError(f"{printable(root)}: its parquet files have no rows")
-    _set_labels(listing, labels, names)
-    if not divided:
-        listing.hold_out(split, "no parquet file has test or val in its name")
+        raise DataError(f"{printable(base)}: its parquet files have no rows")
     return listing
 
 
-def _parquet_labels(file: Any) -> tuple[list[int | None], list[str]]:
+def _parquet_labels(file: Any) -> tuple[list[Label], list[str]]:
     """A file's labels, and the names of the classes where Hugging Face datasets left any."""
     schema = file.schema_arrow
-    column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    column = next((name for name in LABEL_KEYS if name in schema.names), None)
     if column is None:
         return [None] * file.metadata.num_rows, []
-    values = file.read(columns=[column]).column(column).to_pylist()
-    labels = [v if isinstance(v, int) and v >= 0 else None for v in values]
+    labels = [as_label(v) for v in file.read(columns=[column]).column(column).to_pylist()]
     try:
         content = json.loads((schema.metadata or {})[b"huggingface"])
         names = content["info"]["features"][column]["names"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return labels, []
     return labels, [str(name) for name in names] if isinstance(names, list) else []
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import glob
+import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,90 +17,194 @@ import torch
 from softcl.data import arrays, decode, folder, packed
 from softcl.data.image_set import STATISTICS, Arrays, DataError, ImageSet, Listing, printable
 from softcl.data.shapes import load_shapes
+from softcl.data.splits import WORDS, choose, is_divided
+from softcl.data.walk import counted, described, is_ignored, suffix_of
 
 SMALL = 128  # images of one size up to this many pixels a side are kept as they are
 DEFAULT_SIZE = 224
-PROBES = 64  # files looked at to learn the images' size
+PROBES = 64  # files looked at to learn the images' size and depth
+FEW_LEVELS = 32  # of 256: a range of values in which nothing can be seen
+MOST_FILES = 100_000  # that a pattern may name
 UNLABELED = ("unlabeled", "train+unlabeled")
 SPLITS = ("train", "test", "all", *UNLABELED)
+READ = (
+    "folders of images, CIFAR, STL-10, MNIST's idx files, .npz and .npy arrays, "
+    "plain .tar shards and .parquet files"
+)
 
 
 @dataclass(frozen=True)
 class Format:
     """How the sets of one kind are stored.
 
-    read:      from a path and a split to a `Listing` of image files, or to `Arrays` of raw pixels
-    signs:     what it is recognised by: patterns of the names of files that lie in one folder; all
+    read:      a `Listing` of the image files at a path, or from a path and a split `Arrays` of raw
+               pixels
+    signs:     what a folder is recognised by: patterns of the names of files that lie in it; all
                of one group must be there
-    container: the path is read with all that lies below it; else the folder that has the signs is
+    suffixes:  of files that may be named themselves
+    container: a folder is read with all that lies below it; else the folder that has the signs is
+    patterns:  whether several files may be named by a pattern
     unlabeled: whether it has the splits of UNLABELED, the last of which is meant for training
     """
 
-    read: Callable[[Path, str], Listing | Arrays]
+    read: Callable[[Any], Listing] | Callable[[Any, str], Arrays]
     signs: tuple[tuple[str, ...], ...]
+    suffixes: tuple[str, ...] = ()
     container: bool = False
+    patterns: bool = False
     unlabeled: bool = False
+    lists: bool = False
 
 
 # In the order in which they are tried.
 READERS: dict[str, Format] = {
     "cifar": Format(arrays.read_cifar, arrays.CIFAR_SIGNS),
     "stl10": Format(arrays.read_stl10, arrays.STL10_SIGNS, unlabeled=True),
-    "tiny-imagenet": Format(folder.list_tiny_imagenet, folder.TINY_SIGNS),
-    "tar": Format(packed.list_tar, (("*.tar",),), container=True),
-    "parquet": Format(packed.list_parquet, (("*.parquet",),), container=True),
-    "folder": Format(folder.list_folder, ((),), container=True),
+    "idx": Format(arrays.read_idx, arrays.IDX_SIGNS),
+    "tiny-imagenet": Format(folder.list_tiny_imagenet, folder.TINY_SIGNS, lists=True),
+    "tar": Format(packed.list_tar, (("*.tar",),), (".tar",), True, True, lists=True),
+    "parquet": Format(
+        packed.list_parquet, (("*.parquet",),), (".parquet",), True, True, lists=True
+    ),
+    "numpy": Format(arrays.read_numpy, arrays.NUMPY_SIGNS, (".npz", ".npy")),
+    "folder": Format(folder.list_folder, ((),), container=True, lists=True),
 }
 FORMATS = ("auto", "shapes", *READERS)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A recognised set: a key of READERS, and what its reader takes."""
+    """A recognised set: a key of READERS, what its reader takes, and notes about where it was."""
 
     format: str
-    place: Path
+    place: Path | list[Path]
+    notes: tuple[str, ...] = ()
 
 
-def find_format(root: Path, wanted: str = "auto") -> Found:
-    """Recognise `root`, as the format `wanted` or as the first that fits.
+def find_format(spec: str | Path, wanted: str = "auto") -> Found:
+    """Recognise what lies at a path, as the format `wanted` or as the first that fits.
 
     Signs are looked for in a folder and one level below it; deeper ones only of a format that is
-    asked for, because a folder of a million images would have to be walked.
+    asked for, because a folder of a million images would have to be walked. Where a folder has
+    nothing but one other folder, that is entered.
 
     Raises:
-        DataError: the path is nothing of the wanted format.
+        DataError: there is no such path, or it is nothing of the wanted format.
     """
     if wanted not in FORMATS:
         raise ValueError(f"data_format must be one of {', '.join(FORMATS)}, got {wanted!r}")
+    root = _path(spec)
     if not root.exists():
-        return Found("folder", root)  # whose reader says what is wrong with the path
-    try:
-        parts = [root, *(entry for entry in sorted(root.iterdir())[:50] if entry.is_dir())]
-    except OSError:  # a file; or the reader of folders says what is wrong
-        parts = [root]
-    for name, stored in READERS.items():
-        if wanted in ("auto", name):
-            place = _place(root, parts, stored, deep=wanted == name)
+        return _by_pattern(root, wanted)
+    formats = {name: stored for name, stored in READERS.items() if wanted in ("auto", name)}
+    if not root.is_dir():
+        for name, stored in formats.items():
+            if root.is_file() and suffix_of(root.name) in stored.suffixes:
+                return Found(name, root)
+        raise DataError(f"{printable(root)}: {_no_set(root)}")
+    inner = root
+    while True:
+        for name, stored in formats.items():
+            if name == "folder":
+                continue
+            place = _place(inner, stored, deep=wanted == name)
             if place is not None:
                 return Found(name, place)
-    raise DataError(f"{printable(root)}: nothing of format {wanted} here")
+        lone = _lone_folder(inner)
+        if lone is None or len(inner.parts) > len(root.parts) + 100:
+            break
+        inner = lone
+    if "folder" not in formats:
+        raise DataError(f"{printable(root)}: nothing of format {wanted} here")
+    entered = printable(inner.relative_to(root))
+    notes = () if inner == root else (f"entered {entered}/: there is nothing beside it",)
+    return Found("folder", inner, notes)
 
 
-def _place(root: Path, parts: list[Path], stored: Format, deep: bool) -> Path | None:
-    """What the format's reader takes, or None if `root` is nothing of it."""
-    if root.is_file():
-        matches = any(all(map(root.match, group)) for group in stored.signs)
-        return root if matches and stored.container else None
-    if () in stored.signs:
-        return root
-    for part in parts:
+def _path(spec: str | Path) -> Path:
+    try:
+        return Path(spec).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise DataError(f"{printable(spec)}: {error}") from error
+
+
+def _no_set(file: Path) -> str:
+    """Why a path that is no folder cannot be read, and what can."""
+    known = described(file)
+    if known is not None:
+        return f"{known[0]}, which is not read: {known[1]}. Read are {READ}"
+    if not file.is_file():
+        return f"neither a folder nor a regular file. Read are {READ}"
+    if suffix_of(file.name) in decode.suffixes():
+        return f"not a folder but one image. Read are {READ}"
+    return f"not a folder, and no file of a set. Read are {READ}"
+
+
+def _place(root: Path, stored: Format, deep: bool) -> Path | None:
+    """What the format's reader takes of a folder, or None if it is nothing of it."""
+    try:
+        below = [Path(e.path) for e in os.scandir(root) if not is_ignored(e.name) and e.is_dir()]
+    except OSError:  # the reader of folders says what is wrong
+        below = []
+    for part in [root, *sorted(below)[:50]]:
         for group in stored.signs:
             if all(any(f.is_file() for f in part.glob(pattern)) for pattern in group):
                 return root if stored.container else part
     if deep and stored.container and any(any(root.rglob(*group)) for group in stored.signs):
         return root
     return None
+
+
+def _lone_folder(root: Path) -> Path | None:
+    """The only entry of a folder, if it is another folder and no part of a set."""
+    try:
+        entries = [entry for entry in os.scandir(root) if not is_ignored(entry.name)]
+        if len(entries) == 1 and entries[0].is_dir() and entries[0].name.lower() not in WORDS:
+            return root / entries[0].name
+    except OSError:
+        pass
+    return None
+
+
+# ---------------------------------------------------------------------------------------- patterns
+
+
+def _by_pattern(spec: Path, wanted: str) -> Found:
+    """The files that a pattern names, as users of webdataset write them: shard-{000..003}.tar, *.
+
+    Raises:
+        DataError: one of them is not there, or they are of no format that has patterns.
+    """
+    text = str(spec)
+    if not re.search(r"[*?\[{]", text):
+        raise DataError(f"{printable(spec)}: no such file or folder")
+    files: list[Path] = []
+    for one in itertools.islice(_expanded(text), MOST_FILES):
+        matches = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
+        if not matches or not os.path.isfile(matches[0]):
+            raise DataError(f"{printable(spec)}: no such file: {printable(one)}")
+        files += map(Path, matches)
+    suffixes = {suffix_of(file.name) for file in files}
+    for name, stored in READERS.items():
+        if stored.patterns and wanted in ("auto", name) and suffixes <= set(stored.suffixes):
+            return Found(name, files)
+    kinds = ", ".join(sorted(suffixes))
+    raise DataError(f"{printable(spec)}: patterns name .tar or .parquet files, not {kinds}")
+
+
+def _expanded(text: str) -> Iterator[str]:
+    """a{1..3} as a1, a2, a3, zeros in front kept; a{x,y} as ax, ay."""
+    match = re.search(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}", text)
+    if match is None:
+        yield text
+        return
+    first, last, words = match.groups()
+    if words is None:
+        inner = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    else:
+        inner = words.split(",")
+    for word in inner:
+        yield from _expanded(text[: match.start()] + word + text[match.end() :])
 
 
 def is_generated(spec: str) -> bool:
@@ -113,6 +220,7 @@ def load_dataset(
     memory_limit: int | None = None,
     workers: int | None = None,
     data_format: str = "auto",
+    whole: bool = False,
 ) -> ImageSet:
     """The data set that `spec` names.
 
@@ -127,6 +235,7 @@ def load_dataset(
                   the machine's memory
     workers       threads that decode; default the cores, at most 16; 0 for the caller's own alone
     data_format   a word of FORMATS
+    whole         take all of an undivided set of image files for "test", where a tenth is held out
 
     Raises DataError, one line that names the path, where the data cannot be read; ImportError,
     naming the extra, without pillow.
@@ -137,30 +246,41 @@ def load_dataset(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     generated = is_generated(spec) and data_format in ("auto", "shapes")
-    root = Path(spec).expanduser()
+    root = _path(spec)
     found = None if generated else find_format(root, data_format)
     if split in UNLABELED and (generated or not READERS[found.format].unlabeled):
         raise DataError(f"{printable(spec)}: split {split!r} is STL-10's alone")
     if generated:
         return load_shapes(spec, split)
-    content = READERS[found.format].read(found.place, split)
-    if isinstance(content, Arrays):
-        images, more = torch.from_numpy(content.images), {}
+    stored = READERS[found.format]
+    if stored.lists:
+        listing = stored.read(found.place)
+        known = listing.statistics
+        if whole and split == "test" and not is_divided(listing.parts):
+            split = "all"
+        content = _decoded(listing, split, image_size, memory_limit, workers)
     else:
-        images, more = _decoded(content, image_size, memory_limit, workers)
-    statistics = content.statistics or known_statistics(root)
-    mean, std = STATISTICS[statistics]
-    return ImageSet(
-        images=images,
-        labels=None if content.labels is None else torch.as_tensor(content.labels),
-        classes=content.classes if content.labels is not None else [],
-        mean=mean,
-        std=std,
-        name=f"{printable(root)} ({split})",
-        statistics=statistics,
-        data_format=found.format,
-        **more,
-    )
+        pixels = stored.read(found.place, split)
+        known = pixels.statistics
+        content = {**pixels._asdict(), "images": torch.from_numpy(pixels.images)}
+    content["statistics"] = known or known_statistics(root)
+    content["mean"], content["std"] = STATISTICS[content["statistics"]]
+    content["notes"] = [*found.notes, *content["notes"]]
+    if content["labels"] is not None:
+        content["labels"] = torch.as_tensor(content["labels"])
+    name = f"{printable(spec)} ({split})"
+    result = ImageSet(name=name, data_format=found.format, **content)
+    result.notes += _few_levels(result)
+    return result
+
+
+def _few_levels(images: ImageSet) -> list[str]:
+    """A note where all that some images have is nearly one value."""
+    values = images.batch(torch.arange(0, len(images), -(-len(images) // PROBES)))
+    low, high = int(values.min()), int(values.max())
+    if high - low >= FEW_LEVELS:
+        return []
+    return [f"the pixels of {len(values)} images looked at are all between {low} and {high} of 255"]
 
 
 def training_split(spec: str, data_format: str = "auto") -> str:
@@ -171,14 +291,14 @@ def training_split(spec: str, data_format: str = "auto") -> str:
     """
     if is_generated(spec) and data_format in ("auto", "shapes"):
         return "train"
-    found = find_format(Path(spec).expanduser(), data_format)
+    found = find_format(spec, data_format)
     return UNLABELED[-1] if READERS[found.format].unlabeled else "train"
 
 
 def known_statistics(root: Path) -> str:
     """The row of STATISTICS that a folder's name points to; "imagenet" if none does."""
     path = root.absolute()
-    divided = path.name in (folder.TRAIN, *folder.TESTS)
+    divided = path.name.lower() in WORDS
     plain = re.sub(r"[^a-z0-9]", "", (path.parent if divided else path).name.lower())
     for row in ("cifar100", "cifar10", "stl10"):
         if row in plain:
@@ -190,40 +310,66 @@ def known_statistics(root: Path) -> str:
 
 
 def _decoded(
-    listing: Listing, requested: int | None, memory_limit: int | None, workers: int | None
-) -> tuple[torch.Tensor | decode.LazyImages, dict[str, Any]]:
-    """A listing's images, decoded now where they fit in memory; and what else the set has.
+    listing: Listing,
+    split: str,
+    requested: int | None,
+    memory_limit: int | None,
+    workers: int | None,
+) -> dict[str, Any]:
+    """What an `ImageSet` has of a split: its images, decoded now where they fit in memory.
 
-    Those that are stored as centred squares keep their files at hand for crops of the whole.
+    Those that are stored as centred squares keep their files at hand for crops of the whole. Size
+    and scale are the same for all splits.
     """
-    decode.pillow()
-    (height, width), whole = _probe(listing, requested)
-    files = decode.LazyImages(
-        listing, (height, width), _default_workers() if workers is None else workers
+    decode.silence()
+    size, whole, white = _probe(listing, requested)
+    chosen = choose(
+        listing.root, split, listing.parts, listing.labels, listing.names, listing.why_unlabelled
     )
+    notes = [*listing.notes, *chosen.notes, *listing.lost]
+    if listing.left_out:
+        notes.append(f"left out, as they are not read: {counted(listing.left_out)}")
+    if white is not None:
+        notes.append(f"grey images of more than 8 bits: {white} is white in all of them")
+    listing = dataclasses.replace(listing.only(chosen.places), labels=chosen.labels)
+    workers = _default_workers() if workers is None else workers
+    files = decode.LazyImages(listing, size, workers, white or decode.USUAL)
     limit = _default_memory_limit() if memory_limit is None else memory_limit
-    images = files.read_all() if len(files) * 3 * height * width <= limit else files
-    more = dict(files=None if whole else files, skipped=files.skipped, notes=listing.notes)
-    return images, more
+    fits = len(files) * 3 * size[0] * size[1] <= limit
+    return {
+        "images": files.read_all() if fits else files,
+        "labels": files.listing.labels,
+        "classes": chosen.classes,
+        "notes": notes,
+        "skipped": files.skipped,
+        "files": None if whole else files,
+    }
 
 
-def _probe(listing: Listing, requested: int | None) -> tuple[tuple[int, int], bool]:
-    """(height, width) to store images in, and whether they are then whole.
+def _probe(
+    listing: Listing, requested: int | None
+) -> tuple[tuple[int, int], bool, decode.White | None]:
+    """(height, width) to store images in, whether they are then whole, and the scale of deep ones.
 
     Small images of one size are kept; others become squares of `requested` pixels a side.
     """
     step = max(1, len(listing.files) // PROBES)
-    sizes = set()
+    sizes, largest = set(), {}
     for index in range(0, len(listing.files), step)[:PROBES]:
         try:
-            sizes.add(decode.image_size(listing.open(index)))
+            found = decode.probe(listing.open(index))
         except Exception:
             continue
+        sizes.add((found.height, found.width))
+        if found.largest is not None:
+            known = largest.get(found.floating, 0.0)
+            largest[found.floating] = max(known, found.largest)
+    white = decode.white_of(largest) if largest else None
     if len(sizes) == 1:
         height, width = sizes.pop()
         if max(height, width) <= (requested or SMALL):
-            return (height, width), True
-    return (requested or DEFAULT_SIZE,) * 2, False
+            return (height, width), True, white
+    return (requested or DEFAULT_SIZE,) * 2, False, white
 
 
 def _default_memory_limit() -> int:

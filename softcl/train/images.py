@@ -19,7 +19,6 @@ from softcl.data import (
     ImageSet,
     batch_indices,
     batches,
-    find_format,
     load_dataset,
     training_split,
 )
@@ -58,28 +57,21 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
     bank = train
     if split in ("unlabeled", "train+unlabeled"):
         bank = load_dataset(config.data, "train", **own, **options)
+    bank = bank.labelled()
     try:
         if config.eval_data is not None:
-            queries = load_dataset(config.eval_data, _labelled_split(config.eval_data), **options)
+            queries = load_dataset(config.eval_data, "test", whole=True, **options)
         else:
             queries = load_dataset(config.data, "test", **own, **options)
     except DataError as error:
         if config.eval_data is not None:
             raise
         return train, bank, bank, f"every tenth training image ({error})"
+    queries = queries.labelled()
     queries.files = None  # seen whole
-    return train, bank, queries, queries.describe()
-
-
-def _labelled_split(spec: str) -> str:
-    """The split of --eval-data: its test images if it is divided, else all of it."""
-    if spec.startswith("shapes") and not Path(spec).is_dir():
-        return "test"
-    path = Path(spec).expanduser()
-    if find_format(path).format in ("cifar", "stl10", "tiny-imagenet"):
-        return "test"
-    divided = any((path / name).is_dir() for name in ("test", "val"))
-    return "test" if divided else "all"
+    # What holds for the training images too is told there.
+    notes = [note for note in queries.notes if note not in train.notes]
+    return train, bank, queries, "; ".join([queries.describe(), *notes])
 
 
 def view_side(images: ImageSet, config: TrainConfig) -> int:
