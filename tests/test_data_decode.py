@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softcl.data.decode import USUAL, decode, probe, white_of
+from softcl.data.decode import USUAL, decode, probe, scale_of
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -21,7 +21,7 @@ NOT_A_NUMBER = np.where(GRAY == GRAY[0, 0], np.nan, GRAY).astype(np.float32)
 def read(path, height=HEIGHT, width=WIDTH) -> np.ndarray:
     """The file as a set of its own."""
     found = probe(path)
-    scale = USUAL if found.largest is None else white_of({found.floating: found.largest})
+    scale = USUAL if found.largest is None else scale_of({found.floating: found.largest})[0]
     pixels = decode(path, height, width, scale)
     assert pixels.shape == (3, height, width) and pixels.dtype == np.uint8
     return pixels.transpose(1, 2, 0)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from softcl.data.decode import eight_bits, white_of
+from softcl.data.decode import eight_bits, scale_of
 from softcl.data.image_set import Arrays, DataError, printable
 from softcl.data.splits import Label, as_label, choose, part_in
 
@@ -336,19 +336,22 @@ def _paired(path: Path, arrays: Mapping[str, np.ndarray], split: str) -> Arrays:
         words += [None] * len(stack) if own is None else [as_label(v) for v in own.tolist()]
     names = ", ".join(map(printable, list(shapes)[:8]))
     chosen = choose(path, split, parts, words, (), f"no array of them among {names}")
-    images = _chosen(path, list(pixels.values()), chosen.places)
+    images, notes = _chosen(path, list(pixels.values()), chosen.places)
     numbers = None if chosen.labels is None else np.array(chosen.labels, np.int64)
-    return Arrays(images, numbers, chosen.classes, None, chosen.notes)
+    return Arrays(images, numbers, chosen.classes, None, chosen.notes + notes)
 
 
-def _chosen(path: Path, stacks: Sequence[np.ndarray], places: Sequence[int]) -> np.ndarray:
-    """The images of some places among all the stacks together: uint8 (M, 3, H, W)."""
-    white = {}
+def _chosen(
+    path: Path, stacks: Sequence[np.ndarray], places: Sequence[int]
+) -> tuple[np.ndarray, list[str]]:
+    """The images of some places among all the stacks together, uint8 (M, 3, H, W); their scale."""
+    largest: dict[bool, float] = {}
     for stack in stacks:
         if stack.dtype != np.uint8:
             floating = stack.dtype.kind == "f"
             top = stack[np.isfinite(stack)] if floating else stack
-            white[floating] = max(float(top.max(initial=0)), white.get(floating, 0.0))
+            largest[floating] = max(float(top.max(initial=0)), largest.get(floating, 0.0))
+    white, notes = scale_of(largest)
     wanted, start, found = np.asarray(places), 0, []
     for stack in stacks:
         rows = wanted[(wanted >= start) & (wanted < start + len(stack))] - start
@@ -364,8 +367,8 @@ def _chosen(path: Path, stacks: Sequence[np.ndarray], places: Sequence[int]) -> 
             raise DataError(
                 f"{printable(path)}: images of shape {stack.shape[1:]}, not (H, W[, 3])"
             )
-        chosen = chosen if chosen.dtype == np.uint8 else eight_bits(chosen, white_of(white))
+        chosen = chosen if chosen.dtype == np.uint8 else eight_bits(chosen, white)
         found.append(np.broadcast_to(chosen, (len(chosen), 3, *chosen.shape[2:])))
     if len({images.shape[1:] for images in found}) > 1:
         raise DataError(f"{printable(path)}: its parts have images of different sizes")
-    return np.concatenate(found)
+    return np.concatenate(found), notes

@@ -96,22 +96,24 @@ class White(NamedTuple):
     whole: float = 65535.0
     floating: float = 1.0
 
-    def __str__(self) -> str:
-        return f"{self.whole:g} (of floating-point numbers {self.floating:g})"
-
 
 USUAL = White()
 
 
-def white_of(largest: Mapping[bool, float]) -> White:
+def scale_of(largest: Mapping[bool, float]) -> tuple[White, list[str]]:
     """The scale of a set, from the largest value found in images of whole numbers (False) and of
-    floating ones (True).
+    floating ones (True); and lines about it.
 
     Whole numbers: all ones in as many bits as it takes, at least eight. Floating ones: 1, or up to
     2 what is larger than that; above 2 they are whole numbers stored as floating ones.
     """
     whole, floating = largest.get(False, USUAL.whole), largest.get(True, 0.0)
-    return White(_ones(whole), max(floating, 1.0) if floating <= 2 else _ones(floating))
+    white = White(_ones(whole), max(floating, 1.0) if floating <= 2 else _ones(floating))
+    return white, [
+        f"grey images of {'floating-point numbers' if kind else 'more than 8 bits'}: the largest "
+        f"is {value:g}, and {white[kind]:g} is white in all of them"
+        for kind, value in sorted(largest.items())
+    ]
 
 
 def _ones(number: float) -> float:

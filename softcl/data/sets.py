@@ -322,18 +322,17 @@ def _decoded(
     and scale are the same for all splits.
     """
     decode.silence()
-    size, whole, white = _probe(listing, requested)
+    size, whole, white, scale = _probe(listing, requested)
     chosen = choose(
         listing.root, split, listing.parts, listing.labels, listing.names, listing.why_unlabelled
     )
     notes = [*listing.notes, *chosen.notes, *listing.lost]
     if listing.left_out:
         notes.append(f"left out, as they are not read: {counted(listing.left_out)}")
-    if white is not None:
-        notes.append(f"grey images of more than 8 bits: {white} is white in all of them")
+    notes += scale
     listing = dataclasses.replace(listing.only(chosen.places), labels=chosen.labels)
     workers = _default_workers() if workers is None else workers
-    files = decode.LazyImages(listing, size, workers, white or decode.USUAL)
+    files = decode.LazyImages(listing, size, workers, white)
     limit = _default_memory_limit() if memory_limit is None else memory_limit
     fits = len(files) * 3 * size[0] * size[1] <= limit
     return {
@@ -348,8 +347,9 @@ def _decoded(
 
 def _probe(
     listing: Listing, requested: int | None
-) -> tuple[tuple[int, int], bool, decode.White | None]:
-    """(height, width) to store images in, whether they are then whole, and the scale of deep ones.
+) -> tuple[tuple[int, int], bool, decode.White, list[str]]:
+    """(height, width) to store images in, and whether they are then whole; the scale of grey ones
+    of more than 8 bits, and lines about it.
 
     Small images of one size are kept; others become squares of `requested` pixels a side.
     """
@@ -364,12 +364,12 @@ def _probe(
         if found.largest is not None:
             known = largest.get(found.floating, 0.0)
             largest[found.floating] = max(known, found.largest)
-    white = decode.white_of(largest) if largest else None
+    white, notes = decode.scale_of(largest)
     if len(sizes) == 1:
         height, width = sizes.pop()
         if max(height, width) <= (requested or SMALL):
-            return (height, width), True, white
-    return (requested or DEFAULT_SIZE,) * 2, False, white
+            return (height, width), True, white, notes
+    return (requested or DEFAULT_SIZE,) * 2, False, white, notes
 
 
 def _default_memory_limit() -> int:

@@ -50,7 +50,7 @@ def fill(config: TrainConfig, images: ImageSet, image_size: int) -> tuple[TrainC
     for key in ("arch", "epochs", "batch_size", "warmup_epochs"):
         filled[key] = _first(getattr(config, key), getattr(defaults, key))
     numbers = {**dataclasses.asdict(defaults.method), **config.numbers}
-    _fit_to_data(config, filled, numbers["num_splits"], len(images))
+    _fit_to_data(config, filled, numbers, images)
     filled.update(_optimizer_settings(config, defaults, filled["batch_size"]))
     _check_together({**filled, **numbers}, config.accumulate)
     try:
@@ -78,10 +78,24 @@ def _first(given: Any, default: Any) -> Any:
     return default if given is None else given
 
 
-def _fit_to_data(config: TrainConfig, filled: dict[str, Any], splits: int, count: int) -> None:
-    """Make defaults fit a small set or a short run; refuse given values that do not."""
+def _fit_to_data(
+    config: TrainConfig, filled: dict[str, Any], numbers: dict[str, Any], images: ImageSet
+) -> None:
+    """Make defaults fit a small set, with a note, or a short run; refuse given values that do not.
+
+    Raises:
+        ConfigError: fewer than two images, or than a batch that was asked for.
+    """
+    count = len(images)
+    if count < 2:
+        raise ConfigError("data", config.data, f"{count} image; training needs at least two")
     if config.batch_size is None and filled["batch_size"] > count:
+        splits = numbers["num_splits"]
+        if "num_splits" not in config.numbers:
+            numbers["num_splits"] = splits = max(min(splits, count // 2), 1)
         filled["batch_size"] = max(count // splits * splits, 2)
+        fitted = f"batch size {filled['batch_size']}, splits of batch norm {splits}"
+        images.notes.append(f"fitted to {count} images: {fitted}")
     if filled["batch_size"] > count:
         reason = f"larger than the data, which has {count} images"
         raise ConfigError("batch_size", filled["batch_size"], reason)

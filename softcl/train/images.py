@@ -69,9 +69,8 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
         return train, bank, bank, f"every tenth training image ({error})"
     queries = queries.labelled()
     queries.files = None  # seen whole
-    # What holds for the training images too is told there.
-    notes = [note for note in queries.notes if note not in train.notes]
-    return train, bank, queries, "; ".join([queries.describe(), *notes])
+    train.notes += [f"evaluation: {x}" for x in queries.notes if x not in train.notes]
+    return train, bank, queries, queries.describe()
 
 
 def view_side(images: ImageSet, config: TrainConfig) -> int:

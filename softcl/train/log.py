@@ -206,6 +206,7 @@ def record(parts: Parts, config: TrainConfig) -> dict[str, Any]:
         "config": config.to_dict(),
         "defaults": parts.defaults,
         "images": parts.images.describe(),
+        "notes": [*parts.images.notes, *parts.images.skipped],
         "evaluation": parts.evaluation,
         "backend": {"name": parts.backend.name, "passed_over": parts.backend.reasons},
         "views": describe_kernel(device, config.view_kernel),
