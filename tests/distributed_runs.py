@@ -6,6 +6,7 @@ in every epoch. Four processes come after two, and find what these have written.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from datetime import timedelta
@@ -76,6 +77,28 @@ def refusals(world: World, folder: Path) -> None:
         assert main(flags(folder, "refused", "--queue-sharding", "--queue-size", "3")) == 2
     assert main(flags(folder, "two")) == 1  # it holds a run
     assert not (folder / "refused").exists()
+
+
+def differences(world: World, folder: Path) -> None:
+    """Other images at the same path, or other flags: an error in every process, before step 1."""
+    first, last = world.rank == 0, world.rank == world.size - 1
+    place = folder / f"machine{world.size}{world.rank}"
+    shutil.copytree(folder / "images", place / "images")
+    here = Path.cwd()
+    os.chdir(place)
+    argv = ["--data", "images", *FLAGS, "--out", str(folder / "differ")]
+    try:
+        assert main([*argv, *(["--seed", "3"] if last else [])]) == 2
+        one, two, *_ = sorted(path for path in Path("images/train").rglob("*") if path.is_file())
+        if last:
+            one.write_bytes(two.read_bytes())
+        assert main(argv) == 1
+        if first:
+            two.unlink()
+        assert main(argv) == 1
+    finally:
+        os.chdir(here)
+    assert not (folder / "differ").exists()
 
 
 def skipped(world: World, folder: Path) -> None:
@@ -151,4 +174,7 @@ def silence(world: World, folder: Path) -> None:
     assert time.monotonic() - started < 4.5
 
 
-CASES = {case.__name__: case for case in (run, resume, refusals, skipped, stops, norms, silence)}
+CASES = {
+    case.__name__: case
+    for case in (run, resume, refusals, differences, skipped, stops, norms, silence)
+}

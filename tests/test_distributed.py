@@ -34,7 +34,7 @@ CASES = [
 ]
 
 # Cases that are about another process, or read what two processes wrote.
-NEEDS_OTHERS = {"uneven", "run", "resume", "refusals", "stops", "norms", "silence"}
+NEEDS_OTHERS = {"uneven", "run", "resume", "refusals", "differences", "stops", "norms", "silence"}
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ from softcl.train.folder import (
 from softcl.train.images import fingerprint
 from softcl.train.log import record
 from softcl.train.loop import Run
-from softcl.train.parallel import StopRequest, StopVote
+from softcl.train.parallel import StopRequest, StopVote, check_same_settings
 from softcl.train.parts import Parts, RunError, assemble
 from softcl.train.pictures import draw_views
 from softcl.train.step import Diverged
@@ -93,6 +93,7 @@ def fit(**given: Any) -> Fitted:
         named = ", ".join("pillow" if name == "PIL" else name for name in missing)
         raise RunError(f'training needs {named}: pip install "softcl[train]"')
     world = join(config)
+    check_same_settings(given, world)
     given = world.on_main_process(lambda: settle_auto(settle_restart(given, os.environ)))
     stored = world.on_main_process(lambda: read_run(given)) if "resume" in given else None
     if stored is not None and stored.finished:

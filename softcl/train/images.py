@@ -94,6 +94,34 @@ def fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
+def check_same_images(images: ImageSet, spec: str, world: World) -> None:
+    """Refuse to train where the processes, perhaps on several machines, read different images.
+
+    Compared are names, classes, labels, and pixels: a row of each image in memory, or of files that
+    are decoded on demand some whole.
+
+    Raises:
+        DataError: in every process.
+    """
+    if world.alone:
+        return
+    digest = hashlib.sha256(fingerprint(images).encode())
+    if images.resident:
+        pixels = images.images[:, :, images.size[0] // 2]
+    else:
+        digest.update("\n".join(images.images.listing.files).encode("utf-8", "surrogateescape"))
+        pixels = images.batch(torch.arange(0, len(images), -(-len(images) // 64)))
+    digest.update(pixels.cpu().contiguous().numpy())
+    seen = world.all_gather_object((len(images), digest.hexdigest()))
+    others = [rank for rank, its in enumerate(seen) if its != seen[0]]
+    if others:
+        other = world.rank if world.rank in others else others[0]
+        counts = f"{seen[other][0]} images, where that has {seen[0][0]}"
+        raise DataError(
+            f"{spec}: process {other} does not read the same images as process 0 ({counts})"
+        )
+
+
 def make_resident(images: ImageSet, device: torch.device) -> None:
     """Keep the pixels on the device, where they take at most a quarter of its free memory."""
     if images.resident and device.type == "cuda":

@@ -11,14 +11,33 @@ import inspect
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softcl.command import ConfigError
 from softcl.distributed import World
 from softcl.nn import SplitBatchNorm2d, convert_split_batch_norm
+
+
+def check_same_settings(given: Mapping[str, Any], world: World) -> None:
+    """Refuse processes that were started with different flags: those of the first one would count.
+
+    Raises:
+        ConfigError: in every process, naming the first such flag.
+    """
+    plain = {name: x for name, x in given.items() if isinstance(x, (bool, int, float, str))}
+    everywhere = world.all_gather_object(plain)
+    for name in sorted(set().union(*everywhere)):
+        values = [its.get(name) for its in everywhere]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                first, other = ("nothing" if x is None else x for x in (values[0], value))
+                reason = f"process 0 was given {first}, process {rank} {other}"
+                raise ConfigError(name, "", reason)
 
 
 def average_gradients(trained: nn.Module, world: World, *, accumulate: int = 1) -> nn.Module:

@@ -26,6 +26,7 @@ from softcl.train.defaults import fill
 from softcl.train.images import (
     BatchFeed,
     build_views,
+    check_same_images,
     load_images,
     make_resident,
     side_of,
@@ -89,6 +90,7 @@ def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     device = resolve_device(config.device, world)
     check_speed(config, device)
     images, bank, queries, evaluation = load_images(config)
+    check_same_images(images, config.data, world)
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, method, device)
     views = build_views(method, images, config.image_size, config.view_kernel)
