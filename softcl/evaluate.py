@@ -167,6 +167,7 @@ def load_sets(stored: Stored, options: argparse.Namespace, size: int) -> tuple[I
         run_spec = stored.content.get("normalisation")
         if run_spec is not None:
             images.mean, images.std = map(tuple, run_spec)
+    train, test = train.labelled(), test.labelled()
     if train.classes != test.classes:
         raise DataError(f"{test.name}: its classes are not those of {train.name}")
     return train, test

@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from softcl.data import arrays, decode, folder, packed
 from softcl.data.image_set import STATISTICS, Arrays, DataError, ImageSet, Listing, printable
 from softcl.data.shapes import load_shapes
 from softcl.data.splits import WORDS, choose, is_divided
-from softcl.data.walk import counted, described, is_ignored, suffix_of
+from softcl.data.walk import counted, described, is_ignored, suffix_of, walk
 
 SMALL = 128  # images of one size up to this many pixels a side are kept as they are
 DEFAULT_SIZE = 224
@@ -37,13 +38,13 @@ READ = (
 class Format:
     """How the sets of one kind are stored.
 
-    read:      a `Listing` of the image files at a path, or from a path and a split `Arrays` of raw
-               pixels
+    read:      from a path and a split `Arrays` of raw pixels; or, if it `lists`, from a path a
+               `Listing` of the image files of all splits
     signs:     what a folder is recognised by: patterns of the names of files that lie in it; all
                of one group must be there
     suffixes:  of files that may be named themselves
-    container: a folder is read with all that lies below it; else the folder that has the signs is
-    patterns:  whether several files may be named by a pattern
+    container: a folder is read with all that lies below it, and several files may be named by a
+               pattern; else the folder that has the signs is read
     unlabeled: whether it has the splits of UNLABELED, the last of which is meant for training
     """
 
@@ -51,7 +52,6 @@ class Format:
     signs: tuple[tuple[str, ...], ...]
     suffixes: tuple[str, ...] = ()
     container: bool = False
-    patterns: bool = False
     unlabeled: bool = False
     lists: bool = False
 
@@ -62,10 +62,8 @@ READERS: dict[str, Format] = {
     "stl10": Format(arrays.read_stl10, arrays.STL10_SIGNS, unlabeled=True),
     "idx": Format(arrays.read_idx, arrays.IDX_SIGNS),
     "tiny-imagenet": Format(folder.list_tiny_imagenet, folder.TINY_SIGNS, lists=True),
-    "tar": Format(packed.list_tar, (("*.tar",),), (".tar",), True, True, lists=True),
-    "parquet": Format(
-        packed.list_parquet, (("*.parquet",),), (".parquet",), True, True, lists=True
-    ),
+    "tar": Format(packed.list_tar, (("*.tar",),), (".tar",), container=True, lists=True),
+    "parquet": Format(packed.list_parquet, (("*.parquet",),), (".parquet",), True, lists=True),
     "numpy": Format(arrays.read_numpy, arrays.NUMPY_SIGNS, (".npz", ".npy")),
     "folder": Format(folder.list_folder, ((),), container=True, lists=True),
 }
@@ -123,9 +121,12 @@ def find_format(spec: str | Path, wanted: str = "auto") -> Found:
 
 def _path(spec: str | Path) -> Path:
     try:
-        return Path(spec).expanduser()
-    except RuntimeError as error:  # there is no such user
-        raise DataError(f"{printable(spec)}: {error}") from error
+        path = Path(spec).expanduser()
+        path.exists()
+        return path
+    except (RuntimeError, OSError) as error:  # no such user; too long for a name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{printable(spec)}: {reason}") from error
 
 
 def _no_set(file: Path) -> str:
@@ -150,9 +151,7 @@ def _place(root: Path, stored: Format, deep: bool) -> Path | None:
         for group in stored.signs:
             if all(any(f.is_file() for f in part.glob(pattern)) for pattern in group):
                 return root if stored.container else part
-    if deep and stored.container and any(any(root.rglob(*group)) for group in stored.signs):
-        return root
-    return None
+    return root if deep and stored.container and walk(root, stored.suffixes, Counter()) else None
 
 
 def _lone_folder(root: Path) -> Path | None:
@@ -186,7 +185,7 @@ def _by_pattern(spec: Path, wanted: str) -> Found:
         files += map(Path, matches)
     suffixes = {suffix_of(file.name) for file in files}
     for name, stored in READERS.items():
-        if stored.patterns and wanted in ("auto", name) and suffixes <= set(stored.suffixes):
+        if stored.container and wanted in ("auto", name) and suffixes <= {*stored.suffixes}:
             return Found(name, files)
     kinds = ", ".join(sorted(suffixes))
     raise DataError(f"{printable(spec)}: patterns name .tar or .parquet files, not {kinds}")

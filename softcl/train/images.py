@@ -116,10 +116,9 @@ def check_same_images(images: ImageSet, spec: str, world: World) -> None:
     others = [rank for rank, its in enumerate(seen) if its != seen[0]]
     if others:
         other = world.rank if world.rank in others else others[0]
-        counts = f"{seen[other][0]} images, where that has {seen[0][0]}"
-        raise DataError(
-            f"{spec}: process {other} does not read the same images as process 0 ({counts})"
-        )
+        its, first = seen[other][0], seen[0][0]
+        what = "other names, labels or pixels" if its == first else f"{its} images, not {first}"
+        raise DataError(f"{spec}: process {other} reads other images than process 0: {what}")
 
 
 def make_resident(images: ImageSet, device: torch.device) -> None:
