@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
 import pickle
 import struct
-import subprocess
+import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,18 +272,18 @@ def test_what_is_read(tmp_path, write, train, test, names, words, capfd):
     assert not images.skipped and capfd.readouterr() == ("", "")
 
 
-def test_folders_1200_deep(tmp_path):
+def test_folders_may_be_nested_deeper_than_calls(tmp_path):
     classes(tmp_path)
-    place = os.open(tmp_path / "cat", os.O_RDONLY)
-    for _ in range(1200):  # not by its path, which would be walked anew each time
-        os.mkdir("n", dir_fd=place)
-        place, above = os.open("n", os.O_RDONLY, dir_fd=place), place
-        os.close(above)
-    os.close(place)
+    inner = tmp_path / "cat" / "/".join("n" * 300)
+    inner.mkdir(parents=True)
+    picture(1).save(inner / "deep.png")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
-        assert len(load_dataset(str(tmp_path), "all")) == 4
-    finally:  # shutil.rmtree cannot
-        subprocess.run(["rm", "-rf", str(tmp_path / "cat")], check=True)
+        found = walk.walk(tmp_path, {".png"}, Counter())
+    finally:
+        sys.setrecursionlimit(limit)
+    assert len(found) == 5 and found[2][-1] == "deep.png"
 
 
 def test_one_scale_for_a_set(tmp_path):
