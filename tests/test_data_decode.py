@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softcl.data.decode import USUAL, decode, probe, scale_of
+from softcl.data.decode import decode, probe
+from softcl.data.depth import USUAL, scale_of
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -189,7 +189,7 @@ WRONG = [
     ("run --lr -1", "--lr -1.0: must be positive", 2),
     ("run --device gpu", "--device gpu: must be auto, cpu, cuda", 2),
     ("nowhere", "nowhere: cannot read: No such file", 1),
-    ("run --data nowhere", "nowhere: no such folder", 1),
+    ("run --data nowhere", "nowhere: no such file or folder", 1),
     ("run/config.json", "config.json: it has no checksum", 1),
 ]
 

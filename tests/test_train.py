@@ -236,7 +236,7 @@ BAD_PATHS = {
     "--data nowhere": "nowhere",
     "--data empty": "empty",
     "--data file.txt": "file.txt",
-    "--data shape": "shape: no such folder; did you mean shapes?",
+    "--data shape": "shape: no such file or folder; did you mean shapes?",
     "--data shapes:0": "shapes:0",
     "--data shapes:256 --eval-data nowhere": "nowhere",
     "--data shapes:256 --out file.txt": "file.txt: is a file",

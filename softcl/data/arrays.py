@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from softcl.data.decode import eight_bits, scale_of
+from softcl.data.depth import eight_bits, scale_of
 from softcl.data.image_set import Arrays, DataError, printable
 from softcl.data.splits import Label, as_label, choose, part_in
 
@@ -298,6 +298,7 @@ def read_numpy(path: Path, split: str) -> Arrays:
                 found = {name: content[name] for name in content.files}
         else:
             files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+            files = [file for file in files if file.is_file()]
             found = {file.stem: np.load(file, "r", allow_pickle=False) for file in files}
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

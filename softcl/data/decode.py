@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from softcl.data.depth import USUAL, White, eight_bits
 from softcl.data.image_set import Cut, DataError, Listing, Triple, printable
 from softcl.data.recipe import draw_box
 from softcl.data.walk import Progress
@@ -38,6 +39,7 @@ FORMATS = (
 )  # fmt: skip
 UNREADABLE_LIMIT = 0.01
 _CHUNK = 32  # files per task of the threads that read a whole set
+_UNHEARD = logging.NullHandler()
 _T = TypeVar("_T")
 File = Path | BinaryIO
 
@@ -77,54 +79,13 @@ def silence() -> None:
 
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # Without a handler Python prints a logger's errors. One that the user has set is asked first.
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    logging.getLogger("PIL").addHandler(_UNHEARD)
     with contextlib.suppress(OSError, AttributeError):  # libtiff is linked in, or absent
         libtiff = ctypes.CDLL(_imaging.__file__)
         for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
             setter = getattr(libtiff, name)
             setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
             setter(None)
-
-
-class White(NamedTuple):
-    """The values that become white in grey images of more than 8 bits: one scale for a set.
-
-    whole:    of those with whole numbers
-    floating: of the others
-    """
-
-    whole: float = 65535.0
-    floating: float = 1.0
-
-
-USUAL = White()
-
-
-def scale_of(largest: Mapping[bool, float]) -> tuple[White, list[str]]:
-    """The scale of a set, from the largest value found in images of whole numbers (False) and of
-    floating ones (True); and lines about it.
-
-    Whole numbers: all ones in as many bits as it takes, at least eight. Floating ones: 1, or up to
-    2 what is larger than that; above 2 they are whole numbers stored as floating ones.
-    """
-    whole, floating = largest.get(False, USUAL.whole), largest.get(True, 0.0)
-    white = White(_ones(whole), max(floating, 1.0) if floating <= 2 else _ones(floating))
-    return white, [
-        f"grey images of {'floating-point numbers' if kind else 'more than 8 bits'}: the largest "
-        f"is {value:g}, and {white[kind]:g} is white in all of them"
-        for kind, value in sorted(largest.items())
-    ]
-
-
-def _ones(number: float) -> float:
-    return 2.0 ** max(int(number).bit_length(), 8) - 1
-
-
-def eight_bits(values: np.ndarray, white: White) -> np.ndarray:
-    """Whole or floating numbers as uint8; below 0 they are black, beyond white they are white."""
-    full = white.floating if values.dtype.kind == "f" else white.whole
-    scaled = np.nan_to_num(values.astype(np.float64)) * (255.0 / full) + 0.5
-    return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from softcl.data import arrays, decode, folder, packed
+from softcl.data.depth import White, scale_of
 from softcl.data.image_set import STATISTICS, Arrays, DataError, ImageSet, Listing, printable
 from softcl.data.shapes import load_shapes
 from softcl.data.splits import WORDS, choose, is_divided
@@ -346,7 +347,7 @@ def _decoded(
 
 def _probe(
     listing: Listing, requested: int | None
-) -> tuple[tuple[int, int], bool, decode.White, list[str]]:
+) -> tuple[tuple[int, int], bool, White, list[str]]:
     """(height, width) to store images in, and whether they are then whole; the scale of grey ones
     of more than 8 bits, and lines about it.
 
@@ -363,7 +364,7 @@ def _probe(
         if found.largest is not None:
             known = largest.get(found.floating, 0.0)
             largest[found.floating] = max(known, found.largest)
-    white, notes = decode.scale_of(largest)
+    white, notes = scale_of(largest)
     if len(sizes) == 1:
         height, width = sizes.pop()
         if max(height, width) <= (requested or SMALL):
