@@ -1,6 +1,7 @@
 """Data: image sets, and random views of their batches. Nothing here knows a loss or a network.
 
 An image's way: sets (which format a path has) -> folder, arrays or packed (the format's reader) ->
+splits (which images belong to a split, and their classes) ->
 decode -> stream (in which order, ahead of time) -> recipe (a view's parameters) -> views.
 """
 

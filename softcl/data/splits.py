@@ -107,7 +107,7 @@ def choose(
         called = "train" if split == "train" else "test or val"
         raise DataError(f"{printable(root)}: no part called {called}, asked for split {split!r}")
     if divided and split != "test":
-        for part in counts.keys() - {TRAIN, *TESTS}:
+        for part in sorted(counts.keys() - {TRAIN, *TESTS}):
             where = f"{printable(part)}/" if part else "files that name no part"
             notes.append(f"left out: {counts[part].total()} images of {where}")
     number, classes = _numbered((label for part in used for label in counts[part]), names)
