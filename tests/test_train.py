@@ -17,7 +17,7 @@ from run_comparison import assert_same_run
 import softcl.train
 from softcl.command import ConfigError
 from softcl.ops import BackendChoice
-from softcl.train import checkpoint, fit, log, loop, parts
+from softcl.train import checkpoint, fit, loop, parts, step
 from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
 from softcl.train.folder import read_metrics
@@ -82,7 +82,7 @@ def test_tensorboard_events_hold_the_metrics(flags: list[str], tmp_path: Path):
 
 
 def test_resume_is_bit_exact_in_the_middle_of_an_epoch(flags, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(log, "FIRST_STEPS", 2)  # then a row after every third step
+    monkeypatch.setattr(step, "FIRST_STEPS", 2)  # then a row after every third step
     flags = [*flags, "--log-every", "3"]
     assert main([*flags, "--out", "whole"]) == 0
     assert main([*flags, "--out", "parts", "--max-steps", "4"]) == 0
