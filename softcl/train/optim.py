@@ -139,16 +139,18 @@ def freeze_parts(backbone: nn.Module, parts: str) -> None:
         ValueError: the backbone has no such part.
     """
     names = [name for name, _ in backbone.named_parameters()]
+    frozen: set[str] = set()
     for part in filter(None, (word.strip() for word in parts.split(","))):
         found = [name for name in names if _is_of(name, part, backbone)]
         if not found:
             known = ", ".join(dict.fromkeys(["stem", *(n.partition(".")[0] for n in names)]))
             raise ValueError(f"the backbone has no part {part!r}; it has {known}")
-        for name in found:
-            backbone.get_parameter(name).requires_grad_(False)
-    for module in backbone.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(parameter.requires_grad for parameter in own):
+        frozen.update(found)
+    for name in frozen:
+        backbone.get_parameter(name).requires_grad_(False)
+    for prefix, module in backbone.named_modules():
+        own = {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if own and own <= frozen:
             module.eval()
 
 
