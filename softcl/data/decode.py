@@ -189,6 +189,12 @@ class LazyImages:
     def __len__(self) -> int:
         return len(self.listing.files)
 
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """Indices of the files that were found unreadable so far."""
+        with self._lock:
+            return frozenset(self._broken)
+
     def _mark_broken(self, index: int, error: Exception) -> None:
         with self._lock:
             if index not in self._broken:
