@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -137,3 +139,20 @@ def test_layer_decay_goes_with_every_optimiser(optimizer: str):
     assert min(group.get("lr_scale", 1.0) for group in groups) < 0.2
     groups = build_optimizer(module, optimizer, decay_norms=True, **settings).param_groups
     assert all(group["weight_decay"] == 0.3 for group in groups)
+
+
+def test_the_commands_of_the_readme_run(whole: Path, flags: list[str], tmp_path: Path):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    section = text.partition("### Weights from elsewhere")[2].partition("\n`--init`")[0]
+    torch.save(build_backbone("vit_tiny", 224).state_dict(), "vit.pth")
+    torch.save(build_backbone("resnet_tiny", 16).state_dict(), "weights.pth")
+    words = {"FOLDER": flags[1], "runs/NAME": str(whole), "timm:vit_tiny_patch16_224": "vit.pth"}
+    short = [*flags[2 : flags.index("--arch")], "--max-steps", "1", "--device", "cpu"]
+    lines = [line.split() for line in section.splitlines() if "python -m" in line]
+    assert len(lines) == 4
+    for place, (_, _, module, *line) in enumerate(lines):
+        line = [words.get(word, word) for word in line]
+        more = {"softcl.train": [*short, "--out", f"run{place}"], "softcl.export": []}
+        main = importlib.import_module(module.replace("train", "train.__main__")).main
+        assert main([*line, *more.get(module, ["--device", "cpu"])]) == 0, line
+    assert {"features.npz", "model.safetensors", "README.md"} <= set(os.listdir(tmp_path))

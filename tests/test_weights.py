@@ -129,6 +129,14 @@ def test_the_normalisation_follows_the_weights(tmp_path: Path):
     assert (found.arch, found.mean, found.image_size) == ("resnet18", (0.1, 0.2, 0.3), 48)
 
 
+@pytest.mark.parametrize("size", [32, 96])
+def test_our_own_backbone_is_recognised(tmp_path: Path, size: int):
+    tensors = build_backbone("resnet_tiny", size).state_dict()
+    torch.save(tensors, tmp_path / "a.pth")
+    found = load_pretrained(str(tmp_path / "a.pth"), size)
+    assert found.arch == "resnet_tiny" and found.missing == found.unused == ()
+
+
 def test_missing_keys_are_named(tmp_path: Path):
     tensors = {k: v for k, v in resnet18().items() if k != "bn1.bias" and "num_batches" not in k}
     torch.save(tensors, tmp_path / "a.pth")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softcl.nn.backbones import ALIASES, OWN_RESNETS, build_backbone
+from softcl.nn.backbones import ALIASES, OWN_RESNETS, TINY_IMAGE, build_backbone
 from softcl.nn.weights import Tensors, Triple, Weights, WeightsError, first_line, named
 
 DEFAULT_SIZE = 224
@@ -260,8 +260,10 @@ def _refusal(weights: Weights, arch: str, keys: tuple[str, ...]) -> WeightsError
 
 def likely_arch(weights: Weights) -> str | None:
     """The known backbone that the keys and shapes are of; None if there is none."""
-    for arch in (*OWN_RESNETS, *KNOWN_ARCHS):
-        shapes, children = _shapes_of(arch)
+    # Our own have a stem of other parts for large images.
+    own = [(arch, size) for arch in OWN_RESNETS for size in (TINY_IMAGE, DEFAULT_SIZE)]
+    for arch, size in (*own, *((arch, None) for arch in KNOWN_ARCHS)):
+        shapes, children = _shapes_of(arch, size)
         match = find_keys(weights, shapes, list(children))
         wrong = [
             key
@@ -284,15 +286,14 @@ def _same(key: str, found: torch.Size, known: torch.Size) -> bool:
 
 
 @functools.cache
-def _shapes_of(arch: str) -> tuple[dict[str, torch.Size], tuple[str, ...]]:
-    """Keys and shapes of a backbone as timm defines it, and the names of its parts."""
+def _shapes_of(arch: str, image_size: int | None) -> tuple[dict[str, torch.Size], tuple[str, ...]]:
+    """Keys and shapes of a backbone, and its parts by name; without a size as timm defines it."""
     import timm
 
     with torch.device("meta"):
-        model = (
-            build_backbone(arch, DEFAULT_SIZE)
-            if arch in OWN_RESNETS
-            else timm.create_model(arch, num_classes=0)
-        )
+        if image_size is None:
+            model = timm.create_model(arch, num_classes=0)
+        else:
+            model = build_backbone(arch, image_size)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return shapes, tuple(dict(model.named_children()))
