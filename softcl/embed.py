@@ -9,6 +9,7 @@ was stopped goes on when it is given again.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ SAVED_EVERY = 5.0  # seconds; what a kill loses
 SHOWN_EVERY = 10.0
 DUPLICATES = 0.98  # cosine
 _PIXELS = 64 * 224 * 224  # of the images in a batch: their activations fit any machine
-_PROGRESS, _ROWS, _KEPT = "progress.json", "rows.f32", "kept.i64"
+_PROGRESS, _ROWS, _KEPT, _LOCK = "progress.json", "rows.f32", "kept.i64", ".lock"
 
 
 def build_parser() -> CommandParser:
@@ -134,21 +136,22 @@ def embed(options: argparse.Namespace) -> None:
     images.mean, images.std, images.statistics = weights.mean, weights.std, "the weights'"
     print(f"data       {images.describe()}")
     out = Path(options.out).expanduser()
-    scratch = Scratch(out, _identity(weights, images, options), weights.backbone.num_features)
-    if scratch.read:
-        print(f"resumed    at image {scratch.read:,} of {len(images):,}")
-    size = weights.image_size
-    batch_size = options.batch_size or min(max(_PIXELS // size**2, 1), 512)
-    extract_rows(images, weights, device, batch_size, scratch)
-    for line in images.skipped[:3]:
-        print(f"           skipped {line}")
-    columns = _columns(images, scratch)
-    if options.neighbors is not None:
-        columns |= _neighbors(options, columns, scratch, out, device)
-    write_table(out, columns, _metadata(weights, images, options))
-    shape = columns["features"].shape
-    print(f"written    {out}: {shape[0]:,} images, {shape[1]} features, {', '.join(columns)}")
-    scratch.remove()
+    width, batch_size = weights.backbone.num_features, options.batch_size
+    if batch_size is None:
+        batch_size = min(max(_PIXELS // weights.image_size**2, 1), 512)
+    with closing(Scratch(out, _identity(weights, images, options), width)) as scratch:
+        if scratch.read:
+            print(f"resumed    at image {scratch.read:,} of {len(images):,}")
+        extract_rows(images, weights, device, batch_size, scratch)
+        for line in images.skipped[:3]:
+            print(f"           skipped {line}")
+        columns = _columns(images, scratch)
+        if options.neighbors is not None:
+            columns |= _neighbors(options, columns, scratch, out, device)
+        write_table(out, columns, _metadata(weights, images, options))
+        count = len(columns["features"])
+        print(f"written    {out}: {count:,} images, {width} features, {', '.join(columns)}")
+        shutil.rmtree(scratch.path)
 
 
 def _identity(weights: Pretrained, images: ImageSet, options: argparse.Namespace) -> str:
@@ -187,7 +190,14 @@ class Scratch:
     def __init__(self, out: Path, identity: str, width: int) -> None:
         self.path, self.identity, self.width = out.with_name(f"{out.name}.parts"), identity, width
         self.read = self.kept = 0
+        from filelock import FileLock, Timeout
+
         self.path.mkdir(exist_ok=True)
+        self._lock = FileLock(self.path / _LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise OSError(errno.EAGAIN, "another process writes there", str(self.path)) from None
         try:
             stored = json.loads((self.path / _PROGRESS).read_text())
             if stored["identity"] == identity:
@@ -229,10 +239,11 @@ class Scratch:
         """An array of the caller's, on the disk."""
         return np.memmap(self.path / name, dtype, "w+", shape=shape)
 
-    def remove(self) -> None:
+    def close(self) -> None:
+        """Let other commands go on from here."""
         for file in self._files.values():
             file.close()
-        shutil.rmtree(self.path)
+        self._lock.release()
 
 
 @torch.no_grad()
@@ -248,6 +259,9 @@ def extract_rows(
         for indices, pixels in batches(images, order, device=device):
             views = center_view(pixels, size, images.mean, images.std)
             rows = backbone(views.contiguous(memory_format=torch.channels_last))
+            if not rows.isfinite().all():
+                reason = f"gives features that are not finite, of images {scratch.read} and later"
+                raise WeightsError(f"{weights.spec}: {reason}")
             good = _readable(images, indices)
             scratch.add(rows[good.to(rows.device)], indices[good], len(indices))
             if time.monotonic() - shown > SHOWN_EVERY:

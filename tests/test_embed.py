@@ -157,6 +157,28 @@ def test_an_unreadable_image_has_no_row(whole: Path, folder: Path, tmp_path: Pat
     np.testing.assert_allclose(table["features"][at], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_one_command_at_a_time_writes_a_file(whole: Path, folder: Path, tmp_path: Path, capsys):
+    from filelock import FileLock
+
+    (tmp_path / "a.npz.parts").mkdir()
+    line = [str(whole), "--data", str(folder), "--device", "cpu", "--out", str(tmp_path / "a.npz")]
+    with FileLock(tmp_path / "a.npz.parts" / ".lock"):
+        assert main(line) == 1
+    assert capsys.readouterr().err.endswith("a.npz.parts: another process writes there\n")
+    assert main(line) == 0
+
+
+def test_features_that_are_not_finite_are_refused(
+    whole: Path, folder: Path, tmp_path: Path, capsys
+):
+    weights = load_backbone(whole).backbone.state_dict()
+    weights["bn1.weight"][3] = float("nan")
+    torch.save(weights, tmp_path / "a.pth")
+    line = [str(tmp_path / "a.pth"), "--data", str(folder), "--image-size", "16"]
+    assert main([*line, "--device", "cpu", "--out", str(tmp_path / "a.npz")]) == 1
+    assert "a.pth: gives features that are not finite, of images 0 and" in capsys.readouterr().err
+
+
 def test_wrong_calls_are_one_line(whole: Path, folder: Path, tmp_path: Path, capsys):
     run, data, out = str(whole), str(folder), str(tmp_path / "x.npz")
     for line, message, code in (
