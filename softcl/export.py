@@ -4,15 +4,15 @@
     torchvision   torchvision's keys, for ResNets that both have: .safetensors, else torch.save
     onnx          a graph with any batch size; needs onnx and onnxscript
 
-RUN is a run folder (its best.pt, or else its newest checkpoint) or a checkpoint. A backbone trained
-on small images has another stem than timm's and torchvision's models: the printed line builds it.
+RUN is a run folder (its best.pt, or else its newest checkpoint) or a checkpoint. The lines that
+load the file without softcl, with the stem that a backbone for small images has, are printed, and
+written to a model card beside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import softcl
+from softcl.card import loading_lines, write_card
 from softcl.command import CommandParser, ConfigError, report_for
-from softcl.nn.backbones import ALIASES, OWN_RESNETS
 from softcl.train.checkpoint import (
     NETWORKS,
     CheckpointError,
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = options.format or ("onnx" if file.suffix == ".onnx" else "timm")
         data = {"timm": to_timm, "torchvision": to_torchvision, "onnx": to_onnx}[kind](stored, file)
         replace_file(file, data)
+        card = write_card(stored, file, kind)
     except ConfigError as error:
         return report(str(error), 2)
     except (CheckpointError, ExportError, ImportError) as error:
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(f"{path}{error.strerror or error}", 1)
     print(f"checkpoint {stored.path}, step {stored.content['step']}, {options.network}")
     print(f"written    {file}, {len(data) / 1e6:.1f} MB, {kind}")
-    print(f"load       {loading_line(stored, file, kind)}")
+    print(f"card       {card}")
+    print("load       by these lines, without softcl:\n")
+    print("\n".join(loading_lines(stored, file, kind)))
     return 0
 
 
@@ -144,7 +147,7 @@ def to_torchvision(stored: Stored, file: Path) -> bytes:
 
 
 def to_onnx(stored: Stored, file: Path) -> bytes:
-    """images (N, 3, S, S), normalised, -> features (N, F).
+    """images (N, 3, S, S), normalised, -> features (N, F); `metadata_of` is the model's metadata.
 
     Raises:
         ExportError: onnx or onnxscript is absent, or the backbone has an operation ONNX lacks.
@@ -172,34 +175,15 @@ def to_onnx(stored: Stored, file: Path) -> bytes:
         except Exception as error:  # the exporter raises many kinds: the reason matters
             reason = " ".join(str(error).split())[:300]
             raise ExportError(f"cannot export {stored.config.arch} to ONNX: {reason}") from error
-        return path.read_bytes()
+        return _with_metadata(path, metadata_of(stored))
 
 
-def loading_line(stored: Stored, file: Path, kind: str) -> str:
-    """Python that loads the file."""
-    if kind == "onnx":
-        return f"onnxruntime.InferenceSession({str(file)!r})"
-    name, size, stem = stored.config.arch, stored.config.image_size, stored.backbone.stem_rule
-    as_defined = stem in ("as defined", "ImageNet stem") and name not in OWN_RESNETS
-    if kind == "torchvision" and as_defined:
-        return f"torchvision.models.{name}().load_state_dict(WEIGHTS, strict=False)  # but for fc"
-    if kind == "timm" and as_defined:
-        return _timm_line(name, file)
-    if kind == "timm" and stem.startswith("built for"):
-        patch = re.search(r"patches of (\d+) px", stem)
-        sizes = {"img_size": size} | ({"patch_size": int(patch[1])} if patch else {})
-        return _timm_line(name, file, **sizes)
-    if file.suffix == ".safetensors" or kind == "timm":
-        weights = f"safetensors.torch.load_file({str(file)!r})"
-    else:
-        weights = f"torch.load({str(file)!r})"
-    return f"softcl.nn.build_backbone({name!r}, {size}).load_state_dict({weights})  # {stem}"
+def _with_metadata(path: Path, metadata: dict[str, str]) -> bytes:
+    import onnx
 
-
-def _timm_line(name: str, file: Path, **sizes: int) -> str:
-    options = "".join(f", {key}={value}" for key, value in sizes.items())
-    name = ALIASES.get(name, name)
-    return f"timm.create_model({name!r}, num_classes=0{options}, checkpoint_path={str(file)!r})"
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    return model.SerializeToString()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softcl.export import main
 from softcl.nn import build_backbone
@@ -33,58 +35,80 @@ def write_run(folder: Path, arch: str, size: int) -> tuple[Path, Tensor, Tensor]
         return path, images, backbone.eval()(images)
 
 
-def features(model: nn.Module, images: Tensor) -> Tensor:
+# What an exported file needs: the lines of its card, in a process that cannot import softcl.
+LOADER = """
+import os, re, sys
+sys.modules["softcl"] = None
+import torch
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    lines = re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1]
+    names = {}
+    exec(lines, names)
+    images, expected = torch.load("expected.pt")
     with torch.no_grad():
-        return model.eval()(images)
+        torch.testing.assert_close(names["model"](images), expected, rtol=1e-5, atol=1e-5)
+    print("loaded", folder)
+"""
+EXPORTS = [
+    ("resnet18", 96, "timm", "a.safetensors"),
+    ("resnet18", 48, "timm", "a.safetensors"),
+    ("resnet18", 32, "timm", "a.safetensors"),
+    ("resnet_tiny", 32, "timm", "a.safetensors"),
+    ("resnet_tiny", 96, "timm", "a.safetensors"),
+    ("vit_tiny", 96, "timm", "a.safetensors"),
+    ("vit_tiny", 32, "timm", "a.safetensors"),
+    ("moco3_vit_tiny", 32, "timm", "a.safetensors"),
+    ("convnext_atto", 64, "timm", "a.safetensors"),
+    ("resnet18", 32, "torchvision", "a.pth"),
+    ("resnet18", 96, "torchvision", "a.safetensors"),
+]
 
 
-@pytest.mark.parametrize("arch, size", [("resnet18", 96), ("vit_tiny", 96), ("vit_tiny", 32)])
-def test_timm_loads_it(tmp_path: Path, capsys, arch: str, size: int):
-    import timm
+def test_the_printed_lines_load_it_without_softcl(tmp_path: Path, capsys):
+    folders = []
+    for place, (arch, size, kind, name) in enumerate(EXPORTS):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        path, images, expected = write_run(folder, arch, size)
+        torch.save((images, expected), folder / "expected.pt")
+        assert main([str(path), str(folder / name), "--format", kind]) == 0
+        printed = capsys.readouterr().out.partition("without softcl:\n\n")[2]
+        card = (folder / "README.md").read_text()
+        assert f"```python\n{printed.replace(str(folder / name), name)}```" in card
+        folders.append(str(folder))
+    command = [sys.executable, "-I", "-c", LOADER, *folders]
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    assert loaded.stdout.split() == [word for folder in folders for word in ("loaded", folder)]
+
+
+def test_the_file_says_what_it_is(tmp_path: Path):
     from safetensors import safe_open
 
-    path, images, expected = write_run(tmp_path, arch, size)
-    file = tmp_path / "model.safetensors"
-    assert main([str(path), str(file)]) == 0
-    line = capsys.readouterr().out.splitlines()[-1].removeprefix("load       ")
-    model = eval(line, {"timm": timm})  # the printed line is the documentation
-    assert torch.equal(features(model, images), expected)
-    with safe_open(file, "pt") as stored:
+    path, *_ = write_run(tmp_path, "resnet_tiny", 32)
+    assert main([str(path), str(tmp_path / "model.safetensors")]) == 0
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
         metadata = stored.metadata()
-    assert metadata["arch"] == arch and metadata["image_size"] == str(size)
+    assert (metadata["arch"], metadata["image_size"]) == ("resnet_tiny", "32")
     assert metadata["mean"] == "[0.5, 0.5, 0.5]" and metadata["step"] == "7"
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torchvision_loads_it(tmp_path: Path, suffix: str):
-    import torchvision
-    from safetensors.torch import load_file
-
-    path, images, expected = write_run(tmp_path, "resnet18", 96)
-    file = tmp_path / f"model{suffix}"
-    assert main([str(tmp_path), str(file), "--format", "torchvision"]) == 0
-    weights = load_file(file) if suffix == ".safetensors" else torch.load(file, weights_only=True)
-    model = torchvision.models.resnet18()
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
-    model.fc = nn.Identity()
-    torch.testing.assert_close(features(model, images), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_small_stem_is_said_and_can_be_built(tmp_path: Path, capsys):
-    import safetensors.torch
-
-    import softcl.nn
-
-    path, images, expected = write_run(tmp_path, "resnet_tiny", 32)
+def test_the_card_is_the_hubs_and_replaces_no_other(tmp_path: Path, capsys):
+    yaml = pytest.importorskip("yaml")
+    path, *_ = write_run(tmp_path, "resnet_tiny", 32)
+    own, other = tmp_path / "README.md", tmp_path / "b.safetensors.md"
     assert main([str(path), str(tmp_path / "a.safetensors")]) == 0
-    line = capsys.readouterr().out.splitlines()[-1].removeprefix("load       ")
-    assert "# 3x3 stride 2 stem, no max-pool" in line
-    builder, _, weights = line.partition(".load_state_dict(")
-    names = {"softcl": softcl, "safetensors": safetensors}
-    model = eval(builder, names)
-    model.load_state_dict(eval(weights.partition("  #")[0].removesuffix(")"), names))
-    assert torch.equal(features(model, images), expected)
+    _, head, text = own.read_text().split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert (head["library_name"], head["pipeline_tag"]) == ("timm", "image-feature-extraction")
+    assert "softcl" in head["tags"] and "| mean | [0.5, 0.5, 0.5] |" in text
+    assert main([str(path), str(tmp_path / "b.safetensors")]) == 0
+    assert "load_file('b.safetensors')" in own.read_text() and not other.exists()
+    own.write_text("# My project")
+    assert main([str(path), str(tmp_path / "b.safetensors")]) == 0
+    assert own.read_text() == "# My project" and "load_file(" in other.read_text()
+    assert f"card       {other}" in capsys.readouterr().out
 
 
 def test_the_teacher_is_another_network(tmp_path: Path):
@@ -106,6 +130,11 @@ def test_onnx_runs_it(tmp_path: Path):
     file = tmp_path / "model.onnx"
     assert main([str(path), str(file)]) == 0
     session = runtime.InferenceSession(str(file))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert (metadata["arch"], metadata["image_size"]) == ("resnet_tiny", "32")
+    assert (metadata["mean"], metadata["std"]) == ("[0.5, 0.5, 0.5]", "[0.2, 0.2, 0.2]")
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: onnx" in card and "onnxruntime.InferenceSession('model.onnx')" in card
     for count in (1, 2):  # any batch size
         (found,) = session.run(["features"], {"images": images[:count].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[:count], rtol=1e-4, atol=1e-5)

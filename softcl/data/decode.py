@@ -267,6 +267,12 @@ class LazyImages:
         images.skipped = self.skipped  # one list, whichever of the two finds a file unreadable
         return images
 
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """Indices of the files that were found unreadable so far."""
+        with self._lock:
+            return frozenset(self._broken)
+
     def _mark_broken(self, index: int, error: Exception) -> None:
         with self._lock:
             if index not in self._broken:

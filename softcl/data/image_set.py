@@ -139,7 +139,7 @@ class ImageSet:
     labels:     int64 (M,), -1 where an image has none, or None where none has
     classes:    names of the classes, in the order of the labels; empty without labels
     mean, std:  normalisation constants for pixels in [0, 1]
-    statistics: the row of STATISTICS they come from
+    statistics: the row of STATISTICS they come from, or in words where else
     skipped:    "path: reason" for each unreadable image left out
     notes:      lines worth printing about how the set was read
     data_format: how it is stored, a word of FORMATS

@@ -204,6 +204,43 @@ def _own_resnet(name: str) -> nn.Module:
     )
 
 
+def building_lines(
+    backbone: nn.Module, name: str, image_size: int, library: str = "timm"
+) -> tuple[list[str], list[str]]:
+    """Python that builds the same network without softcl: imports, and what makes `model`.
+
+    Args:
+        backbone: what build_backbone(name, image_size) gave.
+        library: "timm", or "torchvision" for its ResNets.
+    """
+    imports = [f"import {library}"]
+    if library == "torchvision":
+        lines = [f"model = torchvision.models.{name.split('.')[0]}()"]
+        lines.append("model.fc = torch.nn.Identity()")
+    elif name in OWN_RESNETS:
+        shape = OWN_RESNETS[name]
+        imports = ["from timm.models.resnet import BasicBlock, ResNet"]
+        stem = f"stem_type='deep', stem_width={shape['channels'][0] // 2}"
+        lines = [
+            f"shape = dict(layers={shape['layers']}, channels={shape['channels']}, {stem})",
+            "model = ResNet(BasicBlock, num_classes=0, **shape)",
+        ]
+    else:
+        options, _ = _options(name, image_size)
+        options.pop("zero_init_last", None)  # of random weights
+        words = "".join(f", {key}={value!r}" for key, value in options.items())
+        lines = [f"model = timm.create_model({ALIASES.get(name, name)!r}, num_classes=0{words})"]
+    conv = getattr(backbone, "conv1", None)
+    if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+        shape = f"3, {conv.out_channels}, 3, {conv.stride[0]}, padding=1, bias=False"
+        lines.append(f"model.conv1 = torch.nn.Conv2d({shape})")
+    if isinstance(getattr(backbone, "maxpool", None), nn.Identity):
+        lines.append("model.maxpool = torch.nn.Identity()")
+    if any("torch.nn" in line for line in lines):
+        imports.append("import torch")
+    return imports, lines
+
+
 def _fit_resnet_stem(backbone: nn.Module, image_size: int, stride: int) -> str:
     """Give a timm ResNet the stem for its image size (see above); return the rule in words."""
     if image_size > SMALL_IMAGE:

@@ -79,8 +79,8 @@ def fit(**given: Any) -> Fitted:
 
     Raises:
         ConfigError: a setting that cannot be used.
-        RunError, RunFolderError, CheckpointError, DataError, PeerError: the run cannot start or go
-            on; the message is one line.
+        RunError, RunFolderError, CheckpointError, WeightsError, DataError, PeerError: the run
+            cannot start or go on; the message is one line.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "resume" in given:  # of which method is not known yet
@@ -128,7 +128,7 @@ def start(config: TrainConfig, stored: StoredRun | None = None, world: World = A
     out = None if config.out is None else Path(config.out).expanduser()
     if stored is None and out is not None:
         world.on_main_process(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
-    parts = assemble(config, world)
+    parts = assemble(config, world, None if stored is None else stored.content)
     if stored is not None and fingerprint(parts.images) != stored.content["fingerprint"]:
         reason = f"not the images that {stored.folder} was trained on"
         raise DataError(f"{config.data}: {reason}")

@@ -27,6 +27,7 @@ from softcl.command import (
 from softcl.data import DataError
 from softcl.distributed import PeerError
 from softcl.methods import METHODS
+from softcl.nn.weights import WeightsError
 from softcl.train import fit
 from softcl.train.checkpoint import CheckpointError
 from softcl.train.config import Setting, TrainConfig, default_values, method_settings, settings_of
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fit(**parse_flags(sys.argv[1:] if argv is None else argv)).exit_code
     except ConfigError as error:
         return _report(error, str(error), 2)
-    except (RunError, RunFolderError, CheckpointError, DataError, PeerError) as error:
+    except (RunError, RunFolderError, CheckpointError, DataError, PeerError, WeightsError) as error:
         return _report(error, str(error), 1)
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""

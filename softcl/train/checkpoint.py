@@ -116,6 +116,16 @@ def unseal(data: bytes) -> bytes:
     return body + b"\0\0"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file ends as `seal` makes it end; its content may be damaged."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-_TRAILER_BYTES, os.SEEK_END)
+            return file.read(2 + len(_TAG)) == struct.pack("<H", _COMMENT_BYTES) + _TAG
+    except OSError:  # absent, or shorter than that
+        return False
+
+
 def write_checkpoint(path: Path, state: dict) -> None:
     """Write `state` (nested dicts and lists of tensors, numbers and strings) to `path`, atomically.
 

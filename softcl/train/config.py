@@ -92,6 +92,10 @@ class TrainConfig:
 
     arch: str | None = setting(_MODEL, metavar="NAME",
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
+    init: str | None = setting(_MODEL, metavar="SPEC",
+        help="first weights of the backbone: a file, a run, an export, or timm:NAME[.TAG]")
+    freeze: str | None = setting(_MODEL, metavar="PARTS",
+        help="parts of the backbone that are not trained: stem,layer1 or stem,blocks.0")
 
     method: str = setting(_METHOD, "ascl", metavar="NAME",
         help="one of {methods}; each has flags of its own")
@@ -110,6 +114,8 @@ class TrainConfig:
         help="of the optimiser")
     decay_norms: bool | None = setting(_OPTIM,
         help="weight decay on biases and norms too, or not")
+    layer_decay: float | None = setting(_OPTIM, above=0.0, at_most=1.0,
+        help="each layer of the backbone learns so much slower than the next (default: no)")
     clip_norm: float | None = setting(_OPTIM, above=0.0,
         help="largest norm of the gradient (default: no limit)")
     accumulate: int = setting(_OPTIM, 1, at_least=1,

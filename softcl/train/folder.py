@@ -249,9 +249,12 @@ def settle_auto(given: dict[str, Any]) -> dict[str, Any]:
     """What ``--resume auto`` means: continue the run in --out if there is one, else start it.
 
     Raises:
-        ConfigError: there is no --out.
+        ConfigError: there is no --out; or --init beside a run to resume.
     """
     if given.get("resume") != AUTO:
+        if "resume" in given and "init" in given:
+            reason = "cannot be combined with --resume RUN, which goes on from the run's weights"
+            raise ConfigError("init", given["init"], reason)
         return given
     if "out" not in given:
         raise ConfigError("resume", AUTO, "needs --out, the folder to continue or to start in")

@@ -177,6 +177,10 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
         f"model      {config.arch} at {config.image_size} px ({backbone.stem_rule}), "
         f"{backbone.num_features} features, {parameters / 1e6:.2f} M parameters"
     )
+    if parts.pretrained is not None:
+        first, *rest = parts.pretrained.describe()
+        yield f"weights    {first}"
+        yield from (f"           {line}" for line in rest)
     yield f"networks   {describe_speed(config)}"
     yield f"views      {describe_kernel(parts.knn.device, config.view_kernel)}"
     yield f"method     {config.method} (defaults of {parts.defaults!r})"
@@ -202,8 +206,10 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
 def record(parts: Parts, config: TrainConfig) -> dict[str, Any]:
     """The content of config.json: the settings, and what they come to on this machine."""
     device = parts.knn.device
+    pretrained = parts.pretrained
     return {
         "config": config.to_dict(),
+        "weights": None if pretrained is None else list(pretrained.describe()),
         "defaults": parts.defaults,
         "images": parts.images.describe(),
         "notes": [*parts.images.notes, *parts.images.skipped],
@@ -231,6 +237,8 @@ def describe_baselines(baselines: Mapping[str, Any], trained: float | None = Non
     shares = (
         f"raw pixels {baselines['pixels']:.1%}, untrained backbone {baselines['untrained']:.1%}"
     )
+    if "pretrained" in baselines:
+        shares += f", first weights {baselines['pretrained']:.1%}"
     if trained is None:
         return f"k-NN       before training: {shares}"
     return f"k-NN       {shares}, trained {trained:.1%}"

@@ -44,6 +44,7 @@ from softcl.train.step import (
     teacher_momentum,
     train_step,
 )
+from softcl.train.weights import untrained_encoder
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
@@ -134,7 +135,7 @@ class Run:
             warmup_epochs=config.warmup_epochs,
         )
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         momentum = teacher_momentum(
             state.step,
             start=state.method.momentum,
@@ -163,7 +164,8 @@ class Run:
 
     def _show(self, last: int) -> None:
         """The numbers of this step, in the log and on the terminal; `last` step of this part."""
-        row, lr = self.meter.row(self.feed.waited), self.state.optimizer.param_groups[0]["lr"]
+        row = self.meter.row(self.feed.waited)
+        lr = max(group["lr"] for group in self.state.optimizer.param_groups)
         row |= {"lr": lr, "epoch": self.state.step / self.feed.steps_per_epoch}
         if self.log is not None:
             self.log.add(row)
@@ -195,18 +197,26 @@ class Run:
         """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder).
 
         They are num_neighbors; untrained_neighbors, the rows for the picture; and with labels the
-        accuracies untrained and pixels. Batch norms have the statistics of the images.
+        accuracies untrained and pixels, and pretrained where the backbone has weights from
+        elsewhere. Batch norms of random weights have the statistics of the images.
         """
         knn, student = self.knn, self.state.student
         stored = self.folder.read_json(BASELINES)
         if stored is None or stored.get("num_neighbors") != knn.num_neighbors:
-            with recalibrated(student, knn.bank, knn.size, knn.device):
-                queries, bank = knn.encoder_features(student)
-            found = nearest(queries[choose_queries(knn).to(knn.device)], bank)
-            stored = {"num_neighbors": knn.num_neighbors, "untrained_neighbors": found.tolist()}
+            pretrained = self.parts.pretrained is not None
+            random = untrained_encoder(self.config, knn.device) if pretrained else student
+            with recalibrated(random, knn.bank, knn.size, knn.device):
+                rows = knn.encoder_features(random)
+            stored = {"num_neighbors": knn.num_neighbors}
             if knn.labelled:
-                stored["untrained"] = knn.accuracy(queries, bank)
+                stored["untrained"] = knn.accuracy(*rows)
                 stored["pixels"] = knn.pixel_accuracy()
+            if pretrained:
+                rows = knn.encoder_features(student)
+                if knn.labelled:
+                    stored["pretrained"] = knn.accuracy(*rows)
+            found = nearest(rows[0][choose_queries(knn).to(knn.device)], rows[1])
+            stored["untrained_neighbors"] = found.tolist()
             self.folder.write_json(BASELINES, stored)
         self.baselines = stored
         self.progress.say(describe_baselines(stored))
@@ -275,6 +285,7 @@ class Run:
             "knn_neighbors": self.knn.num_neighbors,
             "knn_pixels": self.baselines.get("pixels"),
             "knn_untrained": self.baselines.get("untrained"),
+            "knn_pretrained": self.baselines.get("pretrained"),
             "loss": self.meter.loss,
             "seconds": self.seconds(),
             "backend": self.backend.name,

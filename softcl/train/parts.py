@@ -8,7 +8,9 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from softcl.distributed import ALONE, ShardedQueue, World
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods.method import Method
 from softcl.nn import Encoder, MemoryQueue, build_backbone, build_head, make_teacher
+from softcl.nn.pretrained import Pretrained, likely_arch
 from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import fill
@@ -40,6 +43,12 @@ from softcl.train.parallel import (
     synchronise_norms,
 )
 from softcl.train.step import Trained, TrainState, Transform, derived_seed
+from softcl.train.weights import (
+    fit_first_weights,
+    freeze,
+    normalise_as,
+    read_first_weights,
+)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # what autocast takes
 _COMPILERS = ("g++", "clang++", "c++")
@@ -66,6 +75,7 @@ class Parts:
         views: what makes each of the method's views.
         feed: the batches, in their order.
         world: the processes that train together.
+        pretrained: the backbone with the weights of --init, in a run that starts.
     """
 
     config: TrainConfig
@@ -78,32 +88,54 @@ class Parts:
     views: dict[str, Transform]
     feed: BatchFeed
     world: World = ALONE
+    pretrained: Pretrained | None = None
 
 
-def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
+def assemble(
+    config: TrainConfig, world: World = ALONE, content: Mapping[str, Any] | None = None
+) -> Parts:
     """Make the parts; what is quick to refuse is refused before the images are read.
 
+    Args:
+        content: of the checkpoint that the run goes on from, which has its weights.
+
     Raises:
-        ConfigError, DataError, RunError: as the functions below.
+        ConfigError, DataError, WeightsError, RunError: as the functions below.
     """
     check_arch(config.arch)
     device = resolve_device(config.device, world)
     check_speed(config, device)
+    weights = None
+    if config.init is not None and content is None:
+        weights = read_first_weights(config.init)
+        config = config.changed(arch=config.arch or weights.arch or likely_arch(weights))
     images, bank, queries, evaluation = load_images(config)
     check_same_images(images, config.data, world)
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, method, device)
+    pretrained = None if weights is None else fit_first_weights(weights, config)
+    if config.init is not None:
+        if pretrained is None:
+            normalisation = content["normalisation"]
+        else:
+            normalisation = (pretrained.mean, pretrained.std)
+        normalise_as((images, bank, queries), *normalisation)
+        if queries is not bank:
+            evaluation = queries.describe()
     views = build_views(method, images, config.image_size, config.view_kernel)
     missing = kernel_missing(device) if config.view_kernel else None
     if missing is not None:
         raise ConfigError("view_kernel", "", missing)
     check_processes(config, method, world)
-    state = build_state(config, method, device, world)
+    backbone = None if pretrained is None else pretrained.backbone
+    state = build_state(config, method, device, world, backbone)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
     make_resident(images, device)
     feed = BatchFeed(images, config.batch_size, config.seed, device, world, views)
-    return Parts(config, defaults, images, evaluation, state, backend, knn, views, feed, world)
+    return Parts(
+        config, defaults, images, evaluation, state, backend, knn, views, feed, world, pretrained
+    )
 
 
 def check_processes(config: TrainConfig, method: Method, world: World) -> None:
@@ -178,16 +210,25 @@ def check_arch(name: str | None) -> None:
 
 
 def build_state(
-    config: TrainConfig, method: Method, device: torch.device, world: World = ALONE
+    config: TrainConfig,
+    method: Method,
+    device: torch.device,
+    world: World = ALONE,
+    backbone: nn.Module | None = None,
 ) -> TrainState:
-    """Networks, queues and optimiser at step 0: a function of the configuration alone.
+    """Networks, queues and optimiser at step 0: a function of the configuration and the backbone.
+
+    Args:
+        backbone: the student's; None for a random one.
 
     Raises:
-        ConfigError: the backbone is unknown or cannot take images of this size.
+        ConfigError: the backbone is unknown or cannot take images of this size, or has no part that
+            is to be frozen.
     """
     torch.manual_seed(derived_seed(config.seed, "init"))
     try:
-        backbone = build_backbone(config.arch, config.image_size)
+        if backbone is None:
+            backbone = build_backbone(config.arch, config.image_size)
     except ValueError as error:
         raise ConfigError("arch", config.arch, str(error)) from error
     check_crops(config, method, backbone)
@@ -198,6 +239,7 @@ def build_state(
     student: nn.Module = Encoder(backbone, projector)
     student = divide_splits(student, method.num_splits, world)
     student = student.to(device).train()
+    freeze(config, student)
     heads = build_heads(method).to(device).train()
     optimizer = build_optimizer(
         nn.ModuleDict({"student": student, "heads": heads}),
@@ -206,9 +248,13 @@ def build_state(
         weight_decay=config.weight_decay,
         momentum=config.sgd_momentum,
         decay_norms=config.decay_norms,
+        layer_decay=config.layer_decay,
     )
     queues = build_queues(config, method, world).to(device)
-    teacher = make_teacher(student) if method.teacher_sees() else nn.Identity()
+    teacher: nn.Module = nn.Identity()
+    if method.teacher_sees():
+        teacher = make_teacher(student)
+        freeze(config, teacher)
     state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
     if not world.alone and device.type == "cuda":
         synchronise_norms((student, teacher, heads), method.num_splits, world)
