@@ -49,7 +49,7 @@ def number_from(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _await_rendezvous(address: str, port: str) -> None:
+def _await_rendezvous(address: str, port: int) -> None:
     """Until somebody listens there: the engine would tell of each of its attempts in pages.
 
     Raises:
@@ -116,7 +116,8 @@ class World:
         if cuda:
             torch.cuda.set_device(local_rank)
         if rank > 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _await_rendezvous(environment["MASTER_ADDR"], environment["MASTER_PORT"])
+            port = number_from(environment, "MASTER_PORT", 0)
+            _await_rendezvous(environment["MASTER_ADDR"], port)
         with _telling(f"process {rank} of {size}", "to start"):
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
             # torchrun may keep its store when it starts the processes again: the addresses in it
