@@ -248,7 +248,8 @@ def report_for(prog: str) -> Callable[[str, int], int]:
     """
 
     def report(message: str, code: int) -> int:
-        words = (shortened(word) for word in message.split())
+        # Longer than what is cut already, whose end is a word's.
+        words = (shortened(word, 2 * LONGEST_VALUE) for word in message.split())
         line = shortened(f"{prog}: {' '.join(words)}", LONGEST_LINE)
         print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
         if code == 2:
@@ -284,9 +285,10 @@ def carry_out(
     if hasattr(sys.stdout, "reconfigure"):  # names of files that are no text can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = command() or 0
-        sys.stdout.flush()
-        return code
+        try:
+            return command() or 0
+        finally:  # of what --help prints too, which stops by itself
+            sys.stdout.flush()
     except ConfigError as error:
         return tell(error, str(error), 2)
     except BrokenPipeError:

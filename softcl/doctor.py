@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import softcl
+from softcl import native
 from softcl.command import CommandParser, carry_out, check_range
 from softcl.labels import AdaptiveSoftLabels, LabelRule
 from softcl.ops import (
@@ -154,7 +155,7 @@ def describe_native() -> str:
     try:
         from softcl import _C
     except ImportError as error:
-        return f"not built ({error}); python setup.py build_ext --inplace builds it"
+        return f"not built ({error}); {native.advice()}"
     try:
         isa = f"runs {_C.isa()} of {', '.join(_C.available_isas())}"
     except ValueError as error:  # SOFTCL_CPU_ISA names something that this processor lacks

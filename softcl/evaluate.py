@@ -150,11 +150,11 @@ def load_sets(stored: Stored, options: argparse.Namespace, size: int) -> tuple[I
     test_format = options.data_format or ("auto" if other else own_format)
     with from_flag("data"):
         train = load_dataset(spec, "train", data_format=options.data_format or own_format, **given)
+        _check_labels(train, "--data")
     with from_flag("test_data" if other else "data"):
         test = load_dataset(other or spec, "test", data_format=test_format, **given)
-    for flag, images in (("--data", train), ("--test-data" if other else "--data", test)):
-        if images.labels is None:
-            raise DataError(f"{images.name}: no labels: use {flag} to name labelled images")
+        _check_labels(test, "--test-data" if other else "--data")
+    for images in (train, test):
         # The network was trained on pixels normalised in one way.
         run_spec = stored.content.get("normalisation")
         if run_spec is not None:
@@ -162,6 +162,11 @@ def load_sets(stored: Stored, options: argparse.Namespace, size: int) -> tuple[I
     if train.classes != test.classes:
         raise DataError(f"{test.name}: its classes are not those of {train.name}")
     return train, test
+
+
+def _check_labels(images: ImageSet, flag: str) -> None:
+    if images.labels is None:
+        raise DataError(f"{images.name}: no labels: use {flag} to name labelled images")
 
 
 def measure(
