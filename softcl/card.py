@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from softcl.files import replace_file
 from softcl.nn.backbones import building_lines
-from softcl.train.checkpoint import Stored, replace_file
+from softcl.train.checkpoint import Stored
 
 CARD = "README.md"
 _MARK = "# Written by softcl.export, which replaces it."  # a comment in YAML

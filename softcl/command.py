@@ -7,12 +7,25 @@ groups nor flags that depend on the value of another one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import importlib.util
+import math
+import os
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from softcl.files import user_path
+
+LONGEST_VALUE = 200  # characters of a value that are shown
+LONGEST_LINE = 1000
+LARGEST = (1 << 63) - 1  # of whole numbers: what sizes of tensors and seeds are
+LARGEST_FLOAT = 3.4e38  # of other numbers: what float32 holds
 
 
 class ConfigError(ValueError):
@@ -20,7 +33,7 @@ class ConfigError(ValueError):
 
     def __init__(self, field: str, value: Any, reason: str) -> None:
         self.field = field
-        super().__init__(f"{flag_name(field)} {value}".rstrip() + f": {reason}")
+        super().__init__(f"{flag_name(field)} {shortened(value)}".rstrip() + f": {reason}")
 
 
 class FlagError(ConfigError):
@@ -35,8 +48,19 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def shortened(value: Any, most: int = LONGEST_VALUE) -> str:
+    """A value in words, cut where it is longer than anybody reads."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean X?`` for the known word nearest to `word`, or an empty string."""
+    if len(word) > LONGEST_VALUE:
+        return ""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -48,9 +72,73 @@ def must_be_one_of(field: str, value: Any, known: Iterable[str]) -> ConfigError:
     return ConfigError(field, value, reason)
 
 
+def check_range(
+    field: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Refuse a number that is not finite or out of its range.
+
+    Raises:
+        ConfigError: naming the flag and the value.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(field, value, "must be a finite number")
+    if at_most is None:
+        at_most = LARGEST if isinstance(value, int) else LARGEST_FLOAT
+    if at_least is not None and value < at_least:
+        raise ConfigError(field, value, f"must be at least {_plain(at_least)}")
+    if above is not None and value <= above:
+        raise ConfigError(field, value, f"must be above {_plain(above)}")
+    if at_most is not None and value > at_most:
+        raise ConfigError(field, value, f"must be at most {_plain(at_most)}")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def check_path(field: str, text: str) -> Path:
+    """The path that a flag names.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    try:
+        return user_path(text)
+    except OSError as error:
+        raise ConfigError(field, text, error.strerror) from error
+
+
+def need(what: str, *modules: str) -> None:
+    """Refuse to go on without modules that the extra `train` brings.
+
+    Raises:
+        ImportError: naming those that are missing, and the extra.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        named = {"PIL": "pillow", "sklearn": "scikit-learn"}
+        listed = ", ".join(named.get(name, name) for name in missing)
+        raise ImportError(f'{what} needs {listed}: pip install "softcl[train]"')
+
+
+def invocation(prog: str) -> str:
+    """What to type to call one of the commands with this Python."""
+    python = os.path.abspath(sys.executable)
+    for name in ("python", "python3"):
+        if os.path.abspath(shutil.which(name) or "") == python:
+            return f"{name} -m {prog}"
+    near = os.path.relpath(python)
+    return f"{shlex.quote(python if near.startswith(os.pardir) else near)} -m {prog}"
+
+
 def text_width() -> int:
-    """Columns that help may take: the terminal's, up to 100."""
-    return min(shutil.get_terminal_size((100, 24)).columns, 100) - 1
+    """Columns that help may take: the terminal's, up to 100; words need 40."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 41), 100) - 1
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -70,7 +158,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, prog: str, line: str, description: str, **options: Any) -> None:
         super().__init__(
             prog=prog,
-            usage=f"python -m {prog} {line}",
+            usage=f"{invocation(prog)} {line}",
             description=description,
             formatter_class=_Formatter,
             allow_abbrev=False,
@@ -89,8 +177,11 @@ class CommandParser(argparse.ArgumentParser):
         """
         self._refuse_unknown(argv)
         values, rest = self.parse_known_args(list(argv))
+        for name, value in vars(values).items():
+            if value == []:  # what argparse makes of --flag=--
+                raise FlagError(f"{flag_name(name)}: needs a value")
         if rest:
-            raise FlagError(f"unexpected {rest[0]!r}: every value follows a flag")
+            raise FlagError(f"unexpected {shortened(rest[0])!r}: every value follows a flag")
         return values
 
     def _refuse_unknown(self, argv: Sequence[str]) -> None:
@@ -102,7 +193,7 @@ class CommandParser(argparse.ArgumentParser):
             if re.match(r"--?[A-Za-z]", name) and name not in known:
                 fixed = "--" + name.lstrip("-").replace("_", "-")
                 hint = f"; did you mean {fixed}?" if fixed in known else did_you_mean(fixed, shown)
-                raise FlagError(f"unknown flag {name}{hint}")
+                raise FlagError(f"unknown flag {shortened(name)}{hint}")
 
 
 def _readable(message: str) -> str:
@@ -114,7 +205,7 @@ def _readable(message: str) -> str:
     invalid = re.fullmatch(r"invalid (\w+) value: '(.*)'", reason, flags=re.DOTALL)
     if invalid is not None:
         kind = {"int": "a whole number", "float": "a number"}.get(invalid[1], invalid[1])
-        return f"{flag} {invalid[2]}: must be {kind}"
+        return f"{flag} {shortened(invalid[2])}: must be {kind}"
     if reason.startswith("expected one argument"):
         return f"{flag}: needs a value"
     if reason.startswith("ignored explicit argument"):
@@ -125,6 +216,31 @@ def _readable(message: str) -> str:
     return f"{flag}: {reason}"
 
 
+# ------------------------------------------------------------------------------- how a command ends
+
+
+@contextlib.contextmanager
+def from_flag(field: str) -> Iterator[None]:
+    """Context whose errors are told with the name of the flag that they come from."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ConfigError) and not hasattr(error, "flag"):
+            error.flag = flag_name(field)
+        raise
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in a line, with the flag that it comes from."""
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+        if error.filename:
+            reason = f"{shortened(error.filename)}: {reason}"
+    flag = getattr(error, "flag", None)
+    return reason if flag is None else f"{flag} {reason}"
+
+
 def report_for(prog: str) -> Callable[[str, int], int]:
     """The function that says on stderr, in one line, why a command ends, and returns its code.
 
@@ -132,9 +248,65 @@ def report_for(prog: str) -> Callable[[str, int], int]:
     """
 
     def report(message: str, code: int) -> int:
-        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+        # Longer than what is cut already, whose end is a word's.
+        words = (shortened(word, 2 * LONGEST_VALUE) for word in message.split())
+        line = shortened(f"{prog}: {' '.join(words)}", LONGEST_LINE)
+        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
         if code == 2:
-            print(f"'python -m {prog} --help' lists the flags", file=sys.stderr)
+            print(f"'{invocation(prog)} --help' lists the flags", file=sys.stderr)
         return code
 
     return report
+
+
+def carry_out(
+    prog: str,
+    command: Callable[[], int | None],
+    *expected: type[Exception],
+    report: Callable[[BaseException, str, int], int] | None = None,
+) -> int:
+    """Run a command; every expected failure is one line on stderr.
+
+    Args:
+        command: returns its exit code, or None for 0.
+        expected: errors of its own whose message is one line.
+        report: says why it ends, and returns the code; None for `report_for`.
+
+    Returns:
+        The exit code: 0 done, 1 could not run, 2 wrong flags, 130 stopped by Ctrl-C, 141 nobody
+        reads what it prints.
+    """
+
+    def tell(error: BaseException, message: str, code: int) -> int:
+        if report is not None:
+            return report(error, message, code)
+        return report_for(prog)(message, code)
+
+    if hasattr(sys.stdout, "reconfigure"):  # names of files that are no text can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return command() or 0
+        finally:  # of what --help prints too, which stops by itself
+            sys.stdout.flush()
+    except ConfigError as error:
+        return tell(error, str(error), 2)
+    except BrokenPipeError:
+        # Or Python, which flushes at its end, would complain.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (*expected, ImportError, OSError) as error:
+        return tell(error, reason_of(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return tell(error, f"out of memory ({str(error).strip() or 'no more to be had'})", 1)
+    except KeyboardInterrupt as error:
+        return tell(error, "stopped", 130)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: by Python, or by PyTorch, on any device."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

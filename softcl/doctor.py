@@ -7,7 +7,6 @@ self-check of those that do, against the formulas in float64, under the toleranc
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import itertools
@@ -23,6 +22,8 @@ from typing import Any
 import torch
 
 import softcl
+from softcl import native
+from softcl.command import CommandParser, carry_out, check_range
 from softcl.labels import AdaptiveSoftLabels, LabelRule
 from softcl.ops import (
     BACKENDS,
@@ -75,29 +76,34 @@ DTYPES = (
 )
 
 
+PROG = "softcl.doctor"
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(PROG, "[flags]", __doc__.splitlines()[0].partition(": ")[2])
+    add = parser.add_argument
+    # fmt: off
+    add("--json", action="store_true", help="print one JSON object instead")
+    add("--seconds", type=float, default=SECONDS, metavar="X",
+        help=f"of self-check for each backend that runs (default: {SECONDS:g}); 0: none")
+    add("--tune", action="store_true",
+        help="time triton against cuda on each GPU, and keep what backend auto then prefers there")
+    # fmt: on
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings.
 
     Returns:
         0 if every backend that runs passed its self-check, else 1; 2 for wrong flags.
     """
-    parser = argparse.ArgumentParser(prog="softcl.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=SECONDS,
-        metavar="X",
-        help=f"of self-check for each backend that runs (default: {SECONDS:g}); 0: none",
-    )
-    parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="time triton against cuda on each GPU, and keep what backend auto then prefers there",
-    )
-    options = parser.parse_args(argv)
-    if not 0 <= options.seconds < float("inf"):
-        parser.error(f"--seconds {options.seconds}: must be at least 0 and finite")
+    return carry_out(PROG, lambda: examine_all(sys.argv[1:] if argv is None else argv))
+
+
+def examine_all(argv: Sequence[str]) -> int:
+    options = build_parser().read(argv)
+    check_range("seconds", options.seconds, at_least=0)
     found = {
         "softcl": softcl.__version__,
         "python": platform.python_version(),
@@ -160,7 +166,7 @@ def describe_native() -> str:
     try:
         from softcl import _C
     except ImportError as error:
-        return f"not built ({error}); python setup.py build_ext --inplace builds it"
+        return f"not built ({error}); {native.advice()}"
     try:
         isa = f"runs {_C.isa()} of {', '.join(_C.available_isas())}"
     except ValueError as error:  # SOFTCL_CPU_ISA names something that this processor lacks

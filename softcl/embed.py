@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softcl.command import CommandParser, ConfigError, report_for
+from softcl.command import CommandParser, ConfigError, carry_out, check_range
 from softcl.data import FORMATS, SPLITS, DataError, ImageSet, batches, center_view, load_dataset
 from softcl.data.image_set import printable
 from softcl.evaluation.neighbors import near_duplicates, nearest_of_each
 from softcl.evaluation.table import check_suffix, write_table
+from softcl.files import check_target, replace_file, user_path
 from softcl.nn.pretrained import Pretrained
 from softcl.nn.weights import WeightsError
-from softcl.train.checkpoint import NETWORKS, features_of, replace_file
+from softcl.train.checkpoint import NETWORKS, features_of
 from softcl.train.parts import resolve_device
 from softcl.train.weights import load_pretrained
 
@@ -78,21 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 could not run, 2 wrong flags, 130 stopped by Ctrl-C.
     """
-    report = report_for(PROG)
-    try:
+
+    def command() -> None:
         options = build_parser().read(sys.argv[1:] if argv is None else argv)
         _check(options)
         embed(options)
-        return 0
-    except ConfigError as error:
-        return report(str(error), 2)
-    except (WeightsError, DataError, ImportError) as error:
-        return report(str(error), 1)
-    except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        return report(f"{path}{error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return report("stopped; the same command goes on", 130)
+
+    return carry_out(PROG, command, WeightsError, DataError)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -104,11 +97,12 @@ def _check(options: argparse.Namespace) -> None:
     least = {"image_size": 8, "neighbors": 1, "batch_size": 1, "workers": 0}
     for name, bound in least.items():
         value = getattr(options, name)
-        if value is not None and value < bound:
-            raise ConfigError(name, value, f"must be at least {bound}")
+        if value is not None:
+            check_range(name, value, at_least=bound)
     if not -1 <= options.duplicates <= 1:
         raise ConfigError("duplicates", options.duplicates, "must be a cosine, in [-1, 1]")
     check_suffix(Path(options.out))
+    check_target(user_path(options.out))
 
 
 def embed(options: argparse.Namespace) -> None:
@@ -135,7 +129,7 @@ def embed(options: argparse.Namespace) -> None:
     print(f"backbone   {weights.arch} at {weights.image_size} px")
     images.mean, images.std, images.statistics = weights.mean, weights.std, "the weights'"
     print(f"data       {images.describe()}")
-    out = Path(options.out).expanduser()
+    out = user_path(options.out)
     width, batch_size = weights.backbone.num_features, options.batch_size
     if batch_size is None:
         batch_size = min(max(_PIXELS // weights.image_size**2, 1), 512)

@@ -12,26 +12,20 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from softcl.command import CommandParser, ConfigError, report_for
+from softcl.command import CommandParser, carry_out, check_path, check_range, from_flag
 from softcl.data import FORMATS, DataError, ImageSet, load_dataset
 from softcl.evaluation.features import extract, sampled
 from softcl.evaluation.knn import BANK_PIECE, NUM_NEIGHBORS, TEMPERATURE, knn_predict
 from softcl.evaluation.probe import EPOCHS, RATE, Labelled, lbfgs_probe, sgd_probe
 from softcl.evaluation.retrieval import retrieval_precision
-from softcl.train.checkpoint import (
-    NETWORKS,
-    CheckpointError,
-    Stored,
-    features_of,
-    load_backbone,
-    replace_file,
-)
+from softcl.files import check_target, replace_file, user_path
+from softcl.ops.call import COLDEST, HOTTEST
+from softcl.train.checkpoint import NETWORKS, CheckpointError, Stored, features_of, load_backbone
 from softcl.train.parts import resolve_device
 
 MEASURES = ("knn", "lbfgs", "sgd", "retrieval")
@@ -75,42 +69,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 could not run, 2 wrong flags.
     """
-    report = report_for(PROG)
-    try:
+
+    def command() -> None:
         options = build_parser().read(sys.argv[1:] if argv is None else argv)
         _check(options)
-        stored = load_backbone(Path(options.run).expanduser(), options.network)
-        results = evaluate(stored, options)
-        if options.out is not None:
-            text = json.dumps(results, indent=2) + "\n"
-            replace_file(Path(options.out).expanduser(), text.encode())
-        return 0
-    except ConfigError as error:
-        return report(str(error), 2)
-    except (CheckpointError, DataError, ImportError) as error:
-        return report(str(error), 1)
-    except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        return report(f"{path}{error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return report("stopped", 130)
+        out = None if options.out is None else user_path(options.out)
+        if out is not None:
+            with from_flag("out"):
+                check_target(out)
+        results = evaluate(load_backbone(user_path(options.run), options.network), options)
+        if out is not None:
+            replace_file(out, (json.dumps(results, indent=2) + "\n").encode())
+
+    return carry_out(PROG, command, CheckpointError, DataError)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse numbers out of range before anything is read.
+    """Refuse what cannot be used before anything is read.
 
     Raises:
         ConfigError: naming the flag.
     """
     least = {"image_size": 8, "knn_k": 1, "epochs": 1, "limit": 2, "workers": 0, "seed": 0}
+    most = {"image_size": 4096, "workers": 256}
     for name, bound in least.items():
         value = getattr(options, name)
-        if value is not None and value < bound:
-            raise ConfigError(name, value, f"must be at least {bound}")
-    for name in ("temperature", "lr"):
-        value = getattr(options, name)
-        if not 0 < value < float("inf"):
-            raise ConfigError(name, value, "must be positive and finite")
+        if value is not None:
+            check_range(name, value, at_least=bound, at_most=most.get(name))
+    check_range("temperature", options.temperature, at_least=COLDEST, at_most=HOTTEST)
+    check_range("lr", options.lr, above=0.0)
+    for name in ("data", "test_data", "out"):
+        if getattr(options, name) is not None:
+            check_path(name, getattr(options, name))
 
 
 def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,13 +146,15 @@ def load_sets(stored: Stored, options: argparse.Namespace, size: int) -> tuple[I
     spec = options.data or stored.config.data
     own_format = "auto" if options.data else stored.config.data_format
     given = {"image_size": size, "workers": options.workers}
-    train = load_dataset(spec, "train", data_format=options.data_format or own_format, **given)
     other = options.test_data or (None if options.data else stored.config.eval_data)
     test_format = options.data_format or ("auto" if other else own_format)
-    test = load_dataset(other or spec, "test", data_format=test_format, **given)
+    with from_flag("data"):
+        train = load_dataset(spec, "train", data_format=options.data_format or own_format, **given)
+        _check_labels(train, "--data")
+    with from_flag("test_data" if other else "data"):
+        test = load_dataset(other or spec, "test", data_format=test_format, **given)
+        _check_labels(test, "--test-data" if other else "--data")
     for images in (train, test):
-        if images.labels is None:
-            raise DataError(f"{images.name}: has no labels")
         # The network was trained on pixels normalised in one way.
         run_spec = stored.content.get("normalisation")
         if run_spec is not None:
@@ -171,6 +163,11 @@ def load_sets(stored: Stored, options: argparse.Namespace, size: int) -> tuple[I
     if train.classes != test.classes:
         raise DataError(f"{test.name}: its classes are not those of {train.name}")
     return train, test
+
+
+def _check_labels(images: ImageSet, flag: str) -> None:
+    if images.labels is None:
+        raise DataError(f"{images.name}: no labels: use {flag} to name labelled images")
 
 
 def measure(

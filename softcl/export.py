@@ -23,14 +23,9 @@ from torch import Tensor, nn
 
 import softcl
 from softcl.card import loading_lines, write_card
-from softcl.command import CommandParser, ConfigError, report_for
-from softcl.train.checkpoint import (
-    NETWORKS,
-    CheckpointError,
-    Stored,
-    load_backbone,
-    replace_file,
-)
+from softcl.command import CommandParser, carry_out
+from softcl.files import check_target, replace_file, user_path
+from softcl.train.checkpoint import NETWORKS, CheckpointError, Stored, load_backbone
 
 FORMATS = ("timm", "torchvision", "onnx")
 PROG = "softcl.export"
@@ -60,28 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 could not run, 2 wrong flags.
     """
-    report = report_for(PROG)
-    try:
+
+    def command() -> None:
         options = build_parser().read(sys.argv[1:] if argv is None else argv)
-        stored = load_backbone(Path(options.run).expanduser(), options.network)
-        file = Path(options.file).expanduser()
+        file = user_path(options.file)
+        check_target(file)
+        stored = load_backbone(user_path(options.run), options.network)
         kind = options.format or ("onnx" if file.suffix == ".onnx" else "timm")
         data = {"timm": to_timm, "torchvision": to_torchvision, "onnx": to_onnx}[kind](stored, file)
         replace_file(file, data)
         card = write_card(stored, file, kind)
-    except ConfigError as error:
-        return report(str(error), 2)
-    except (CheckpointError, ExportError, ImportError) as error:
-        return report(str(error), 1)
-    except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        return report(f"{path}{error.strerror or error}", 1)
-    print(f"checkpoint {stored.path}, step {stored.content['step']}, {options.network}")
-    print(f"written    {file}, {len(data) / 1e6:.1f} MB, {kind}")
-    print(f"card       {card}")
-    print("load       by these lines, without softcl:\n")
-    print("\n".join(loading_lines(stored, file, kind)))
-    return 0
+        print(f"checkpoint {stored.path}, step {stored.content['step']}, {options.network}")
+        print(f"written    {file}, {len(data) / 1e6:.1f} MB, {kind}")
+        print(f"card       {card}")
+        print("load       by these lines, without softcl:\n")
+        print("\n".join(loading_lines(stored, file, kind)))
+
+    return carry_out(PROG, command, CheckpointError, ExportError)
 
 
 def weights_of(backbone: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ A kernel gets addresses and sizes by name; 0 is the address of what is absent or
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from types import ModuleType
 
 import torch  # before softcl._C, which PyTorch's OpenMP runtime then serves too
@@ -22,6 +23,13 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"softcl._C is not built ({error})"
     return _C, ""
+
+
+def advice() -> str:
+    """How to get the module, here: in a checkout, or in an installed package."""
+    if (Path(__file__).parent.parent / "setup.py").exists():
+        return "python setup.py build_ext --inplace builds it"
+    return "install softcl again from its sources where there is a C++17 compiler"
 
 
 @functools.cache

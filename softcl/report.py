@@ -12,13 +12,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from softcl.command import CommandParser, ConfigError, report_for
+from softcl.command import (
+    CommandParser,
+    ConfigError,
+    carry_out,
+    check_path,
+    check_range,
+    from_flag,
+    need,
+)
 from softcl.data import DataError
+from softcl.files import check_target, replace_file, user_path
 from softcl.reporting.figures import Figure, draw_all
 from softcl.reporting.maps import MOST_IMAGES, WAYS, map_features
 from softcl.reporting.page import make_page
 from softcl.reporting.runs import RunData, read_runs
-from softcl.train.checkpoint import CheckpointError, replace_file
+from softcl.train.checkpoint import CheckpointError
 from softcl.train.folder import RunFolderError
 from softcl.train.parts import resolve_device
 
@@ -48,29 +57,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 could not run, 2 wrong flags.
     """
-    report = report_for(PROG)
-    try:
+
+    def command() -> None:
         options = build_parser().read(sys.argv[1:] if argv is None else argv)
-        if options.map_images < 4:
-            raise ConfigError("map_images", options.map_images, "must be at least 4")
-        runs = read_runs([Path(run).expanduser() for run in options.runs])
+        check_range("map_images", options.map_images, at_least=4)
+        resolve_device(options.device)
+        need("a report", "matplotlib", *(["sklearn"] if options.map != "none" else []))
+        runs = read_runs([user_path(run) for run in options.runs])
         print(f"written    {write_report(runs, options)}")
-        return 0
-    except ConfigError as error:
-        return report(str(error), 2)
-    except (RunFolderError, ImportError) as error:
-        return report(str(error), 1)
-    except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        return report(f"{path}{error.strerror or error}", 1)
+
+    return carry_out(PROG, command, RunFolderError, CheckpointError)
 
 
 def write_report(runs: list[RunData], options: argparse.Namespace) -> Path:
     """Draw, write the pictures and the page; the path of the page."""
     if options.out is not None:
-        folder = Path(options.out).expanduser()
+        folder = check_path("out", options.out)
     else:
         folder = runs[0].path / "report" if len(runs) == 1 else Path("report")
+    with from_flag("out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_target(folder / PAGE)
     figures, notes = draw_all(runs), []
     if not figures:
         notes.append("No training step has been logged yet.")
@@ -82,7 +89,6 @@ def write_report(runs: list[RunData], options: argparse.Namespace) -> Path:
                 notes.append(f"{run.name}: no map of the features ({error})")
         if run.picture is not None:
             figures.append(_picture(run))
-    folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         replace_file(folder / f"{figure.name}.png", figure.png)
     replace_file(folder / PAGE, make_page(runs, figures, notes).encode())

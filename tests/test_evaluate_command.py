@@ -186,7 +186,7 @@ WRONG = [
     ("run --measur knn", "unknown flag --measur; did you mean --measure?", 2),
     ("run --measure kn", "must be one of", 2),
     ("run --knn-k 0", "--knn-k 0: must be at least 1", 2),
-    ("run --lr -1", "--lr -1.0: must be positive", 2),
+    ("run --lr -1", "--lr -1.0: must be above 0", 2),
     ("run --device gpu", "--device gpu: must be auto, cpu, cuda", 2),
     ("nowhere", "nowhere: cannot read: No such file", 1),
     ("run --data nowhere", "nowhere: no such file or folder", 1),

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from run_comparison import assert_same_run
 
-import softcl.train
 from softcl.command import ConfigError
 from softcl.ops import BackendChoice
 from softcl.train import checkpoint, fit, loop, parts, step
@@ -277,8 +276,7 @@ def test_no_fused_runs_the_reference(flags: list[str], tmp_path: Path, capsys):
 def test_missing_extras_are_named(monkeypatch, capsys):
     original, absent = importlib.util.find_spec, ("timm", "PIL")
     monkeypatch.setattr(
-        softcl.train.importlib.util,
-        "find_spec",
+        "softcl.command.importlib.util.find_spec",
         lambda name: None if name in absent else original(name),
     )
     assert main([]) == 1
@@ -292,9 +290,13 @@ def test_images_without_labels_train_without_knn(flags, folder: Path, tmp_path: 
     for number, path in enumerate(sorted((folder / "train").rglob("*.png"))):
         (plain / f"{number}.png").write_bytes(path.read_bytes())
     assert main([*flags, "--data", str(plain), "--out", "run", "--epochs", "1"]) == 0
-    assert "not measured: the images have no labels" in capsys.readouterr().out
+    assert "not measured: no labels; --eval-data names labelled" in capsys.readouterr().out
     assert json.loads((tmp_path / "run/result.json").read_text())["knn_top1"] is None
     assert (tmp_path / "run/neighbors.png").exists()
+    line = [*flags, "--data", str(plain), "--out", "judged", "--epochs", "1"]
+    assert main([*line, "--eval-data", str(folder / "test")]) == 0
+    assert "every tenth image, of" in capsys.readouterr().out
+    assert json.loads((tmp_path / "judged/result.json").read_text())["knn_top1"] is not None
 
 
 def test_eval_data_is_a_set_of_its_own(flags: list[str], folder: Path, capsys):

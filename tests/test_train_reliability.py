@@ -194,7 +194,7 @@ def test_collapse_is_warned_of_once(flags, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "train_step", collapsing)
     assert main([*flags, "--out", "run"]) == 0
-    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning    collapse")]
     assert len(lines) == 2
     assert "collapse: at step 2 " in lines[0] and "spread 0.040" in lines[0]
     assert "collapse: at step 5 " in lines[1]

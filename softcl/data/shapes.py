@@ -19,6 +19,7 @@ which IEEE 754 rounds exactly: the result does not depend on the machine's vecto
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from softcl.data.stream import mix, words
 
 SIDE = 32
 TRAIN_SIZE = 10_000
+LARGEST_SIZE = 10_000_000
 TEST_SIZE = 2_000
 SPLITS = ("train", "test")
 CHUNK = 512  # images rendered together, so that their fields stay in cache
@@ -302,9 +304,10 @@ def make_shapes(number: int, split: str = "train", *, seed: int = 0) -> ImageSet
 def load_shapes(spec: str, split: str) -> ImageSet:
     """The set that "shapes" or "shapes:N" names; split "train", "test" or "all"."""
     _, colon, count = spec.partition(":")
-    if colon and not (count.isdecimal() and int(count) > 0):
+    if colon and not (re.fullmatch("[0-9]{1,8}", count) and 0 < int(count) <= LARGEST_SIZE):
         raise DataError(
-            f"{spec}: write shapes or shapes:N with a positive number of training images"
+            f"{spec[:200]}: write shapes or shapes:N with a positive number of training images, "
+            f"{LARGEST_SIZE:,} at most"
         )
     sizes = {"train": int(count) if colon else TRAIN_SIZE, "test": TEST_SIZE}
     if split != "all":

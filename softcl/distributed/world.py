@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -23,12 +26,47 @@ T = TypeVar("T")
 
 # A process that does not answer for so long has failed. One that was killed is noticed at once.
 PATIENCE = timedelta(seconds=50)
-# What the first process alone does (k-NN, checkpoints) is waited for on a group of its own.
-LONG_PATIENCE = timedelta(hours=2)
+# What the first process does alone (k-NN, checkpoints) may take hours: it says so often that it is
+# still there.
+BEAT = timedelta(seconds=5)
+# What torchrun sets, besides WORLD_SIZE, for the processes to find each other.
+_NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerError(RuntimeError):
     """Another process of the run failed or does not answer; the message is one line."""
+
+
+def number_from(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A number that torchrun sets.
+
+    Raises:
+        PeerError: it is none.
+    """
+    text = environment.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise PeerError(f"{name} must be a whole number, got {text[:200]!r} (torchrun sets it)")
+    return int(text)
+
+
+def _await_rendezvous(address: str, port: int) -> None:
+    """Until somebody listens there: the engine would tell of each of its attempts in pages.
+
+    Raises:
+        PeerError: nobody does.
+    """
+    last = time.monotonic() + PATIENCE.total_seconds()
+    while True:
+        try:
+            with socket.create_connection((address, port), max(last - time.monotonic(), 1.0)):
+                return
+        except (OSError, UnicodeError, OverflowError) as error:
+            if time.monotonic() >= last or not isinstance(error, OSError):
+                raise PeerError(
+                    f"nobody listens at MASTER_ADDR {address} MASTER_PORT {port} ({error}): "
+                    "process 0 must run there, and the port be open"
+                ) from error
+            time.sleep(0.2)
 
 
 class World:
@@ -52,7 +90,7 @@ class World:
         self.alone = size == 1 and group is None
         self.received: Counter[str] = Counter()
         self.even = False
-        self._patient = group  # on the host, for objects and long waits
+        self._host = group  # of the CPUs, for objects and for waits
         self._owns_engine = False
 
     @classmethod
@@ -62,17 +100,25 @@ class World:
         Raises:
             PeerError: the others cannot be reached.
         """
-        size = int(environment.get("WORLD_SIZE", "1"))
+        size = number_from(environment, "WORLD_SIZE", 1)
         if size == 1:
             return ALONE
         import torch.distributed as dist
 
-        local_rank = int(environment.get("LOCAL_RANK", "0"))
+        local_rank = number_from(environment, "LOCAL_RANK", 0)
         if dist.is_initialized():
             return cls.joined(local_rank)
+        absent = [name for name in _NEEDED if not environment.get(name)]
+        rank = number_from(environment, "RANK", 0)
+        if absent or rank >= size:
+            what = f"{absent[0]} is not set" if absent else f"RANK is {rank}"
+            raise PeerError(f"WORLD_SIZE is {size} but {what}: start with torchrun, or unset it")
         if cuda:
             torch.cuda.set_device(local_rank)
-        with _telling(f"process {environment.get('RANK')} of {size}", "to start"):
+        if rank > 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            port = number_from(environment, "MASTER_PORT", 0)
+            _await_rendezvous(environment["MASTER_ADDR"], port)
+        with _telling(f"process {rank} of {size}", "to start"):
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
             # torchrun may keep its store when it starts the processes again: the addresses in it
             # are then those of processes that are gone.
@@ -91,10 +137,10 @@ class World:
         """The world of an initialised ``torch.distributed``, whoever initialised it."""
         import torch.distributed as dist
 
-        patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+        host = dist.new_group(backend="gloo", timeout=PATIENCE)
         if local_rank is None:
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return cls(dist.get_rank(), dist.get_world_size(), local_rank, patient)
+            local_rank = number_from(os.environ, "LOCAL_RANK", 0)
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, host)
 
     def close(self) -> None:
         """Leave; nothing can be exchanged any more."""
@@ -214,27 +260,33 @@ class World:
     def _count(self, kind: str, bytes_received: int) -> None:
         self.received[kind] += bytes_received
 
-    # ----------------------------------------------------------------- on the host, with patience
+    # ------------------------------------------------------------------------------ on the host
 
     def on_main_process(self, function: Callable[[], T]) -> T:
         """What ``function`` returns in the first process, in all of them; its errors too.
 
-        An error comes with ``reported = True`` in the other processes: the first one reports it.
+        However long it takes, the others wait, while the first process is there; the function may
+        exchange nothing with them. An error comes with ``reported = True`` in the other processes:
+        the first one reports it.
         """
         if self.alone:
             return function()
         outcome: list[Any] = [None, None]
         failed: Exception | None = None
         if self.is_main_process:
-            try:
-                outcome[0] = function()
-            except Exception as error:
-                failed = error
-                outcome[1] = (type(error), error.args, vars(error))
+            with self._beating():
+                try:
+                    outcome[0] = function()
+                except Exception as error:
+                    failed = error
+                    outcome[1] = (type(error), error.args, vars(error))
         import torch.distributed as dist
 
         with _telling(str(self), "for the first"):
-            dist.broadcast_object_list(outcome, 0, group=self._patient)
+            ended = torch.zeros(1, dtype=torch.uint8)
+            while not (self.is_main_process or ended):
+                dist.broadcast(ended, 0, group=self._host)
+            dist.broadcast_object_list(outcome, 0, group=self._host)
         if failed is not None:
             raise failed
         if outcome[1] is not None:
@@ -246,6 +298,30 @@ class World:
             raise error
         return outcome[0]
 
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Context in which the first process tells the others, from a thread, that it is there."""
+        import torch.distributed as dist
+
+        end = threading.Event()
+
+        def beat() -> None:
+            ended = False
+            # Where another one is gone, the exchange after this one says so.
+            with contextlib.suppress(RuntimeError):
+                while not ended:
+                    ended = end.wait(BEAT.total_seconds())
+                    flag = torch.tensor([ended], dtype=torch.uint8)
+                    dist.broadcast(flag, 0, group=self._host)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
     def all_gather_object(self, value: T) -> list[T]:
         """The small value of every process, by rank."""
         if self.alone:
@@ -254,7 +330,7 @@ class World:
 
         values: list[Any] = [None] * self.size
         with _telling(str(self), "to compare"):
-            dist.all_gather_object(values, value, group=self._patient)
+            dist.all_gather_object(values, value, group=self._host)
         return values
 
     def start_max(self, value: int) -> Callable[[], int]:
@@ -265,7 +341,7 @@ class World:
 
         box = torch.tensor([value])
         with _telling(str(self), "to agree"):
-            work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self._patient, async_op=True)
+            work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self._host, async_op=True)
 
         def finish() -> int:
             with _telling(str(self), "to agree"):
@@ -284,7 +360,7 @@ class World:
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.is_main_process else None
         raw = None if parts is None else [_raw(part) for part in parts]
         with _telling(str(self), "to collect"):
-            dist.gather(_raw(x), raw, 0, group=self._patient)
+            dist.gather(_raw(x), raw, 0, group=self._host)
         return parts
 
     def wait(self) -> None:

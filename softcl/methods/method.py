@@ -31,6 +31,7 @@ from softcl.ops import Diagnostics, soft_contrastive_loss
 
 NORMS = ("none", "hidden", "all", "plain")
 SCHEDULES = ("constant", "cosine")
+WIDEST = 1 << 20  # units of a layer
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,12 @@ class Method:
         for name, allowed in self.choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("queue_size", "projection_dim", "projector_hidden", "num_splits"):
+        for name in ("queue_size", "num_splits"):
             self.check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("projection_dim", "projector_hidden"):
+            self.check(name, 1 <= getattr(self, name) <= WIDEST, f"in [1, {WIDEST}]")
         self.check("projector_layers", 1 <= self.projector_layers <= 8, "in [1, 8]")
-        self.check("predictor_hidden", self.predictor_hidden >= 0, "at least 0")
+        self.check("predictor_hidden", 0 <= self.predictor_hidden <= WIDEST, f"in [0, {WIDEST}]")
         self.check("momentum", 0.0 <= self.momentum <= 1.0, "in [0, 1]")
         for name, value in vars(self).items():
             if name.endswith("temperature"):

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from softcl import native
 from softcl.ops import trial, tune
 from softcl.ops.call import Call
 
@@ -157,7 +159,18 @@ def load_chosen(call: Call) -> ModuleType:
         first = next(preference(call))
         if reason_against(first, call) is None:
             return load_backend(first)
-    return load_backend(choose(call).name)
+    choice = choose(call)
+    if call.backend == "auto" and call.query.device.type == "cpu":
+        _tell_of_missing_module(choice.name)
+    return load_backend(choice.name)
+
+
+@functools.cache
+def _tell_of_missing_module(backend: str) -> None:
+    """Once, at the first call that does without it: results are the same, and come later."""
+    module, reason = native.load()
+    if module is None:
+        warnings.warn(f"softcl runs {backend}: {reason}; {native.advice()}", stacklevel=2)
 
 
 def check_backend_name(backend: str) -> None:

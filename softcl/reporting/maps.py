@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -12,6 +10,7 @@ from softcl.evaluation.features import extract, sampled
 from softcl.reporting.figures import new_axes, to_png
 from softcl.reporting.runs import RunData
 from softcl.train.checkpoint import features_of, load_backbone
+from softcl.train.config import TrainConfig
 
 WAYS = ("tsne", "pca", "none")
 MOST_IMAGES = 2000
@@ -26,7 +25,7 @@ def map_features(run: RunData, way: str, device: torch.device, limit: int = MOST
         CheckpointError, ConfigError, DataError: one of the two cannot be read.
     """
     stored = load_backbone(run.path)
-    images = _test_images(run.config)
+    images = _test_images(stored.config)
     indices = sampled(len(images), limit)
     size = stored.config.image_size
     rows = extract(images, indices, features_of(stored.backbone, device), size, device)
@@ -35,12 +34,11 @@ def map_features(run: RunData, way: str, device: torch.device, limit: int = MOST
     return draw(places, labels, images.classes)
 
 
-def _test_images(config: dict[str, Any]) -> ImageSet:
-    given = {"image_size": config.get("image_size"), "workers": config.get("workers")}
-    if config.get("eval_data"):
-        return load_dataset(config["eval_data"], "test", **given)
-    own = {"data_format": config.get("data_format", "auto")}
-    return load_dataset(config["data"], "test", **own, **given)
+def _test_images(config: TrainConfig) -> ImageSet:
+    given = {"image_size": config.image_size, "workers": config.workers}
+    if config.eval_data is not None:
+        return load_dataset(config.eval_data, "test", **given)
+    return load_dataset(config.data, "test", data_format=config.data_format, **given)
 
 
 def project(rows: np.ndarray, way: str) -> np.ndarray:

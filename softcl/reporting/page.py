@@ -78,7 +78,7 @@ def _plain(value: float | None, digits: int = 2) -> str:
 
 
 def _epochs(run: RunData) -> str:
-    done = max((row["epoch"] for row in run.steps if "epoch" in row), default=0)
+    done = max((row.get("epoch") or 0 for row in run.steps), default=0)
     total = run.config.get("epochs")
     return f"{total}" if run.finished else f"{_plain(done)} of {total}, not finished"
 

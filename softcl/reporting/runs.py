@@ -1,4 +1,4 @@
-"""What run folders hold, read for a report; everything but config.json may be missing."""
+"""What run folders hold, read for a report; anything may be damaged, and most may be missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softcl.train.checkpoint import CheckpointError, check_content, find_checkpoint
 from softcl.train.folder import (
     BASELINES,
     CONFIG,
@@ -14,8 +15,10 @@ from softcl.train.folder import (
     PICTURE,
     RESULT,
     RunFolderError,
+    numbers_of,
     read_json,
     read_metrics,
+    read_run_config,
 )
 
 Row = dict[str, Any]
@@ -79,7 +82,7 @@ def read_runs(paths: list[Path]) -> list[RunData]:
     Raises:
         RunFolderError: a path is no run folder, or is given twice.
     """
-    folders = [path.resolve() for path in paths]
+    folders = [Path(os.path.realpath(path)) for path in paths]  # of loops of links too
     for path, folder in zip(paths, folders, strict=True):
         if folders.count(folder) > 1:
             raise RunFolderError(f"{path}: is given twice")
@@ -95,19 +98,40 @@ def short_names(folders: list[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str) -> RunData:
-    content = read_json(path / CONFIG)
-    if content is None or not isinstance(content.get("config"), dict):
-        raise RunFolderError(f"{path}: holds no run (no readable {CONFIG})")
+    content = read_json(path / CONFIG) or {}
+    config = content.get("config")
+    if read_run_config(path / CONFIG) is None:
+        config = _stored_config(path, config if isinstance(config, dict) else None)
+    versions, backend = content.get("versions"), content.get("backend")
     rows = read_metrics(path / METRICS) if (path / METRICS).exists() else []
     return RunData(
         name=name,
         path=path,
-        config=content["config"],
-        versions=content.get("versions", {}),
+        config=config,
+        versions=versions if isinstance(versions, dict) else {},
         device=str(content.get("device", "")),
-        backend=str((content.get("backend") or {}).get("name", "")),
+        backend=str(backend.get("name", "")) if isinstance(backend, dict) else "",
         steps=[row for row in rows if row.get("loss") is not None],
         evaluations=[row for row in rows if row.get("knn_top1") is not None],
-        baselines=read_json(path / BASELINES) or {},
-        result=read_json(path / RESULT) or {},
+        baselines=numbers_of(read_json(path / BASELINES)),
+        result=numbers_of(read_json(path / RESULT)),
     )
+
+
+def _stored_config(path: Path, written: Row | None) -> Row:
+    """The settings of a run whose config.json is damaged or of another version.
+
+    Those in its checkpoint; where none is whole, what is written.
+
+    Raises:
+        RunFolderError: there is neither.
+    """
+    try:
+        file, content = find_checkpoint(path)
+        check_content(file, content, {"config": dict})
+    except CheckpointError as error:
+        if written is not None:
+            return written
+        reason = f"holds no run (no readable {CONFIG}, and no checkpoint: {error})"
+        raise RunFolderError(f"{path}: {reason}") from error
+    return content["config"]

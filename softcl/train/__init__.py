@@ -19,7 +19,6 @@ optim         the optimisers, and what changes by plan from step to step
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -29,9 +28,11 @@ from typing import Any
 
 import torch
 
-from softcl.command import ConfigError, report_for
+from softcl.command import ConfigError, from_flag, need, report_for
 from softcl.data import DataError
 from softcl.distributed import ALONE, PeerError, World
+from softcl.distributed.world import number_from
+from softcl.files import user_path
 from softcl.train.config import TrainConfig, own_settings
 from softcl.train.folder import (
     RESULT,
@@ -79,8 +80,8 @@ def fit(**given: Any) -> Fitted:
 
     Raises:
         ConfigError: a setting that cannot be used.
-        RunError, RunFolderError, CheckpointError, WeightsError, DataError, PeerError: the run
-            cannot start or go on; the message is one line.
+        RunError, RunFolderError, CheckpointError, WeightsError, DataError, PeerError, ImportError:
+            the run cannot start or go on; the message is one line.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "resume" in given:  # of which method is not known yet
@@ -88,14 +89,14 @@ def fit(**given: Any) -> Fitted:
         config = TrainConfig(**{name: value for name, value in given.items() if name in own})
     else:
         config = TrainConfig.of(**given)
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    if missing:
-        named = ", ".join("pillow" if name == "PIL" else name for name in missing)
-        raise RunError(f'training needs {named}: pip install "softcl[train]"')
+    need("training", *EXTRAS)
     world = join(config)
     check_same_settings(given, world)
     given = world.on_main_process(lambda: settle_auto(settle_restart(given, os.environ)))
-    stored = world.on_main_process(lambda: read_run(given)) if "resume" in given else None
+    stored = None
+    if "resume" in given:
+        with from_flag("resume"):
+            stored = world.on_main_process(lambda: read_run(given))
     if stored is not None and stored.finished:
         world.on_main_process(lambda: print(f"{stored.folder}: finished, nothing to resume"))
         fitted = Fitted(0, stored.folder, read_json(stored.folder / RESULT))
@@ -114,7 +115,7 @@ def join(config: TrainConfig) -> World:
         PeerError: the others cannot be reached.
     """
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = number_from(os.environ, "LOCAL_WORLD_SIZE", 1)
     if cuda and local > max(torch.cuda.device_count(), 1):
         reason = f"{local} processes on a machine with {torch.cuda.device_count()} CUDA devices"
         raise ConfigError("device", config.device, reason)
@@ -125,9 +126,10 @@ def join(config: TrainConfig) -> World:
 
 def start(config: TrainConfig, stored: StoredRun | None = None, world: World = ALONE) -> Fitted:
     """A new run, or a stored one from its checkpoint on, by any number of processes."""
-    out = None if config.out is None else Path(config.out).expanduser()
+    out = None if config.out is None else user_path(config.out)
     if stored is None and out is not None:
-        world.on_main_process(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
+        with from_flag("out"):
+            world.on_main_process(lambda: RunFolder.check_free(out, overwrite=config.overwrite))
     parts = assemble(config, world, None if stored is None else stored.content)
     if stored is not None and fingerprint(parts.images) != stored.content["fingerprint"]:
         reason = f"not the images that {stored.folder} was trained on"
@@ -142,7 +144,7 @@ def start(config: TrainConfig, stored: StoredRun | None = None, world: World = A
             return RunFolder.reopen(stored.folder, stored.content["step"], stored.checkpoint)
         if out is not None:
             return RunFolder.create(out, overwrite=config.overwrite)
-        data = Path(config.data.partition(":")[0]).expanduser().resolve().name
+        data = os.path.basename(os.path.realpath(user_path(config.data.partition(":")[0])))
         return RunFolder.create_next(RUNS, f"{config.method}-{data}")
 
     # Only now, when everything else is known to work, is a run that is to be overwritten removed.

@@ -12,20 +12,23 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from softcl.command import (
     CommandParser,
     ConfigError,
     FlagError,
+    carry_out,
     did_you_mean,
     flag_name,
     report_for,
+    shortened,
     text_width,
 )
 from softcl.data import DataError
 from softcl.distributed import PeerError
+from softcl.distributed.world import number_from
+from softcl.files import read_file, user_path
 from softcl.methods import METHODS
 from softcl.nn.weights import WeightsError
 from softcl.train import fit
@@ -38,7 +41,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 # Of where and how far a run went, not of what it is: --config leaves them in their file.
 _OF_ONE_RUN = ("out", "overwrite", "resume", "dry_run", "max_steps", "show_views")
 
-report = report_for("softcl.train")
+PROG = "softcl.train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,25 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 could not run, 2 wrong flags, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
     keep_freed_pages()
-    try:
+
+    def command() -> int:
         return fit(**parse_flags(sys.argv[1:] if argv is None else argv)).exit_code
-    except ConfigError as error:
-        return _report(error, str(error), 2)
-    except (RunError, RunFolderError, CheckpointError, DataError, PeerError, WeightsError) as error:
-        return _report(error, str(error), 1)
-    except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
-        return _report(error, f"{path}{error.strerror or error}", 1)
-    except KeyboardInterrupt as error:  # before the first step: nothing to save yet
-        return _report(error, "stopped before the first step", 130)
+
+    expected = (RunError, RunFolderError, CheckpointError, DataError, PeerError, WeightsError)
+    return carry_out(PROG, command, *expected, report=_report)
 
 
 def _report(error: BaseException, message: str, code: int) -> int:
-    """`report`, once where every process has the same to say."""
-    rank = int(os.environ.get("RANK", "0"))
+    """`report_for`, once where every process has the same to say."""
+    try:
+        alone = number_from(os.environ, "WORLD_SIZE", 1) == 1
+        rank = 0 if alone else number_from(os.environ, "RANK", 0)
+    except PeerError:  # which is what is reported
+        rank = 0
     if rank > 0 and (getattr(error, "reported", False) or code in (2, 130)):
         return code
-    return report(f"process {rank}: {message}" if rank > 0 else message, code)
+    return report_for(PROG)(f"process {rank}: {message}" if rank > 0 else message, code)
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -80,7 +82,7 @@ def parse_flags(argv: Sequence[str]) -> dict[str, Any]:
         SystemExit: 0 after --help.
     """
     path, method = _value_of("--config", argv), _value_of("--method", argv)
-    stored = {} if path is None else read_config(Path(path))
+    stored = {} if path is None else read_config(path)
     parser = build_parser(method or stored.get("method", TrainConfig.method))
     print_help(parser, argv)
     given = vars(parser.read(argv))
@@ -105,7 +107,7 @@ def build_parser(method: str) -> CommandParser:
     are.
     """
     parser = CommandParser(
-        "softcl.train",
+        PROG,
         "[flags]",
         "Train a backbone without labels, by contrast against a memory queue. "
         "Without flags: ASCL on the generated set 'shapes', on whatever device there is.",
@@ -184,7 +186,9 @@ def print_help(parser: CommandParser, argv: Sequence[str]) -> None:
         print(formatter.format_help(), end="")
     elif wanted and not wanted.startswith("-"):
         hint = did_you_mean(wanted, groups)
-        raise FlagError(f"--help {wanted}: must be one of {', '.join(groups)}, all{hint}")
+        raise FlagError(
+            f"--help {shortened(wanted)}: must be one of {', '.join(groups)}, all{hint}"
+        )
     else:
         print(_overview(parser, groups))
     raise SystemExit(0)
@@ -201,9 +205,8 @@ def _overview(parser: CommandParser, groups: dict[str, Any]) -> str:
         heads = [f"  {name}", *[""] * (len(wrapped) - 1)]
         lines += [f"{head:<{indent}}{rest}" for head, rest in zip(heads, wrapped, strict=True)]
     method = groups["method"].title.split(" ")[1]
-    example = f"python -m {parser.prog} --method snclr --help method"
-    text = f"These are the flags of {method}. '{example}' tells what a group's flags mean, with "
-    text += "their defaults; '--help all' tells all."
+    text = f"These are the flags of {method}. '--method snclr --help method' tells what a group's "
+    text += "flags mean, with their defaults; '--help all' tells all."
     return "\n".join([*lines, "", *textwrap.wrap(text, width)])
 
 
@@ -212,21 +215,23 @@ def _spelling(action: argparse.Action) -> str:
     return "/".join(name for name in action.option_strings if name.startswith("--"))
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
     """The settings in a JSON or YAML file, but for those of one run; None left out.
 
     Raises:
         ConfigError: the file cannot be read or holds no settings.
     """
     try:
-        content = _parsed(path.expanduser().read_text())
+        content = _parsed(read_file(user_path(path)).decode())
     except OSError as error:
-        raise FlagError(f"--config {path}: {error.strerror or error}") from error
+        raise ConfigError("config", path, error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ConfigError("config", path, "nested too deeply") from error
     except ValueError as error:
-        raise FlagError(f"--config {path}: not a JSON or YAML file ({error})") from error
+        raise ConfigError("config", path, f"not a JSON or YAML file ({error})") from error
     values = content.get("config", content) if isinstance(content, dict) else None
     if not isinstance(values, dict):
-        raise FlagError(f"--config {path}: holds no settings")
+        raise ConfigError("config", path, "holds no settings")
     return {str(k): v for k, v in values.items() if v is not None and k not in _OF_ONE_RUN}
 
 

@@ -16,14 +16,11 @@ one. Any changed, missing or extra byte is found on reading. Plain ``torch.load`
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import io
 import os
-import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +29,18 @@ import torch
 from torch import nn
 
 from softcl.command import ConfigError
+from softcl.files import name_too, read_file, replace_file
 from softcl.nn import build_backbone
 from softcl.train.config import TrainConfig
 
 LAST, PREVIOUS, BEST, SET_ASIDE = "last.pt", "last-1.pt", "best.pt", "set-aside.pt"
 NETWORKS = ("student", "teacher")
+# What a run goes on from, and of which kind each is; see loop.py.
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    **{"step": int, "config": dict, "fingerprint": object, "best": list, "evaluated_step": int},
+    **{name: dict for name in (*NETWORKS, "queues", "optimizer", "heads")},
+    **{"accuracy": (float, type(None)), "seconds": float},
+}
 
 _TAG = b"softcl-sha256:"
 _COMMENT_BYTES = len(_TAG) + 64  # the tag and 64 hexadecimal digits
@@ -46,51 +50,6 @@ _TRAILER_BYTES = 2 + _COMMENT_BYTES
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the path and the reason."""
-
-
-def replace_file(
-    path: Path, data: bytes, before_replacing: Callable[[], None] | None = None
-) -> None:
-    """Put `data` under the name `path` so that a crash leaves the old file or the new one.
-
-    Writes ``.NAME.tmp`` beside it, fsyncs, renames, and fsyncs the folder (without which the rename
-    itself may be lost with the power). On failure the temporary file is removed and the old file is
-    untouched. `before_replacing` is called when the new data is on the disk and has no name yet.
-
-    Raises:
-        OSError: as the file system gave it, naming `path`.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if before_replacing is not None:
-            before_replacing()
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):  # a failed write does not say which file it was
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # platforms where a folder cannot be opened
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse to sync a folder; a failing disk must be reported.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def seal(archive: bytes) -> bytes:
@@ -156,7 +115,7 @@ def read_checkpoint(path: Path) -> dict:
         CheckpointError: when the file is missing, unreadable, damaged or something else.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from error
     try:
@@ -173,22 +132,37 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
+def check_content(
+    file: Path, content: dict[str, Any], entries: Mapping[str, type | tuple[type, ...]]
+) -> None:
+    """Refuse a checkpoint that lacks an entry, or has something else in its place.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
+    for name, kind in entries.items():
+        if name not in content:
+            raise CheckpointError(f"{file}: not a training checkpoint (without {name!r})")
+        if not isinstance(content[name], kind):
+            found = type(content[name]).__name__
+            raise CheckpointError(
+                f"{file}: not a training checkpoint ({name!r} is of type {found})"
+            )
+
+
+def config_of(file: Path, content: dict[str, Any]) -> TrainConfig:
+    """The configuration of the run that a checkpoint is of.
+
+    Raises:
+        CheckpointError: it is not one of this version.
+    """
+    try:
+        return TrainConfig.of(**content["config"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: its configuration cannot be used: {error}") from error
+
+
 # ------------------------------------------------------------------------- the checkpoints of a run
-
-
-def name_too(path: Path, other: Path) -> None:
-    """Make `other` a further name of the file `path`, replacing what had it, in one moment."""
-    temporary = other.with_name(f".{other.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    try:
-        os.replace(temporary, other)
-    finally:
-        # Where both were names of one file, rename does nothing and leaves the temporary name.
-        temporary.unlink(missing_ok=True)
 
 
 def holds_checkpoint(folder: Path) -> bool:
@@ -267,23 +241,19 @@ def load_backbone(path: Path, network: str = "student") -> Stored:
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another version.
-        ConfigError: its configuration is not one of this version.
     """
     file, content = find_checkpoint(path)
-    try:
-        config = TrainConfig.of(**content["config"])
-        stored = content[network]
-    except KeyError as error:
-        raise CheckpointError(f"{file}: not a training checkpoint (without {error})") from error
+    check_content(file, content, {"step": int, "config": dict, network: dict})
+    config, stored = config_of(file, content), content[network]
     try:
         backbone = build_backbone(config.arch, config.image_size)
-    except ValueError as error:
-        raise ConfigError("arch", config.arch, str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: --arch {config.arch}: {error}") from error
     prefix = "backbone."
     weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     try:
         backbone.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file}: does not fit {config.arch}: {reason}") from error
     return Stored(file, backbone.eval().requires_grad_(False), config, content)

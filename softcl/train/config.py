@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import math
 import re
 import types
 import typing
@@ -20,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from softcl.command import ConfigError, did_you_mean, must_be_one_of
+from softcl.command import ConfigError, check_path, check_range, did_you_mean, must_be_one_of
 from softcl.data import FORMATS, SPLITS
 from softcl.methods import METHODS, Defaults, Method
 from softcl.train.optim import OPTIMIZERS
@@ -58,6 +57,7 @@ def setting(group: str, default: Any = None, **rules: Any) -> Any:
     return field(default=default, metadata={"group": group, **rules})
 
 
+_PATHS = ("SPEC", "FOLDER", "RUN")  # metavars of settings that are paths, or may be
 _DATA, _MODEL, _METHOD = "data", "model", "method"
 _OPTIM, _RUN, _EVAL = "optimisation", "run", "evaluation"
 # How the numbers of a method begin that are of the model.
@@ -122,7 +122,7 @@ class TrainConfig:
         help="parts of a batch computed one after the other, for one step")
     warmup_epochs: float | None = setting(_OPTIM, at_least=0.0,
         help="linear warm-up, then cosine to 0; may be a fraction")
-    seed: int = setting(_OPTIM, 1228, at_least=0, at_most=(1 << 63) - 1,
+    seed: int = setting(_OPTIM, 1228, at_least=0,
         help="of everything random")
 
     fused: bool | None = setting(_RUN, may_change=True,
@@ -322,20 +322,11 @@ def check_value(rules: Setting, value: Any) -> None:
         raise must_be_one_of(name, value, rules.choices)
     if kind is str and not value:
         raise ConfigError(name, "''", "must not be empty")
-    if kind not in (int, float):
-        return
-    if not math.isfinite(value):
-        raise ConfigError(name, value, "must be a finite number")
-    if rules.at_least is not None and value < rules.at_least:
-        raise ConfigError(name, value, f"must be at least {_plain(rules.at_least)}")
-    if rules.above is not None and value <= rules.above:
-        raise ConfigError(name, value, f"must be above {_plain(rules.above)}")
-    if rules.at_most is not None and value > rules.at_most:
-        raise ConfigError(name, value, f"must be at most {_plain(rules.at_most)}")
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
+    if rules.metavar in _PATHS:
+        check_path(name, value)
+    if kind in (int, float):
+        bounds = dict(at_least=rules.at_least, above=rules.above, at_most=rules.at_most)
+        check_range(name, value, **bounds)
 
 
 def check_numbers(method: str, numbers: Mapping[str, Any]) -> None:

@@ -16,23 +16,28 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcl.command import ConfigError, flag_name
+from softcl.command import LARGEST, ConfigError, flag_name
+from softcl.distributed.world import number_from
+from softcl.files import TEMPORARY, check_folder, read_file, replace_file, user_path
 from softcl.train.checkpoint import (
     BEST,
+    ENTRIES,
     LAST,
     PREVIOUS,
     SET_ASIDE,
     CheckpointError,
+    check_content,
+    config_of,
     holds_checkpoint,
     put_back,
     read_checkpoint,
     read_newest,
-    replace_file,
 )
 from softcl.train.config import TrainConfig, check_numbers, own_settings
 
@@ -45,7 +50,6 @@ _EVENTS = "events.out.tfevents.*"
 
 FORMAT = 3  # of a checkpoint's content
 AUTO = "auto"
-_PARTS = ("step", "student", "teacher", "queues", "optimizer", "heads", "config")
 
 
 class RunFolderError(RuntimeError):
@@ -102,10 +106,12 @@ class RunFolder:
 
         Raises:
             RunFolderError: the folder holds a run (unless it may be overwritten), or other files.
+            OSError: nothing can be written there.
         """
         if path.exists() and not path.is_dir():
-            raise RunFolderError(f"{path}: is a file; --out needs a folder")
-        if not path.is_dir() or all(file.name == LOCK for file in path.iterdir()):
+            raise RunFolderError(f"{path}: is a file, and has to be a folder")
+        check_folder(path)
+        if not path.is_dir() or all(_is_passing(file.name) for file in path.iterdir()):
             return
         if not (path / CONFIG).exists():
             raise RunFolderError(f"{path}: holds other files and no run; name another folder")
@@ -114,7 +120,7 @@ class RunFolder:
         if (path / RESULT).exists():
             reason = "holds a finished run; name another --out or add --overwrite"
         elif holds_checkpoint(path):
-            reason = f"holds an unfinished run; continue it with --resume {path}"
+            reason = f"holds an unfinished run; continue it with --resume {shlex.quote(str(path))}"
             reason += ", or add --overwrite"
         else:
             reason = "holds a run without a checkpoint; add --overwrite to start over"
@@ -133,8 +139,8 @@ class RunFolder:
         folder = cls(path)
         folder._take_lock()
         # config.json, which marks a run, goes last: an interrupted removal can be repeated.
-        events = [file.name for file in path.glob(_EVENTS)]
-        for name in (*_FILES, *events, CONFIG):
+        passing = [file.name for pattern in (_EVENTS, TEMPORARY) for file in path.glob(pattern)]
+        for name in (*_FILES, *passing, CONFIG):
             (path / name).unlink(missing_ok=True)
         return folder
 
@@ -164,6 +170,8 @@ class RunFolder:
         folder = cls(path, resumed_at=step)
         folder._take_lock()
         put_back(path, checkpoint)
+        for left in path.glob(TEMPORARY):  # by a process that was killed
+            left.unlink()
         if (path / METRICS).exists():
             kept = [row for row in read_metrics(path / METRICS) if row["step"] <= step]
             folder.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
@@ -189,25 +197,53 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if key in bad else value for key, value in row.items()}
 
 
+def _is_passing(name: str) -> bool:
+    """Whether a file belongs to a process that writes, or was killed, and not to a run."""
+    return name == LOCK or Path(name).match(TEMPORARY)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, whatever is there in its place."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(read_file(path))
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
+def read_run_config(path: Path) -> TrainConfig | None:
+    """The configuration in a config.json; None where it holds none that can be used."""
+    try:
+        return TrainConfig.of(**(read_json(path) or {})["config"])
+    except (ConfigError, KeyError, TypeError):
+        return None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, broken lines left out."""
+    """The rows of a metrics.jsonl: numbers, or None; what is neither is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in read_file(path).splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = numbers_of(row)
+        if isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def numbers_of(content: Any) -> dict[str, Any]:
+    """The finite numbers of a JSON object, and its nulls."""
+    if not isinstance(content, dict):
+        return {}
+    return {name: value for name, value in content.items() if value is None or _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------- going on
@@ -238,7 +274,7 @@ def settle_restart(given: dict[str, Any], environment: Mapping[str, str]) -> dic
 
     torchrun repeats the command as it was; without --out nothing says which run it was.
     """
-    restarted = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = number_from(environment, "TORCHELASTIC_RESTART_COUNT", 0) > 0
     if not restarted or "resume" in given or "out" not in given:
         return given
     rest = {name: value for name, value in given.items() if name != "overwrite"}
@@ -259,7 +295,7 @@ def settle_auto(given: dict[str, Any]) -> dict[str, Any]:
     if "out" not in given:
         raise ConfigError("resume", AUTO, "needs --out, the folder to continue or to start in")
     rest = {name: value for name, value in given.items() if name not in ("resume", "out")}
-    path = Path(given["out"]).expanduser()
+    path = user_path(given["out"])
     if holds_checkpoint(path):
         return {**rest, "resume": given["out"]}
     # Killed before its first checkpoint: nothing is lost by starting over.
@@ -276,12 +312,12 @@ def read_run(given: dict[str, Any]) -> StoredRun:
     """
     if "out" in given:
         raise ConfigError("out", given["out"], "cannot be combined with --resume")
-    file, content, warnings = _read(Path(given["resume"]).expanduser())
-    missing = [name for name in _PARTS if name not in content]
-    if content.get("format") != FORMAT or missing:
-        what = f"without {missing[0]!r}" if missing else f"format {content.get('format')}"
+    file, content, warnings = _read(user_path(given["resume"]))
+    if content.get("format") != FORMAT:
+        what = f"format {content.get('format')}"
         raise CheckpointError(f"{file}: not a training checkpoint of this version ({what})")
-    stored = TrainConfig.of(**content["config"])
+    check_content(file, content, ENTRIES)
+    stored = config_of(file, content)
     _check_config_file(file.parent / CONFIG, stored)
     identity, own = stored.identity(), own_settings()
     for name, value in given.items():
@@ -313,10 +349,10 @@ def _read(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 def _check_config_file(path: Path, stored: TrainConfig) -> None:
     """Refuse a config.json that was edited: the checkpoint was made with other settings."""
-    content = read_json(path)
-    if content is None or not isinstance(content.get("config"), dict):
-        return  # a checkpoint outside of its folder: it knows its own configuration
-    written, made = TrainConfig.of(**content["config"]).identity(), stored.identity()
+    config = read_run_config(path)
+    if config is None:
+        return  # absent or damaged: the checkpoint knows its own configuration
+    written, made = config.identity(), stored.identity()
     for name in {**made, **written}:
         if written.get(name) != made.get(name):
             raise RunFolderError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softcl.command import did_you_mean, must_be_one_of
+from softcl.command import did_you_mean, from_flag, must_be_one_of
 from softcl.data import (
     VIEWS,
     DataError,
@@ -37,19 +37,20 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
 
     The bank is the training set; where that has images without labels beside the labelled ones
     (STL-10), the labelled ones. Without a test split the queries are the bank itself, of which KNN
-    holds images out.
+    holds images out; so are labelled images of which none is for training.
 
     Raises:
         DataError: the training images, or the images of --eval-data, cannot be read.
     """
     options = {"image_size": config.image_size, "workers": config.workers}
     own = {"data_format": config.data_format}
-    try:
-        split = config.split or training_split(config.data, config.data_format)
-        train = load_dataset(config.data, split, **own, **options)
-    except DataError as error:
-        hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
-        raise DataError(f"{error}{hint}") from error
+    with from_flag("data"):
+        try:
+            split = config.split or training_split(config.data, config.data_format)
+            train = load_dataset(config.data, split, **own, **options)
+        except DataError as error:
+            hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
+            raise DataError(f"{error}{hint}") from error
     if config.whole_images is False:
         train.files = None
     if config.image_size is None:  # to be stored in one size with the training images
@@ -58,18 +59,19 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
     if split in ("unlabeled", "train+unlabeled"):
         bank = load_dataset(config.data, "train", **own, **options)
     bank = bank.labelled()
-    try:
-        if config.eval_data is not None:
+    if config.eval_data is not None:
+        with from_flag("eval_data"):
             queries = load_dataset(config.eval_data, "test", whole=True, **options)
-        else:
+    else:
+        try:
             queries = load_dataset(config.data, "test", **own, **options)
-    except DataError as error:
-        if config.eval_data is not None:
-            raise
-        return train, bank, bank, f"every tenth training image ({error})"
+        except DataError as error:
+            return train, bank, bank, f"every tenth training image ({error})"
     queries = queries.labelled()
     queries.files = None  # seen whole
     train.notes += [f"evaluation: {x}" for x in queries.notes if x not in train.notes]
+    if bank.labels is None and queries.labels is not None:
+        return train, queries, queries, f"every tenth image, of {queries.describe()}"
     return train, bank, queries, queries.describe()
 
 

@@ -195,6 +195,12 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
         f"{config.warmup_epochs:g} epochs of warm-up, weight decay {config.weight_decay:g}, "
         f"seed {config.seed}"
     )
+    longest = max((queue.size for queue in state.queues.values()), default=0)
+    if longest > len(images):
+        yield (
+            f"warning    --queue-size {longest} is more than the {len(images)} images: the queue "
+            "holds some of them several times, as the teacher was at other steps"
+        )
     yield f"backend    {parts.backend}"
     if world.size > 1:
         share = config.batch_size // world.size
@@ -233,7 +239,7 @@ def describe_speed(config: TrainConfig) -> str:
 def describe_baselines(baselines: Mapping[str, Any], trained: float | None = None) -> str:
     """The k-NN of pixels and first weights, before training or beside what it has reached."""
     if "pixels" not in baselines:
-        return "k-NN       not measured: the images have no labels"
+        return "k-NN       not measured: no labels; --eval-data names labelled images"
     shares = (
         f"raw pixels {baselines['pixels']:.1%}, untrained backbone {baselines['untrained']:.1%}"
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from softcl.command import invocation
 from softcl.data.views import Images
 from softcl.evaluation.recalibration import recalibrated
-from softcl.train.checkpoint import BEST, LAST, name_too, write_checkpoint
+from softcl.files import name_too
+from softcl.train.checkpoint import BEST, LAST, CheckpointError, write_checkpoint
 from softcl.train.folder import (
     BASELINES,
     CONFIG,
@@ -20,6 +23,8 @@ from softcl.train.folder import (
     SKIPPED,
     VIEWS,
     RunFolder,
+    numbers_of,
+    read_run_config,
 )
 from softcl.train.images import fingerprint
 from softcl.train.log import (
@@ -89,9 +94,11 @@ class Run:
         """Tell what the run is; go on from the content of a checkpoint, if there is one."""
         for line in describe(self.parts, self.path):
             self.progress.say(line)
+        if self.folder is not None and (
+            content is None or read_run_config(self.path / CONFIG) is None
+        ):
+            self.folder.write_json(CONFIG, record(self.parts, self.config))
         if content is None:
-            if self.folder is not None:
-                self.folder.write_json(CONFIG, record(self.parts, self.config))
             self._list_skipped()
             self._show_views()
         self.world.on_main_process(self._measure_baselines)
@@ -202,7 +209,7 @@ class Run:
         """
         knn, student = self.knn, self.state.student
         stored = self.folder.read_json(BASELINES)
-        if stored is None or stored.get("num_neighbors") != knn.num_neighbors:
+        if stored is None or not self._are_baselines(stored):
             pretrained = self.parts.pretrained is not None
             random = untrained_encoder(self.config, knn.device) if pretrained else student
             with recalibrated(random, knn.bank, knn.size, knn.device):
@@ -220,6 +227,24 @@ class Run:
             self.folder.write_json(BASELINES, stored)
         self.baselines = stored
         self.progress.say(describe_baselines(stored))
+
+    def _are_baselines(self, stored: dict[str, Any]) -> bool:
+        """Whether a file holds the baselines of this run's evaluation, undamaged."""
+        if stored.get("num_neighbors") != self.knn.num_neighbors:
+            return False
+        names = ("untrained", "pixels") if self.knn.labelled else ()
+        if names and self.parts.pretrained is not None:
+            names += ("pretrained",)
+        numbers = numbers_of(stored)
+        if any(numbers.get(name) is None for name in names):
+            return False
+        try:
+            rows = torch.tensor(stored["untrained_neighbors"])
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            return False
+        wanted = (len(choose_queries(self.knn)), torch.int64)
+        found = (len(rows) if rows.dim() == 2 else 0, rows.dtype)
+        return found == wanted and bool(((rows >= 0) & (rows < len(self.knn.bank_indices))).all())
 
     def _evaluate_if_due(self) -> None:
         epoch, within = divmod(self.state.step, self.feed.steps_per_epoch)
@@ -294,6 +319,10 @@ class Run:
         self.progress.close()
         if self.accuracy is not None:
             self.progress.say(describe_baselines(self.baselines, self.accuracy))
+            if self.accuracy < self.baselines["untrained"]:
+                self.progress.say(
+                    "warning    training has made the features worse than the untrained backbone's"
+                )
         self.progress.say(f"picture    {picture}")
         self.progress.say(f"done       in {clock(self.seconds())}, in {self.path}")
         self.folder.write_json(RESULT, result)
@@ -359,10 +388,18 @@ class Run:
             name_too(self.path / LAST, self.path / BEST)
 
     def load(self, content: dict[str, Any]) -> None:
-        """Go on from the content of a checkpoint of the same configuration."""
-        self.state.load_state_dict(content)
+        """Go on from the content of a checkpoint of the same configuration.
+
+        Raises:
+            CheckpointError: what is in it does not fit.
+        """
+        try:
+            self.state.load_state_dict(content)
+            self.best_accuracy, self.best_step = content["best"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path}: its checkpoint does not fit: {reason}") from error
         self.accuracy, self.evaluated_step = content["accuracy"], content["evaluated_step"]
-        self.best_accuracy, self.best_step = content["best"]
         self._seconds_before = content["seconds"]
         self._started = time.perf_counter()
         self.saved_step = self.state.step
@@ -381,7 +418,7 @@ class Run:
         self.progress.close()
         self.progress.say(
             f"stopped    at step {self.state.step} of {self.total_steps}; go on with: "
-            f"python -m softcl.train --resume {self.path}"
+            f"{invocation('softcl.train')} --resume {shlex.quote(str(self.path))}"
         )
 
     def _show_views(self) -> None:

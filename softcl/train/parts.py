@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.command import ConfigError, did_you_mean
+from softcl.command import LARGEST, ConfigError, did_you_mean
 from softcl.data import DataError, ImageSet
 from softcl.data.views import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
@@ -127,6 +127,7 @@ def assemble(
     if missing is not None:
         raise ConfigError("view_kernel", "", missing)
     check_processes(config, method, world)
+    check_memory(config, method, device, world)
     backbone = None if pretrained is None else pretrained.backbone
     state = build_state(config, method, device, world, backbone)
     backend = choose_run_backend(config, state, device)
@@ -263,6 +264,31 @@ def build_state(
         trained = Trained(student, heads)
         state.parallel = average_gradients(trained, world, accumulate=config.accumulate)
     return state
+
+
+def check_memory(config: TrainConfig, method: Method, device: torch.device, world: World) -> None:
+    """Refuse queues that are larger than the memory of the device.
+
+    Raises:
+        ConfigError: naming the flag and the bytes.
+    """
+    parts = world.size if config.queue_sharding else 1
+    wanted = sum(method.queues().values()) * method.projection_dim * 4 // parts  # float32
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = machine_memory()
+    if wanted > memory:
+        reason = f"takes {wanted:,} bytes, and {device.type} has {memory:,}"
+        raise ConfigError("queue_size", method.queue_size, reason)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has; of one that does not tell, as many as there can be."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return LARGEST
 
 
 def build_queues(config: TrainConfig, method: Method, world: World) -> nn.ModuleDict:

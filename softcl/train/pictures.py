@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from softcl.data import ImageSet, center_view, contact_sheet
 from softcl.evaluation import KNN, TEMPERATURE
 from softcl.evaluation.features import sampled
+from softcl.files import replace_file
 from softcl.ops import queue_statistics
 from softcl.train.images import crop_order
 from softcl.train.step import StepRandom, Transform, make_view
@@ -74,7 +76,9 @@ def draw_neighbors(
                 tile = _tile(images, index)
                 sheet.paste(tile, (left + column * (side + 1), top))
         left += indices.shape[1] * (side + 1) + 3 * _GAP
-    sheet.save(path, format="PNG")
+    stream = io.BytesIO()
+    sheet.save(stream, format="PNG")
+    replace_file(path, stream.getvalue())
 
 
 def _tile(images: ImageSet, index: int) -> Any:
