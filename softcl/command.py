@@ -14,25 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-
-class ConfigError(ValueError):
-    """A value that a command cannot use: one line naming the flag, its value and the reason."""
-
-    def __init__(self, field: str, value: Any, reason: str) -> None:
-        self.field = field
-        super().__init__(f"{flag_name(field)} {value}".rstrip() + f": {reason}")
-
-
-class FlagError(ConfigError):
-    """A flag that does not exist or cannot be read."""
-
-    def __init__(self, line: str) -> None:
-        ValueError.__init__(self, line)
-        self.field = ""
-
-
-def flag_name(field: str) -> str:
-    return "--" + field.replace("_", "-")
+from softcl.errors import ConfigError, FlagError
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

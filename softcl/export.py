@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import softcl
 from softcl.card import loading_lines, write_card
-from softcl.command import CommandParser, ConfigError, report_for
+from softcl.command import CommandParser, report_for
+from softcl.errors import CheckpointError, ConfigError, ExportError
 from softcl.train.checkpoint import (
     NETWORKS,
-    CheckpointError,
     Stored,
     load_backbone,
     replace_file,
@@ -34,10 +34,6 @@ from softcl.train.checkpoint import (
 
 FORMATS = ("timm", "torchvision", "onnx")
 PROG = "softcl.export"
-
-
-class ExportError(RuntimeError):
-    """A backbone that cannot be written in the format asked for; the message is one line."""
 
 
 def build_parser() -> CommandParser:

@@ -20,7 +20,7 @@ from softcl.methods import method as method_module
 from softcl.nn import MemoryQueue, make_teacher
 from softcl.train.__main__ import main
 from softcl.train.images import BatchFeed
-from softcl.train.loop import Run
+from softcl.train.loop import Loop
 from softcl.train.step import (
     MEASURES,
     StepRandom,
@@ -221,21 +221,21 @@ MOST_FILES = 15  # that one step of ASCL on the CPU enters
 def test_a_step_can_be_read_in_one_sitting(flags: list[str], monkeypatch):
     """The way of a batch, as CONTRIBUTING.md walks it: few files, and of softcl.train two."""
     entered: set[str] = set()
-    original = Run._one_step
+    original = Loop._one_step
 
     def profile(frame, event: str, _argument) -> None:
         path = frame.f_code.co_filename
         if event == "call" and path.startswith(str(HOME)):
             entered.add(Path(path).relative_to(HOME).as_posix())
 
-    def profiled(run: Run, images: Tensor) -> None:
+    def profiled(run: Loop, images: Tensor) -> None:
         sys.setprofile(profile if run.state.step == 2 else None)  # what is lazy was made before
         try:
             original(run, images)
         finally:
             sys.setprofile(None)
 
-    monkeypatch.setattr(Run, "_one_step", profiled)
+    monkeypatch.setattr(Loop, "_one_step", profiled)
     assert main([*flags, "--num-splits", "1", "--max-steps", "3", "--out", "run"]) == 0
     own = {path.removeprefix("train/") for path in entered if path.startswith("train/")}
     assert own == {"loop.py", "step.py"}

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from softcl.errors import PeerError
 from softcl.memory import moved
 
 T = TypeVar("T")
@@ -25,10 +26,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(seconds=50)
 # What the first process alone does (k-NN, checkpoints) is waited for on a group of its own.
 LONG_PATIENCE = timedelta(hours=2)
-
-
-class PeerError(RuntimeError):
-    """Another process of the run failed or does not answer; the message is one line."""
 
 
 class World:

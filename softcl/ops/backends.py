@@ -19,6 +19,7 @@ from types import ModuleType
 
 import torch
 
+from softcl.errors import UnsupportedBackendError
 from softcl.ops import trial, tune
 from softcl.ops.call import Call
 
@@ -33,10 +34,6 @@ BACKENDS: dict[str, tuple[str, ...] | None] = {
 
 # Backends written as one fused pass: what `--fused` demands.
 FUSED_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
-
-
-class UnsupportedBackendError(RuntimeError):
-    """An explicitly chosen backend cannot run this call; the message says why."""
 
 
 @dataclass(frozen=True)

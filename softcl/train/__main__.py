@@ -17,22 +17,15 @@ from typing import Any
 
 from softcl.command import (
     CommandParser,
-    ConfigError,
-    FlagError,
     did_you_mean,
-    flag_name,
     report_for,
     text_width,
 )
-from softcl.data import DataError
-from softcl.distributed import PeerError
+from softcl.errors import ConfigError, FlagError, SoftclError, flag_name
 from softcl.methods import METHODS
-from softcl.nn.weights import WeightsError
-from softcl.train import fit
-from softcl.train.checkpoint import CheckpointError
+from softcl.train import run_settings
 from softcl.train.config import Setting, TrainConfig, default_values, method_settings, settings_of
-from softcl.train.folder import RunFolderError
-from softcl.train.parts import RunError, keep_freed_pages
+from softcl.train.parts import keep_freed_pages
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 # Of where and how far a run went, not of what it is: --config leaves them in their file.
@@ -49,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     keep_freed_pages()
     try:
-        return fit(**parse_flags(sys.argv[1:] if argv is None else argv)).exit_code
+        return run_settings(parse_flags(sys.argv[1:] if argv is None else argv)).exit_code
     except ConfigError as error:
         return _report(error, str(error), 2)
-    except (RunError, RunFolderError, CheckpointError, DataError, PeerError, WeightsError) as error:
+    except SoftclError as error:
         return _report(error, str(error), 1)
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""

@@ -23,7 +23,7 @@ import io
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.command import ConfigError
+from softcl.errors import CheckpointError, ConfigError
 from softcl.nn import build_backbone
 from softcl.train.config import TrainConfig
 
@@ -42,10 +42,6 @@ _TAG = b"softcl-sha256:"
 _COMMENT_BYTES = len(_TAG) + 64  # the tag and 64 hexadecimal digits
 # A zip file ends with the length of its comment (two bytes) and the comment.
 _TRAILER_BYTES = 2 + _COMMENT_BYTES
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the path and the reason."""
 
 
 def replace_file(
@@ -279,14 +275,18 @@ def load_backbone(path: Path, network: str = "student") -> Stored:
         backbone = build_backbone(config.arch, config.image_size)
     except ValueError as error:
         raise ConfigError("arch", config.arch, str(error)) from error
-    prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     try:
-        backbone.load_state_dict(weights)
+        backbone.load_state_dict(backbone_weights(stored))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file}: does not fit {config.arch}: {reason}") from error
     return Stored(file, backbone.eval().requires_grad_(False), config, content)
+
+
+def backbone_weights(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone's part of an encoder's state."""
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in encoder.items() if k.startswith(prefix)}
 
 
 def features_of(backbone: nn.Module, device: torch.device) -> nn.Module:

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcl.command import ConfigError, flag_name
+from softcl.errors import CheckpointError, ConfigError, RunFolderError, flag_name
 from softcl.train.checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
     SET_ASIDE,
-    CheckpointError,
     holds_checkpoint,
     put_back,
     read_checkpoint,
@@ -46,10 +45,6 @@ _EVENTS = "events.out.tfevents.*"
 FORMAT = 3  # of a checkpoint's content
 AUTO = "auto"
 _PARTS = ("step", "student", "teacher", "queues", "optimizer", "heads", "config")
-
-
-class RunFolderError(RuntimeError):
-    """The folder cannot be used; the message names its path and what to do."""
 
 
 class RunFolder:

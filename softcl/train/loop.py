@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from softcl.data.views import Images
+from softcl.errors import CallbackError, Diverged
 from softcl.evaluation.recalibration import recalibrated
 from softcl.train.checkpoint import BEST, LAST, name_too, write_checkpoint
 from softcl.train.folder import (
@@ -21,6 +22,7 @@ from softcl.train.folder import (
     VIEWS,
     RunFolder,
 )
+from softcl.train.given import Callback, Moment
 from softcl.train.images import fingerprint
 from softcl.train.log import (
     MetricsLog,
@@ -36,7 +38,6 @@ from softcl.train.parallel import StopVote, average_buffers
 from softcl.train.parts import Parts
 from softcl.train.pictures import choose_queries, draw_neighbors, draw_views, nearest
 from softcl.train.step import (
-    Diverged,
     Meter,
     first_damaged,
     learning_rate,
@@ -49,7 +50,7 @@ from softcl.train.weights import untrained_encoder
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
 
-class Run:
+class Loop:
     """One run, from its first step or from a checkpoint (`load`) to its end.
 
     Args:
@@ -77,7 +78,7 @@ class Run:
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._first_step = self.state.step
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,11 +114,45 @@ class Run:
                 self._one_step(images)
             if self.meter.due(self.state.step, self.total_steps):
                 self._show(last)
+            self._call(self.parts.given.on_step)
             if vote.asked():
                 return
             self._evaluate_if_due()
             if self._checkpoint_is_due():
                 self.save()
+            if self.state.step % self.feed.steps_per_epoch == 0:
+                self._call(self.parts.given.on_epoch)
+
+    def _call(self, function: Callback | None) -> None:
+        """Tell a function of the caller's where the run stands.
+
+        Raises:
+            CallbackError: it raised; this step is saved.
+        """
+        if function is None:
+            return
+        state, student = self.state, self.state.student
+        moment = Moment(
+            step=state.step,
+            total_steps=self.total_steps,
+            epoch=state.step / self.feed.steps_per_epoch,
+            lr=state.optimizer.param_groups[0]["lr"],
+            knn=self.accuracy,
+            backbone=student.backbone,
+            _measures=self.meter.measures,
+        )
+        training = student.training
+        try:
+            function(moment)
+        except Exception as error:
+            if self.world.alone:  # the others would wait for this one's part in it
+                self.save()
+            name = "on_step" if function is self.parts.given.on_step else "on_epoch"
+            line = (str(error).splitlines() or [""])[0]
+            reason = f"{name} raised {type(error).__name__}: {line}, after step {state.step}"
+            raise CallbackError(f"{reason}; {self.last_checkpoint()}") from error
+        finally:
+            student.train(training)
 
     def _diverged(self, what: str) -> Diverged:
         found = first_damaged(self.state, gradients=True)

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.command import ConfigError, did_you_mean
-from softcl.data import DataError, ImageSet
+from softcl.command import did_you_mean
+from softcl.data import ImageSet
 from softcl.data.views import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
+from softcl.errors import ConfigError, DataError, RunError, UnsupportedBackendError
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods.method import Method
 from softcl.nn import Encoder, MemoryQueue, build_backbone, build_head, make_teacher
 from softcl.nn.pretrained import Pretrained, likely_arch
-from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
+from softcl.ops import FUSED_BACKENDS, BackendChoice, choose_backend
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import fill
+from softcl.train.given import NOTHING, Given, copied_backbone
 from softcl.train.images import (
     BatchFeed,
     build_views,
@@ -56,10 +58,6 @@ _COMPILERS = ("g++", "clang++", "c++")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGEST_INT = -1, -4, 2**31 - 1
 
 
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message is one line."""
-
-
 @dataclass
 class Parts:
     """What a run is made of, at step 0.
@@ -76,6 +74,7 @@ class Parts:
         feed: the batches, in their order.
         world: the processes that train together.
         pretrained: the backbone with the weights of --init, in a run that starts.
+        given: objects and functions of the caller's.
     """
 
     config: TrainConfig
@@ -89,10 +88,14 @@ class Parts:
     feed: BatchFeed
     world: World = ALONE
     pretrained: Pretrained | None = None
+    given: Given = NOTHING
 
 
 def assemble(
-    config: TrainConfig, world: World = ALONE, content: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    world: World = ALONE,
+    content: Mapping[str, Any] | None = None,
+    given: Given = NOTHING,
 ) -> Parts:
     """Make the parts; what is quick to refuse is refused before the images are read.
 
@@ -102,14 +105,17 @@ def assemble(
     Raises:
         ConfigError, DataError, WeightsError, RunError: as the functions below.
     """
-    check_arch(config.arch)
+    if given.backbone is None:
+        check_arch(config.arch)
     device = resolve_device(config.device, world)
     check_speed(config, device)
+    if given.backbone is not None and config.init is not None:
+        raise ConfigError("init", config.init, "does not apply to a backbone given as a module")
     weights = None
     if config.init is not None and content is None:
         weights = read_first_weights(config.init)
         config = config.changed(arch=config.arch or weights.arch or likely_arch(weights))
-    images, bank, queries, evaluation = load_images(config)
+    images, bank, queries, evaluation = load_images(config, given)
     check_same_images(images, config.data, world)
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, method, device)
@@ -128,13 +134,26 @@ def assemble(
         raise ConfigError("view_kernel", "", missing)
     check_processes(config, method, world)
     backbone = None if pretrained is None else pretrained.backbone
+    if given.backbone is not None:
+        backbone = copied_backbone(given.backbone, config.image_size)
     state = build_state(config, method, device, world, backbone)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
     make_resident(images, device)
     feed = BatchFeed(images, config.batch_size, config.seed, device, world, views)
     return Parts(
-        config, defaults, images, evaluation, state, backend, knn, views, feed, world, pretrained
+        config,
+        defaults,
+        images,
+        evaluation,
+        state,
+        backend,
+        knn,
+        views,
+        feed,
+        world,
+        pretrained,
+        given,
     )
 
 

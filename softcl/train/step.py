@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softcl.data.views import Images, Share, Transform, device_of, make_view
 from softcl.distributed import ALONE, ShardedQueue, World
+from softcl.errors import Diverged
 from softcl.memory import copy_to_host
 from softcl.methods.method import SCHEDULES, Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
@@ -331,10 +332,6 @@ def first_damaged(state: TrainState, *, gradients: bool = False) -> str | None:
     return None
 
 
-class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
-
-
 class Meter:
     """Watches the loss of every step, and makes rows of the measures of some.
 
@@ -374,6 +371,11 @@ class Meter:
             before, loss, arrival = watched
             arrival.synchronize()
             _check_loss(before, float(loss))
+
+    @property
+    def measures(self) -> Tensor:
+        """Of the last step, (5,), on the device."""
+        return self._last[1]
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether a row is due after this many steps; the early ones would keep a GPU waiting."""
