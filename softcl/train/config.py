@@ -97,6 +97,9 @@ class TrainConfig:
     freeze: str | None = setting(_MODEL, metavar="PARTS",
         help="parts of the backbone that are not trained: stem,layer1 or stem,blocks.0")
 
+    teacher: str | None = setting(_MODEL, metavar="SPEC",
+        help="frozen teacher of method seed: a file, a run, an export, or timm:NAME[.TAG]")
+
     method: str = setting(_METHOD, "ascl", metavar="NAME",
         help="one of {methods}; each has flags of its own")
 

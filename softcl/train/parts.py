@@ -45,6 +45,7 @@ from softcl.train.parallel import (
     synchronise_norms,
 )
 from softcl.train.step import Trained, TrainState, Transform, derived_seed
+from softcl.train.teacher import build_teacher, check_teacher, fit_to_teacher
 from softcl.train.weights import (
     fit_first_weights,
     freeze,
@@ -107,6 +108,7 @@ def assemble(
     """
     if given.backbone is None:
         check_arch(config.arch)
+    check_teacher(config)
     device = resolve_device(config.device, world)
     check_speed(config, device)
     if given.backbone is not None and config.init is not None:
@@ -117,6 +119,7 @@ def assemble(
         config = config.changed(arch=config.arch or weights.arch or likely_arch(weights))
     images, bank, queries, evaluation = load_images(config, given)
     check_same_images(images, config.data, world)
+    given_dim = config.numbers.get("projection_dim")
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, method, device)
     pretrained = None if weights is None else fit_first_weights(weights, config)
@@ -128,6 +131,9 @@ def assemble(
         normalise_as((images, bank, queries), *normalisation)
         if queries is not bank:
             evaluation = queries.describe()
+    teacher = build_teacher(config, method, images, given)
+    if teacher is not None:
+        config, method = fit_to_teacher(config, method, teacher, given_dim)
     views = build_views(method, images, config.image_size, config.view_kernel)
     missing = kernel_missing(device) if config.view_kernel else None
     if missing is not None:
@@ -136,7 +142,7 @@ def assemble(
     backbone = None if pretrained is None else pretrained.backbone
     if given.backbone is not None:
         backbone = copied_backbone(given.backbone, config.image_size)
-    state = build_state(config, method, device, world, backbone)
+    state = build_state(config, method, device, world, backbone, teacher)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
     make_resident(images, device)
@@ -234,11 +240,13 @@ def build_state(
     device: torch.device,
     world: World = ALONE,
     backbone: nn.Module | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainState:
-    """Networks, queues and optimiser at step 0: a function of the configuration and the backbone.
+    """Networks, queues and optimiser at step 0: a function of the configuration and the networks.
 
     Args:
         backbone: the student's; None for a random one.
+        teacher: one that is frozen; None for a copy of the student.
 
     Raises:
         ConfigError: the backbone is unknown or cannot take images of this size, or has no part that
@@ -270,10 +278,10 @@ def build_state(
         layer_decay=config.layer_decay,
     )
     queues = build_queues(config, method, world).to(device)
-    teacher: nn.Module = nn.Identity()
-    if method.teacher_sees():
+    if teacher is None and method.teacher_sees():
         teacher = make_teacher(student)
         freeze(config, teacher)
+    teacher = nn.Identity() if teacher is None else teacher.to(device)
     state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
     if not world.alone and device.type == "cuda":
         synchronise_norms((student, teacher, heads), method.num_splits, world)
