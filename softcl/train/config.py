@@ -23,6 +23,7 @@ from typing import Any
 from softcl.command import ConfigError, did_you_mean, must_be_one_of
 from softcl.data import FORMATS, SPLITS
 from softcl.methods import METHODS, Defaults, Method
+from softcl.train.loggers import LOGGERS
 from softcl.train.optim import OPTIMIZERS
 
 
@@ -166,6 +167,8 @@ class TrainConfig:
         help="neighbours that vote (default: 200, or fewer on a small set)")
     show_views: int | None = setting(_EVAL, at_least=1, at_most=256, may_change=True,
         help="write views.png: so many images and what the networks see of them")
+    log: str | None = setting(_EVAL, may_change=True, metavar="NAME", choices=LOGGERS,
+        help="numbers and pictures to wandb or mlflow too, beside TensorBoard's files")
     log_every: int = setting(_EVAL, 10, at_least=1, may_change=True,
         help="steps per line of metrics.jsonl; the first 50 have one each")
     # fmt: on

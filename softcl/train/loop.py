@@ -65,7 +65,7 @@ class Loop:
         self.world, self.feed = parts.world, parts.feed
         self.config = config = parts.config.changed(out=str(path), overwrite=None, resume=None)
         self.progress = PlainProgress(None) if folder is None else make_progress()
-        self.log = None if folder is None else MetricsLog(folder)
+        self.log = None if folder is None else MetricsLog(folder, config.to_dict())
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
         self.baselines: dict[str, Any] = {}
@@ -94,11 +94,18 @@ class Loop:
             if self.folder is not None:
                 self.folder.write_json(CONFIG, record(self.parts, self.config))
             self._list_skipped()
+        self.world.on_main_process(self._open_logger)
+        if content is None:
             self._show_views()
         self.world.on_main_process(self._measure_baselines)
         if content is not None:
             self.load(content)
             self.progress.say(f"resumed    at step {self.state.step} of {self.total_steps}")
+
+    def _open_logger(self) -> None:
+        if self.config.log is not None:
+            settings = self.config.to_dict()
+            self.log.open_other(self.config.log, settings, self.progress.say)
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -344,6 +351,7 @@ class Loop:
         path = self.path / PICTURE
         panels = [("nearest after training", trained), ("nearest before training", untrained)]
         draw_neighbors(path, self.knn, places, panels)
+        self.log.picture(path)
         return str(path)
 
     # ------------------------------------------------------------------------------- state, time
@@ -425,6 +433,7 @@ class Loop:
         if config.show_views is not None and self.folder is not None:
             size, count = config.image_size, config.show_views
             draw_views(path, parts.images, parts.views, size, count, config.seed)
+            self.log.picture(path)
             self.progress.say(f"views      {path}")
 
     def _list_skipped(self) -> None:

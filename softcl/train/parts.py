@@ -37,6 +37,7 @@ from softcl.train.images import (
     side_of,
     view_side,
 )
+from softcl.train.loggers import check_logger
 from softcl.train.optim import build_optimizer
 from softcl.train.parallel import (
     average_gradients,
@@ -109,6 +110,7 @@ def assemble(
     if given.backbone is None:
         check_arch(config.arch)
     check_teacher(config)
+    check_logger(config.log)
     device = resolve_device(config.device, world)
     check_speed(config, device)
     if given.backbone is not None and config.init is not None:
