@@ -15,6 +15,7 @@ from softcl.errors import FlagError
 COMMANDS = {
     "train": ("softcl.train.__main__", "train a backbone without labels"),
     "evaluate": ("softcl.evaluate", "measure a backbone on labelled images"),
+    "embed": ("softcl.embed", "write the features of images, and their neighbours"),
     "export": ("softcl.export", "write a backbone for other programs"),
     "report": ("softcl.report", "compare runs on one page"),
     "doctor": ("softcl.doctor", "tell what works on this machine"),

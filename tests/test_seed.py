@@ -20,8 +20,12 @@ from softcl.testing import (
     relative_error,
 )
 from softcl.train import fit, step
+from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
+from softcl.train.config import TrainConfig
+from softcl.train.parts import assemble
 from softcl.train.teacher import FrozenTeacher
+from softcl.train.weights import load_pretrained
 
 BACKENDS = available_backends(make_problem(2, 3, 4), DistillationLabels())
 
@@ -153,6 +157,7 @@ def test_a_teacher_sees_views_as_it_was_trained():
         (dict(teacher=nn.Conv2d(3, 8, 3)), r"teacher=<Conv2d> \(--teacher\): gives \(2, 8, 14"),
         (dict(teacher=network(8), projection_dim=9), r"projection_dim=9 .*: the teacher's featu"),
         (dict(teacher=network(8), method="moco"), r"<Sequential> .*: does not apply to method mo"),
+        (dict(teacher="nowhere.pth"), r"--teacher nowhere\.pth: "),
         (dict(teacher=network(8), momentum=0.9), r"momentum=0.9 .*: does not apply to method seed"),
     ],
 )
@@ -160,3 +165,26 @@ def test_what_a_teacher_cannot_be(images: Tensor, given: dict, message: str, tmp
     with pytest.raises(errors.SoftclError, match=message) as refusal:
         fit(data=images, backbone=network(8), **{**NUMBERS, **given})
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_teaches_another_by_the_command(
+    whole: Path, flags: list[str], tmp_path: Path, capsys
+):
+    line = "--method seed --num-splits 1 --queue-size 64 --out run --max-steps 6"
+    own = [*flags[: flags.index("--queue-size")], "--lr", "0.05", "--device", "cpu"]
+    assert main([*own, "--projector-hidden", "32", "--teacher", str(whole), *line.split()]) == 0
+    assert "projection dim 192" in " ".join(capsys.readouterr().out.split())
+    content = read_checkpoint(tmp_path / "run/last.pt")
+    assert content["queues"]["queue.rows"].shape == (64, 192)
+    stored = load_pretrained(str(whole), 16)
+    parts = assemble(TrainConfig.of(**content["config"]))
+    frozen = parts.state.teacher
+    for a, b in zip(
+        frozen.backbone.state_dict().values(), stored.backbone.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert main(["--resume", "run"]) == 0  # the weights are read again
+    assert "done" in capsys.readouterr().out
+    assert main([*flags, "--teacher", str(whole), "--out", "other"]) == 2
+    expected = "does not apply to method ascl (but to seed)"
+    assert f"--teacher {whole}: {expected}" in capsys.readouterr().err

@@ -150,19 +150,9 @@ def assemble(
     make_resident(images, device)
     feed = BatchFeed(images, config.batch_size, config.seed, device, world, views)
     return Parts(
-        config,
-        defaults,
-        images,
-        evaluation,
-        state,
-        backend,
-        knn,
-        views,
-        feed,
-        world,
-        pretrained,
-        given,
-    )
+        config, defaults, images, evaluation, state, backend, knn, views, feed, world,
+        pretrained, given,
+    )  # fmt: skip
 
 
 def check_processes(config: TrainConfig, method: Method, world: World) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from softcl.data import ImageSet
 from softcl.data.image_set import Triple
-from softcl.errors import ConfigError, RunError
+from softcl.errors import ConfigError, RunError, WeightsError
 from softcl.methods import METHODS, Method
 from softcl.nn import Encoder
 from softcl.train.config import TrainConfig
 from softcl.train.given import Given, count_features
+from softcl.train.weights import load_pretrained
 
 
 class FrozenTeacher(Encoder):
@@ -104,12 +105,10 @@ def build_teacher(
     if given.teacher is not None:
         count_features(given.teacher, config.image_size, "teacher")
         return FrozenTeacher(copy.deepcopy(given.teacher))
-    from softcl.train.weights import load_pretrained
-
     try:
         found = load_pretrained(config.teacher, config.image_size)
-    except ConfigError as error:
-        raise ConfigError("teacher", config.teacher, error.reason) from error
+    except WeightsError as error:
+        raise WeightsError(f"--teacher {error}") from error
     return FrozenTeacher(found.backbone, (images.mean, images.std), (found.mean, found.std))
 
 
