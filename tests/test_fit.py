@@ -234,3 +234,19 @@ def test_one_unreadable_item_in_a_hundred_is_left_out():
     made = image_set_of(Items(items))
     assert len(made) == 119 and made.skipped == ["item 7: OSError: torn"]
     assert made.labels.tolist() == [n % 3 for n in range(120) if n != 7]
+
+
+# ---- README ----
+
+
+def test_the_lines_of_the_readme_run(folder: Path, capsys):
+    pytest.importorskip("torchvision")
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    code = text.partition("### From Python")[2].partition("```python\n")[2].partition("```")[0]
+    assert "fit(" in code and "epochs=50," in code
+    short = "epochs=1, batch_size=32, queue_size=64, num_splits=1, device='cpu',"
+    Path("photos").symlink_to(folder / "train")
+    names: dict = {}
+    exec(code.replace("epochs=50,", short), names)
+    assert names["features"](torch.zeros(1, 3, 16, 16)).shape == (1, 512)
+    assert names["run"].knn is not None and "\n1.0 " in capsys.readouterr().out

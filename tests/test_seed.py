@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from softcl import DistillationLabels, errors
 from softcl.methods import SEED, Batch
+from softcl.nn import build_backbone
 from softcl.testing import (
     GRADIENT_TOLERANCE,
     LSE_TOLERANCE,
@@ -188,3 +189,17 @@ def test_a_run_teaches_another_by_the_command(
     assert main([*flags, "--teacher", str(whole), "--out", "other"]) == 2
     expected = "does not apply to method ascl (but to seed)"
     assert f"--teacher {whole}: {expected}" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_readme_run(whole: Path, flags: list[str], tmp_path: Path):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    section = text.partition("### A teacher")[2].partition("\n`--method seed`")[0]
+    torch.save(build_backbone("resnet_tiny", 16).state_dict(), "weights.pth")
+    words = {"FOLDER": flags[1], "runs/NAME": str(whole)}
+    short = "--epochs 1 --batch-size 32 --queue-size 64 --max-steps 1 --device cpu".split()
+    lines = [line.split() for line in section.splitlines() if "python -m" in line]
+    assert len(lines) == 2
+    for place, (_, _, module, *line) in enumerate(lines):
+        own = [*(words.get(word, word) for word in line), *short, "--out", f"run{place}"]
+        own += [] if "--arch" in own else ["--arch", "resnet_tiny"]
+        assert module == "softcl.train" and main(own) == 0, line
