@@ -41,6 +41,7 @@ from softcl.train.step import (
     Meter,
     first_damaged,
     learning_rate,
+    moved_temperatures,
     query_spread,
     teacher_momentum,
     train_step,
@@ -68,6 +69,7 @@ class Loop:
         self.log = None if folder is None else MetricsLog(folder, config.to_dict())
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
+        self.method, self.final_temperatures = self.state.method, config.final_temperatures
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
         self.best_accuracy, self.best_step = -1.0, -1
@@ -143,7 +145,7 @@ class Loop:
             step=state.step,
             total_steps=self.total_steps,
             epoch=state.step / self.feed.steps_per_epoch,
-            lr=state.optimizer.param_groups[0]["lr"],
+            lr=max(group["lr"] for group in state.optimizer.param_groups),
             knn=self.accuracy,
             backbone=student.backbone,
             _measures=self.meter.measures,
@@ -175,7 +177,11 @@ class Loop:
             steps_per_epoch=self.feed.steps_per_epoch,
             epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
+            schedule=config.lr_schedule,
         )
+        if self.final_temperatures:
+            progress = state.step / self.total_steps
+            state.method = moved_temperatures(self.method, self.final_temperatures, progress)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         momentum = teacher_momentum(

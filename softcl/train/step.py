@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
@@ -271,21 +272,34 @@ def derived_seed(*parts: int | str) -> int:
 # hold.
 
 
+LR_DROPS = (0.6, 0.8)  # shares of the epochs
+
+
 def learning_rate(
-    step: int, *, peak: float, steps_per_epoch: int, epochs: int, warmup_epochs: float
+    step: int,
+    *,
+    peak: float,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: float,
+    schedule: str = "cosine",
 ) -> float:
-    """Linear from 0 to `peak` over the warm-up, then a half cosine to 0, per step (as ASCL's code).
+    """Linear from 0 to `peak` over the warm-up, then by the schedule, per step (as ASCL's code).
 
         t = step / steps_per_epoch
         lr = peak t / warmup_epochs                                              t < warmup_epochs
-        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2         else
+        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2        "cosine"
+        lr = peak                                                                       "constant"
+        lr = peak, peak / 10 from 0.6 epochs on, peak / 100 from 0.8 epochs on   "steps" (MoCo v1)
 
     `step` counts from 0: the first step of a warm-up has a rate of 0.
     """
     epoch = step / steps_per_epoch
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    if warmup_epochs >= epochs:
+    if schedule == "steps":
+        return peak / 10 ** sum(epoch >= share * epochs for share in LR_DROPS)
+    if schedule == "constant" or warmup_epochs >= epochs:
         return peak
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return 0.5 * peak * (1.0 + math.cos(math.pi * min(progress, 1.0)))
@@ -301,6 +315,20 @@ def teacher_momentum(step: int, *, start: float, schedule: str, total_steps: int
     if schedule == "cosine":
         return 1.0 - (1.0 - start) * (1.0 + math.cos(math.pi * step / total_steps)) / 2
     raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+def moved_temperatures(method: Method, final: Mapping[str, float], progress: float) -> Method:
+    """The method with those temperatures on a half cosine from its own to their final values.
+
+    Args:
+        final: by the names of the method's numbers.
+        progress: share of the run that is done, in [0, 1].
+    """
+    share = (1.0 - math.cos(math.pi * progress)) / 2
+    values = {
+        name: (1 - share) * getattr(method, name) + share * end for name, end in final.items()
+    }
+    return dataclasses.replace(method, **values)
 
 
 # --------------------------------------------------------------------------------- failing numbers
