@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from softcl import errors
 from softcl.data import ImageSet, image_set_of
 from softcl.train import Moment, fit
+from softcl.train.checkpoint import load_backbone
 from softcl.train.folder import read_metrics
 
 NUMBERS = dict(
@@ -129,6 +130,8 @@ def test_a_function_that_raises_leaves_a_run_to_go_on_with():
         fit(resume="run", data=pixels())
     with pytest.raises(errors.DataError, match="not the images that run was trained on"):
         fit(resume="run", data=pixels(48), backbone=network())
+    with pytest.raises(errors.CheckpointError, match="its backbone <Sequential> was a module"):
+        load_backbone(Path("run"))
     run = fit(resume="run", data=pixels(), backbone=network())
     assert_same(run.backbone, whole.backbone)
     again = fit(resume="run", data=pixels(), backbone=network())  # finished: only read
@@ -136,7 +139,7 @@ def test_a_function_that_raises_leaves_a_run_to_go_on_with():
     assert again.history == run.history
 
 
-def test_an_interrupt_saves_and_a_second_one_raises():
+def test_an_interrupt_saves_and_a_second_one_raises(capsys):
     def interrupt(moment: Moment) -> None:
         if moment.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -144,6 +147,7 @@ def test_an_interrupt_saves_and_a_second_one_raises():
     before = signal.getsignal(signal.SIGINT)
     run = fit(data=pixels(), backbone=network(), **NUMBERS, out="run", on_step=interrupt)
     assert run.exit_code == 130 and run.result is None and signal.getsignal(signal.SIGINT) is before
+    assert "go on with: softcl.train.fit(resume='run', ...)" in capsys.readouterr().out
     assert [row["step"] for row in run.history] == [1, 2] and run.backbone is not None
 
     def twice(moment: Moment) -> None:

@@ -22,7 +22,7 @@ from softcl.testing import (
 )
 from softcl.train import fit, step
 from softcl.train.__main__ import main
-from softcl.train.checkpoint import read_checkpoint
+from softcl.train.checkpoint import load_backbone, read_checkpoint
 from softcl.train.config import TrainConfig
 from softcl.train.parts import assemble
 from softcl.train.teacher import FrozenTeacher
@@ -174,7 +174,9 @@ def test_a_run_teaches_another_by_the_command(
     line = "--method seed --num-splits 1 --queue-size 64 --out run --max-steps 6"
     own = [*flags[: flags.index("--queue-size")], "--lr", "0.05", "--device", "cpu"]
     assert main([*own, "--projector-hidden", "32", "--teacher", str(whole), *line.split()]) == 0
-    assert "projection dim 192" in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert "projection dim 192" in " ".join(shown.split())
+    assert f"teacher    {whole / 'best.pt'}: " in shown and ", frozen, 192 features" in shown
     content = read_checkpoint(tmp_path / "run/last.pt")
     assert content["queues"]["queue.rows"].shape == (64, 192)
     stored = load_pretrained(str(whole), 16)
@@ -185,6 +187,8 @@ def test_a_run_teaches_another_by_the_command(
     ):
         assert torch.equal(a, b)
     assert main(["--resume", "run"]) == 0  # the weights are read again
+    with pytest.raises(errors.CheckpointError, match=f"the frozen teacher .* it is {whole}"):
+        load_backbone(tmp_path / "run", "teacher")
     assert "done" in capsys.readouterr().out
     assert main([*flags, "--teacher", str(whole), "--out", "other"]) == 2
     expected = "does not apply to method ascl (but to seed)"

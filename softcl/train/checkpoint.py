@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from softcl.data.given import is_object
 from softcl.errors import CheckpointError, ConfigError
 from softcl.nn import build_backbone
 from softcl.train.config import TrainConfig
@@ -271,6 +272,14 @@ def load_backbone(path: Path, network: str = "student") -> Stored:
         stored = content[network]
     except KeyError as error:
         raise CheckpointError(f"{file}: not a training checkpoint (without {error})") from error
+    if is_object(config.arch):
+        reason = (
+            f"its backbone {config.arch} was a module, which softcl.train.fit(resume=...) needs"
+        )
+        raise CheckpointError(f"{file}: {reason}")
+    if "digest" in stored:
+        reason = f"the frozen teacher is not kept here: it is {config.teacher}"
+        raise CheckpointError(f"{file}: {reason}")
     try:
         backbone = build_backbone(config.arch, config.image_size)
     except ValueError as error:

@@ -22,6 +22,7 @@ from softcl.train.config import TrainConfig
 from softcl.train.folder import CONFIG, METRICS, RunFolder, finite
 from softcl.train.loggers import Logger, TensorBoard, open_logger
 from softcl.train.parts import Parts
+from softcl.train.teacher import FrozenTeacher
 
 
 class MetricsLog:
@@ -207,6 +208,11 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
     if parts.pretrained is not None:
         first, *rest = parts.pretrained.describe()
         yield f"weights    {first}"
+        yield from (f"           {line}" for line in rest)
+    if isinstance(state.teacher, FrozenTeacher):
+        features = state.method.projection_dim
+        first, *rest = state.teacher.notes or [config.teacher]
+        yield f"teacher    {first}, frozen, {features} features"
         yield from (f"           {line}" for line in rest)
     yield f"networks   {describe_speed(config)}"
     yield f"views      {describe_kernel(parts.knn.device, config.view_kernel)}"

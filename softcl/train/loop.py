@@ -428,10 +428,11 @@ class Loop:
 
     def say_stopped(self) -> None:
         self.progress.close()
-        self.progress.say(
-            f"stopped    at step {self.state.step} of {self.total_steps}; go on with: "
-            f"python -m softcl.train --resume {self.path}"
-        )
+        again = f"python -m softcl.train --resume {self.path}"
+        if self.parts.given.settings:  # which the command cannot give
+            again = f"softcl.train.fit(resume={str(self.path)!r}, ...), with the same objects"
+        place = f"at step {self.state.step} of {self.total_steps}"
+        self.progress.say(f"stopped    {place}; go on with: {again}")
 
     def _show_views(self) -> None:
         """views.png, where it was asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ class FrozenTeacher(Encoder):
         backbone: (N, 3, S, S) -> (N, F).
         made_with: mean and std by which the views are normalised.
         trained_with: those that the backbone expects; None for the same.
+
+    Attributes:
+        notes: lines about where its weights come from.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -109,7 +114,9 @@ def build_teacher(
         found = load_pretrained(config.teacher, config.image_size)
     except WeightsError as error:
         raise WeightsError(f"--teacher {error}") from error
-    return FrozenTeacher(found.backbone, (images.mean, images.std), (found.mean, found.std))
+    teacher = FrozenTeacher(found.backbone, (images.mean, images.std), (found.mean, found.std))
+    teacher.notes = list(found.describe())
+    return teacher
 
 
 def fit_to_teacher(
