@@ -284,6 +284,7 @@ setup(
     ],
     package_dir={"softcl.kernels": "kernels"},
     include_package_data=False,
+    package_data={"softcl": ["py.typed"]},
     ext_modules=[] if switch("SOFTCL_BUILD") is False else [Extension("softcl._C", sources=[])],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": BdistWheel},
 )

@@ -20,41 +20,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from softcl.errors import (
+    LONGEST_VALUE,
+    ConfigError,
+    FlagError,
+    SoftclError,
+    flag_name,
+    shortened,
+)
 from softcl.files import user_path
 
-LONGEST_VALUE = 200  # characters of a value that are shown
 LONGEST_LINE = 1000
 LARGEST = (1 << 63) - 1  # of whole numbers: what sizes of tensors and seeds are
 LARGEST_FLOAT = 3.4e38  # of other numbers: what float32 holds
-
-
-class ConfigError(ValueError):
-    """A value that a command cannot use: one line naming the flag, its value and the reason."""
-
-    def __init__(self, field: str, value: Any, reason: str) -> None:
-        self.field = field
-        super().__init__(f"{flag_name(field)} {shortened(value)}".rstrip() + f": {reason}")
-
-
-class FlagError(ConfigError):
-    """A flag that does not exist or cannot be read."""
-
-    def __init__(self, line: str) -> None:
-        ValueError.__init__(self, line)
-        self.field = ""
-
-
-def flag_name(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def shortened(value: Any, most: int = LONGEST_VALUE) -> str:
-    """A value in words, cut where it is longer than anybody reads."""
-    try:
-        text = str(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        text = f"a number of {value.bit_length()} bits"
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -262,14 +240,12 @@ def report_for(prog: str) -> Callable[[str, int], int]:
 def carry_out(
     prog: str,
     command: Callable[[], int | None],
-    *expected: type[Exception],
     report: Callable[[BaseException, str, int], int] | None = None,
 ) -> int:
     """Run a command; every expected failure is one line on stderr.
 
     Args:
         command: returns its exit code, or None for 0.
-        expected: errors of its own whose message is one line.
         report: says why it ends, and returns the code; None for `report_for`.
 
     Returns:
@@ -296,7 +272,7 @@ def carry_out(
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (*expected, ImportError, OSError) as error:
+    except (SoftclError, ImportError, OSError) as error:
         return tell(error, reason_of(error), 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softcl.command import CommandParser, ConfigError, carry_out, check_range
+from softcl.command import CommandParser, carry_out, check_range
 from softcl.data import FORMATS, SPLITS, DataError, ImageSet, batches, center_view, load_dataset
 from softcl.data.image_set import printable
+from softcl.errors import ConfigError
 from softcl.evaluation.neighbors import near_duplicates, nearest_of_each
 from softcl.evaluation.table import check_suffix, write_table
 from softcl.files import check_target, replace_file, user_path
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(options)
         embed(options)
 
-    return carry_out(PROG, command, WeightsError, DataError)
+    return carry_out(PROG, command)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from softcl.evaluation.probe import EPOCHS, RATE, Labelled, lbfgs_probe, sgd_pro
 from softcl.evaluation.retrieval import retrieval_precision
 from softcl.files import check_target, replace_file, user_path
 from softcl.ops.call import COLDEST, HOTTEST
-from softcl.train.checkpoint import NETWORKS, CheckpointError, Stored, features_of, load_backbone
+from softcl.train.checkpoint import NETWORKS, Stored, features_of, load_backbone
 from softcl.train.parts import resolve_device
 
 MEASURES = ("knn", "lbfgs", "sgd", "retrieval")
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out is not None:
             replace_file(out, (json.dumps(results, indent=2) + "\n").encode())
 
-    return carry_out(PROG, command, CheckpointError, DataError)
+    return carry_out(PROG, command)
 
 
 def _check(options: argparse.Namespace) -> None:

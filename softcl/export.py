@@ -24,15 +24,12 @@ from torch import Tensor, nn
 import softcl
 from softcl.card import loading_lines, write_card
 from softcl.command import CommandParser, carry_out
+from softcl.errors import ExportError
 from softcl.files import check_target, replace_file, user_path
-from softcl.train.checkpoint import NETWORKS, CheckpointError, Stored, load_backbone
+from softcl.train.checkpoint import NETWORKS, Stored, load_backbone
 
 FORMATS = ("timm", "torchvision", "onnx")
 PROG = "softcl.export"
-
-
-class ExportError(RuntimeError):
-    """A backbone that cannot be written in the format asked for; the message is one line."""
 
 
 def build_parser() -> CommandParser:
@@ -71,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("load       by these lines, without softcl:\n")
         print("\n".join(loading_lines(stored, file, kind)))
 
-    return carry_out(PROG, command, CheckpointError, ExportError)
+    return carry_out(PROG, command)
 
 
 def weights_of(backbone: nn.Module) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ from softcl.reporting.maps import MOST_IMAGES, WAYS, map_features
 from softcl.reporting.page import make_page
 from softcl.reporting.runs import RunData, read_runs
 from softcl.train.checkpoint import CheckpointError
-from softcl.train.folder import RunFolderError
 from softcl.train.parts import resolve_device
 
 PAGE = "index.html"
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = read_runs([user_path(run) for run in options.runs])
         print(f"written    {write_report(runs, options)}")
 
-    return carry_out(PROG, command, RunFolderError, CheckpointError)
+    return carry_out(PROG, command)
 
 
 def write_report(runs: list[RunData], options: argparse.Namespace) -> Path:

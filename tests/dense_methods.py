@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from softcl import LabelRule
-from softcl.methods import ASCL, MSF, NNCLR, SCE, SNCLR, Batch, Method, MoCo, ReCo, ReSSL
+from softcl.methods import ASCL, MSF, NNCLR, SCE, SEED, SNCLR, Batch, Method, MoCo, ReCo, ReSSL
 from softcl.testing import dense_labels
 
 
@@ -155,7 +155,17 @@ def reco_loss(method: ReCo, batch: Batch) -> Tensor:
     return total
 
 
-LOSSES = {MSF: msf_loss, NNCLR: nnclr_loss, SNCLR: snclr_loss, ReCo: reco_loss}
+def seed_loss(method: SEED, batch: Batch) -> Tensor:
+    """The teacher's embedding stands in front of the queue in both softmaxes."""
+    queue, z, t = unit(batch.rows()), unit(batch.predicted["query"]), unit(batch.teacher["query"])
+    own, similar = (t * t).sum(1, keepdim=True), (z * t).sum(1, keepdim=True)
+    labels = (torch.cat([own, t @ queue.T], 1) / method.teacher_temperature).softmax(1)
+    return cross_entropy(
+        torch.cat([similar, z @ queue.T], 1) / method.temperature, labels, reduction="none"
+    )
+
+
+LOSSES = {SEED: seed_loss, MSF: msf_loss, NNCLR: nnclr_loss, SNCLR: snclr_loss, ReCo: reco_loss}
 
 
 def dense_loss(method: Method, batch: Batch) -> Tensor:
@@ -198,4 +208,5 @@ CASES: dict[str, Method] = {
     "snclr threshold": SNCLR(form="code", threshold=True, **{**SMALL, "predictor_hidden": 8}),
     "reco": ReCo(global_weight=0.7, local_weight=1.3, **SMALL),
     "reco mixup": ReCo(mix="mixup", **SMALL),
+    "seed": SEED(teacher_temperature=0.04, **SMALL),
 }

@@ -21,7 +21,7 @@ from softcl.nn import SplitBatchNorm2d
 from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
 from softcl.train.folder import read_metrics
-from softcl.train.loop import Run
+from softcl.train.loop import Loop
 from softcl.train.parallel import StopVote, divide_splits, synchronise_norms
 
 FLAGS = (
@@ -113,7 +113,7 @@ def skipped(world: World, folder: Path) -> None:
         _listed=0,
     )
     for _ in range(2):  # nothing new the second time
-        Run._list_skipped(run)
+        Loop._list_skipped(run)
     lines = ["seen by all", *(f"seen by {rank}" for rank in range(world.size))]
     assert written == {"skipped.txt": "".join(f"{line}\n" for line in lines)}
     assert run._listed == 1 + world.size

@@ -112,10 +112,10 @@ def test_what_is_printed_can_be_typed(flags: list[str], tmp_path: Path, monkeypa
 def test_warnings_of_a_run_that_did_no_good(flags: list[str], capsys, monkeypatch):
     from softcl.train import loop
 
-    def measured(run: loop.Run) -> None:
+    def measured(run: loop.Loop) -> None:
         run.baselines = {"untrained": 1.1, "pixels": 0.5, "untrained_neighbors": [[0] * 8] * 4}
 
-    monkeypatch.setattr(loop.Run, "_measure_baselines", measured)
+    monkeypatch.setattr(loop.Loop, "_measure_baselines", measured)
     assert main([*flags, "--out", "run", "--epochs", "1", "--queue-size", "256"]) == 0
     text = capsys.readouterr().out
     assert "warning    --queue-size 256 is more than the 128 images" in text

@@ -10,8 +10,9 @@ import types
 import pytest
 import torch
 
-from softcl.command import ConfigError, did_you_mean
+from softcl.command import did_you_mean
 from softcl.data import ImageSet
+from softcl.errors import ConfigError
 from softcl.methods import METHODS
 from softcl.methods.defaults import shapes_defaults
 from softcl.train.__main__ import main, parse_flags

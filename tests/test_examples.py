@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from torch import nn
 pytest.importorskip("torchvision")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -39,6 +44,42 @@ def test_the_plain_example_trains(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("epoch 1/1  loss ")
     assert "conv1.weight" in torch.load(tmp_path / "student.pt", weights_only=True)
+
+
+def run_example(name: str, line: str, folder: Path) -> str:
+    """What an example printed."""
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *line.split()],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not installed("lightning"), reason="lightning is not installed")
+def test_the_lightning_example_trains(tmp_path: Path):
+    line = "--fake --size 16 --epochs 1 --batch-size 128 --workers 0"
+    assert "loss " in run_example("lightning_ascl.py", line, tmp_path).splitlines()[-1]
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    stored = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert stored["queue.rows"].shape == (4096, 128)
+
+
+@pytest.mark.skipif(not installed("datasets"), reason="datasets is not installed")
+def test_the_hugging_face_example_trains(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    example = runpy.run_path(str(EXAMPLES / "huggingface_datasets.py"))
+    numbers = dict(epochs=1, batch_size=32, queue_size=64, num_splits=1, device="cpu", out="run")
+    example["main"](str(folder / "train"), **numbers)
+    shown = capsys.readouterr().out
+    assert "<Dataset>: 128 images, 16x16, given" in shown and "4 classes" in shown
+    assert "epoch 1: loss " in shown and "rows in run, k-NN " in shown and "None" not in shown
 
 
 def test_the_plain_example_asks_for_images(monkeypatch, capsys):

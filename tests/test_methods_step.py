@@ -103,6 +103,8 @@ class DenseRun:
             return {"queue": batch.student["query"]}
         if name == "SNCLR":
             return {"queue": batch.teacher["second"]}
+        if name == "SEED":
+            return {"queue": batch.teacher["query"]}
         keys = {"queue": batch.teacher["key"]}
         if symmetric:
             keys["queue"] = torch.cat([batch.teacher["key"], batch.teacher["query"]])
@@ -112,7 +114,7 @@ class DenseRun:
 
     def step(self, images: Tensor, number: int) -> float:
         name = type(self.method).__name__
-        if name != "SCE" and name != "NNCLR":
+        if name not in ("SCE", "NNCLR", "SEED"):
             self.follow()
         batch = self.forward(images, number)
         if name == "MSF":

@@ -146,9 +146,12 @@ def test_pure_wheel(source_tree: Path) -> None:
     wheel, names, _ = wheel_of(source_tree, SOFTCL_BUILD="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"softcl"}
-    assert {
-        name for name in names if not name.endswith(".py") and ".dist-info/" not in name
-    } == set()
+    assert {name for name in names if not name.endswith(".py") and ".dist-info/" not in name} == {
+        "softcl/py.typed"
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "softcl = softcl.__main__:main" in archive.read(entry).decode()
     assert "softcl/kernels.py" not in names and "softcl/stale.py" not in names
     kernels = {f"softcl/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     assert kernels <= set(names)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from run_comparison import assert_same_run
 
-from softcl.command import ConfigError
+from softcl.errors import ConfigError
 from softcl.ops import BackendChoice
 from softcl.train import checkpoint, fit, loop, parts, step
 from softcl.train.__main__ import main
@@ -60,7 +60,8 @@ def test_the_python_entry_returns_and_raises(flags: list[str], folder: Path, who
     shutil.copytree(whole, "run")
     finished = fit(resume="run")
     assert finished.result == json.loads((whole / "result.json").read_text())
-    with pytest.raises(ConfigError, match="--threshold True: does not apply to method ascl"):
+    refusal = r"threshold=True \(--threshold\): does not apply to method ascl"
+    with pytest.raises(ConfigError, match=refusal):
         fit(data=str(folder), threshold=True)
 
 

@@ -248,7 +248,7 @@ def test_two_processes_do_not_write_to_one_folder(flags, tmp_path, monkeypatch, 
 
     # Whatever ends a run lets go of its folder.
     with monkeypatch.context() as patch:
-        patch.setattr(softcl.train.Run, "_measure_baselines", fail)
+        patch.setattr(softcl.train.loop.Loop, "_measure_baselines", fail)
         assert main(["--resume", "run"]) == 1
     with FileLock(tmp_path / "run/.lock", timeout=0):
         pass

@@ -18,9 +18,10 @@ from softcl.data import ImageSet
 from softcl.methods import ASCL, METHODS
 from softcl.methods import method as method_module
 from softcl.nn import MemoryQueue, make_teacher
+from softcl.train import loop as loop_module
 from softcl.train.__main__ import main
 from softcl.train.images import BatchFeed
-from softcl.train.loop import Run
+from softcl.train.loop import Loop
 from softcl.train.step import (
     MEASURES,
     StepRandom,
@@ -162,6 +163,34 @@ def test_learning_rate_is_the_published_schedule():
     assert rates == pytest.approx([step / 8 for step in range(8)] + [1.0])
 
 
+def test_other_schedules_of_the_learning_rate():
+    settings = dict(peak=2.0, steps_per_epoch=10, epochs=10, warmup_epochs=1)
+    steps = [learning_rate(step, **settings, schedule="steps") for step in range(100)]
+    assert steps[5] == 1.0 and set(steps[10:60]) == {2.0}
+    assert set(steps[60:80]) == {0.2} and set(steps[80:]) == {0.02}
+    constant = [learning_rate(step, **settings, schedule="constant") for step in range(100)]
+    assert constant[:10] == steps[:10] and set(constant[10:]) == {2.0}
+
+
+def test_temperatures_move_on_a_half_cosine(flags: list[str], monkeypatch, capsys):
+    seen, original = [], loop_module.train_step
+
+    def watched(state, *rest, **options):
+        seen.append((state.method.temperature, state.method.teacher_temperature))
+        return original(state, *rest, **options)
+
+    monkeypatch.setattr(loop_module, "train_step", watched)
+    line = "--temperature 0.2 --final-temperature 0.1 --final-teacher-temperature 0.03 --out run"
+    assert main([*flags, *line.split(), "--max-steps", "5"]) == 0
+    assert main(["--resume", "run"]) == 0
+    shares = [(1 - math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    expected = [(0.2 - 0.1 * share, 0.05 - 0.02 * share) for share in shares]
+    assert seen == [pytest.approx(pair) for pair in expected]
+    assert main([*flags, "--method", "moco", "--final-teacher-temperature", "0"]) == 2
+    assert main(["--method", "nnclr", "--final-teacher-temperature", "0.1"]) == 2
+    assert "method nnclr has no --teacher-temperature" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------- no waiting
 
 
@@ -221,21 +250,21 @@ MOST_FILES = 15  # that one step of ASCL on the CPU enters
 def test_a_step_can_be_read_in_one_sitting(flags: list[str], monkeypatch):
     """The way of a batch, as CONTRIBUTING.md walks it: few files, and of softcl.train two."""
     entered: set[str] = set()
-    original = Run._one_step
+    original = Loop._one_step
 
     def profile(frame, event: str, _argument) -> None:
         path = frame.f_code.co_filename
         if event == "call" and path.startswith(str(HOME)):
             entered.add(Path(path).relative_to(HOME).as_posix())
 
-    def profiled(run: Run, images: Tensor) -> None:
+    def profiled(run: Loop, images: Tensor) -> None:
         sys.setprofile(profile if run.state.step == 2 else None)  # what is lazy was made before
         try:
             original(run, images)
         finally:
             sys.setprofile(None)
 
-    monkeypatch.setattr(Run, "_one_step", profiled)
+    monkeypatch.setattr(Loop, "_one_step", profiled)
     assert main([*flags, "--num-splits", "1", "--max-steps", "3", "--out", "run"]) == 0
     own = {path.removeprefix("train/") for path in entered if path.startswith("train/")}
     assert own == {"loop.py", "step.py"}

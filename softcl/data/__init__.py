@@ -6,7 +6,8 @@ decode -> stream (in which order, ahead of time) -> recipe (a view's parameters)
 """
 
 from softcl.data.decode import contact_sheet
-from softcl.data.image_set import STATISTICS, CropOrder, Cut, DataError, ImageSet
+from softcl.data.given import image_set_of
+from softcl.data.image_set import STATISTICS, CropOrder, Cut, ImageSet
 from softcl.data.recipe import RECIPES, Recipe
 from softcl.data.sets import FORMATS, SPLITS, find_format, load_dataset, training_split
 from softcl.data.shapes import make_shapes
@@ -21,6 +22,7 @@ from softcl.data.views import (
     strong_view,
     weak_view,
 )
+from softcl.errors import DataError
 
 __all__ = [
     "FORMATS",
@@ -40,6 +42,7 @@ __all__ = [
     "contact_sheet",
     "describe_kernel",
     "find_format",
+    "image_set_of",
     "kernel_missing",
     "load_dataset",
     "make_shapes",

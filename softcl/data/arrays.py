@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 
 from softcl.data.depth import eight_bits, scale_of
-from softcl.data.image_set import Arrays, DataError, printable
+from softcl.data.image_set import Arrays, printable
 from softcl.data.splits import Label, as_label, choose, part_in
+from softcl.errors import DataError
 
 CIFAR_SIGNS = (  # any file of CIFAR-10 will do: the reader says which are missing
     ("data_batch_[1-5]",),

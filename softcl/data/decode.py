@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from softcl.data.depth import USUAL, White, eight_bits
-from softcl.data.image_set import Cut, DataError, Listing, Triple, printable
+from softcl.data.image_set import Cut, Listing, Triple, printable
 from softcl.data.recipe import draw_box
 from softcl.data.walk import Progress
+from softcl.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from softcl.data.decode import suffixes
-from softcl.data.image_set import DataError, Listing, printable
+from softcl.data.image_set import Listing, printable
 from softcl.data.splits import TRAIN, WORDS, Label, as_label
 from softcl.data.walk import KINDS, counted, walk
+from softcl.errors import DataError
 
 TINY_SIGNS = (("val/val_annotations.txt",),)
 LABEL_KEYS = ("label", "labels", "fine_label", "cls", "class", "target")

@@ -22,10 +22,6 @@ Triple = tuple[float, float, float]
 LONGEST = 300  # characters of a path in a message
 
 
-class DataError(Exception):
-    """A data set that cannot be read; the message is one line that names the path."""
-
-
 # Per-channel mean and standard deviation of pixels in [0, 1].
 STATISTICS: dict[str, tuple[Triple, Triple]] = {
     # The constants of ASCL's released code (MrChenFeng/ASCL_ICPR2022) for its four small sets.

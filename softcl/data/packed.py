@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 
 from softcl.data.decode import suffixes
 from softcl.data.folder import LABEL_KEYS
-from softcl.data.image_set import DataError, Listing, printable
+from softcl.data.image_set import Listing, printable
 from softcl.data.splits import Label, as_label, part_in
 from softcl.data.walk import Progress, is_ignored, suffix_of, walk
+from softcl.errors import DataError
 
 Place = Path | Sequence[Path]  # a file or a folder; or the files that a pattern names
 

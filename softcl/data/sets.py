@@ -17,10 +17,11 @@ import torch
 
 from softcl.data import arrays, decode, folder, packed
 from softcl.data.depth import White, scale_of
-from softcl.data.image_set import STATISTICS, Arrays, DataError, ImageSet, Listing, printable
+from softcl.data.image_set import STATISTICS, Arrays, ImageSet, Listing, printable
 from softcl.data.shapes import load_shapes
 from softcl.data.splits import WORDS, choose, is_divided
 from softcl.data.walk import counted, described, is_ignored, suffix_of, walk
+from softcl.errors import DataError
 
 SMALL = 128  # images of one size up to this many pixels a side are kept as they are
 DEFAULT_SIZE = 224
@@ -258,7 +259,7 @@ def load_dataset(
         known = listing.statistics
         if whole and split == "test" and not is_divided(listing.parts):
             split = "all"
-        content = _decoded(listing, split, image_size, memory_limit, workers)
+        content = decoded(listing, split, image_size, memory_limit, workers)
     else:
         pixels = stored.read(found.place, split)
         known = pixels.statistics
@@ -309,7 +310,7 @@ def known_statistics(root: Path) -> str:
 # ------------------------------------------------------------------------------ sets of image files
 
 
-def _decoded(
+def decoded(
     listing: Listing,
     split: str,
     requested: int | None,

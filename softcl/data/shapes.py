@@ -27,8 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from softcl.data.image_set import STATISTICS, DataError, ImageSet
+from softcl.data.image_set import STATISTICS, ImageSet
 from softcl.data.stream import mix, words
+from softcl.errors import DataError
 
 SIDE = 32
 TRAIN_SIZE = 10_000

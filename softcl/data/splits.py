@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softcl.data.image_set import DataError, printable
+from softcl.data.image_set import printable
+from softcl.errors import DataError
 
 HOLD_OUT = 10  # without a test part, every tenth image of a class is held out
 TRAIN, TESTS = "train", ("test", "val")

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from softcl.data.image_set import DataError, printable
+from softcl.data.image_set import printable
+from softcl.errors import DataError
 
 FIRST_SECONDS, MORE_SECONDS = 3.0, 10.0  # until the first line about a slow set, and the next ones
 

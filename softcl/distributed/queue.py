@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,9 @@ class ShardedQueue(Ring):
 
     # --------------------------------------------------------------------------------- saving
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         destination = {} if destination is None else destination
         refused = self.refused
         # Of one length everywhere, so that one exchange collects them.

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from softcl.errors import PeerError
 from softcl.memory import moved
 
 T = TypeVar("T")
@@ -31,10 +32,6 @@ PATIENCE = timedelta(seconds=50)
 BEAT = timedelta(seconds=5)
 # What torchrun sets, besides WORLD_SIZE, for the processes to find each other.
 _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class PeerError(RuntimeError):
-    """Another process of the run failed or does not answer; the message is one line."""
 
 
 def number_from(environment: Mapping[str, str], name: str, default: int) -> int:

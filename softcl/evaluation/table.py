@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from softcl.command import ConfigError
+from softcl.errors import ConfigError
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 _PIECE = 8192  # rows in memory at a time

@@ -19,6 +19,7 @@ from softcl.methods.nnclr import NNCLR
 from softcl.methods.reco import ReCo
 from softcl.methods.ressl import ReSSL
 from softcl.methods.sce import SCE
+from softcl.methods.seed import SEED
 from softcl.methods.snclr import SNCLR
 
 METHODS: dict[str, type[Method]] = {
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "sce": SCE,
     "nnclr": NNCLR,
     "msf": MSF,
+    "seed": SEED,
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "MSF",
     "NNCLR",
     "SCE",
+    "SEED",
     "SNCLR",
     "Batch",
     "Defaults",

@@ -47,6 +47,7 @@ from softcl.methods.nnclr import NNCLR
 from softcl.methods.reco import ReCo
 from softcl.methods.ressl import ReSSL
 from softcl.methods.sce import SCE
+from softcl.methods.seed import SEED
 from softcl.methods.snclr import SNCLR
 from softcl.methods.vectors import check_order, check_share
 from softcl.nn import MemoryQueue
@@ -61,6 +62,7 @@ __all__ = [
     "ReCoLoss",
     "ReSSLLoss",
     "SCELoss",
+    "SEEDLoss",
     "SNCLRLoss",
 ]
 
@@ -141,6 +143,15 @@ class MSFLoss(_QueueLoss):
     """
 
     method_class = MSF
+
+
+class SEEDLoss(_QueueLoss):
+    """SEED's loss (``softcl.methods.seed``): ``criterion(query, key, queue)``.
+
+    The key is the frozen teacher's embedding of the very view that the query was made of.
+    """
+
+    method_class = SEED
 
 
 class ReSSLLoss(_QueueLoss):

@@ -145,7 +145,9 @@ class Method:
     student_view: str = "strong"
     teacher_view: str = "weak"
 
-    teacher_follows: ClassVar[str] = "before"  # the forward passes; or "after" the optimiser's step
+    teacher_follows: ClassVar[str] = (
+        "before"  # the forward passes; "after" the optimiser's step; "never"
+    )
     enqueue: ClassVar[str] = "after"  # the loss; or "before" it
     # Values that a field may have; a field that is not here is checked by its range.
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}

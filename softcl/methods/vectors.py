@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,8 @@ def vectors_of(method: Method, argument: str, given: Any, sees: tuple[str, ...])
         if given is not None:
             raise ValueError(f"{argument} must be None: {type(method).__name__} sees no view there")
         return {}
-    hint = " without symmetric=True" if hasattr(method, "symmetric") else ""
+    may_swap = any(field.name == "symmetric" for field in dataclasses.fields(method))
+    hint = " without symmetric=True" if may_swap else ""
     if len(sees) == 1:
         if several:
             raise TypeError(f"{argument} must be one tensor{hint}, got {_shown(given)}")

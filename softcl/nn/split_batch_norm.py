@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         ValueError: num_splits < 1, or in train mode N is no multiple of num_splits.
     """
 
-    def __init__(self, num_features: int, num_splits: int, **options) -> None:
+    def __init__(self, num_features: int, num_splits: int, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.num_splits = as_int("num_splits", num_splits, least=1)
 
@@ -70,7 +72,7 @@ class SplitBatchNormAct2d(SplitBatchNorm2d):
     """SplitBatchNorm2d followed by timm's ``drop`` and ``act`` layers (its BatchNormAct2d)."""
 
     def __init__(
-        self, num_features: int, num_splits: int, drop: nn.Module, act: nn.Module, **options
+        self, num_features: int, num_splits: int, drop: nn.Module, act: nn.Module, **options: Any
     ) -> None:
         super().__init__(num_features, num_splits, **options)
         self.drop = drop

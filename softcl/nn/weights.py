@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcl.errors import WeightsError
+
 TIMM = "timm:"  # how the specs begin that name timm's published weights
 # Until a file says otherwise: what torchvision's, MoCo's and DINO's weights were trained with.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -25,10 +27,6 @@ SHOWN = 3  # names that a line has room for
 
 Triple = tuple[float, float, float]
 Tensors = dict[str, Tensor]
-
-
-class WeightsError(RuntimeError):
-    """Weights that cannot be used; the message is one line that begins with their spec."""
 
 
 @dataclass(frozen=True)

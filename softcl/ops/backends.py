@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 
 from softcl import native
+from softcl.errors import UnsupportedBackendError
 from softcl.ops import trial, tune
 from softcl.ops.call import Call
 
@@ -35,10 +36,6 @@ BACKENDS: dict[str, tuple[str, ...] | None] = {
 
 # Backends written as one fused pass: what `--fused` demands.
 FUSED_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
-
-
-class UnsupportedBackendError(RuntimeError):
-    """An explicitly chosen backend cannot run this call; the message says why."""
 
 
 @dataclass(frozen=True)

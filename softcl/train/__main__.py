@@ -16,26 +16,18 @@ from typing import Any
 
 from softcl.command import (
     CommandParser,
-    ConfigError,
-    FlagError,
     carry_out,
     did_you_mean,
-    flag_name,
     report_for,
-    shortened,
     text_width,
 )
-from softcl.data import DataError
-from softcl.distributed import PeerError
 from softcl.distributed.world import number_from
+from softcl.errors import ConfigError, FlagError, PeerError, flag_name, shortened
 from softcl.files import read_file, user_path
 from softcl.methods import METHODS
-from softcl.nn.weights import WeightsError
-from softcl.train import fit
-from softcl.train.checkpoint import CheckpointError
+from softcl.train import run_settings
 from softcl.train.config import Setting, TrainConfig, default_values, method_settings, settings_of
-from softcl.train.folder import RunFolderError
-from softcl.train.parts import RunError, keep_freed_pages
+from softcl.train.parts import keep_freed_pages
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 # Of where and how far a run went, not of what it is: --config leaves them in their file.
@@ -53,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_pages()
 
     def command() -> int:
-        return fit(**parse_flags(sys.argv[1:] if argv is None else argv)).exit_code
+        return run_settings(parse_flags(sys.argv[1:] if argv is None else argv)).exit_code
 
-    expected = (RunError, RunFolderError, CheckpointError, DataError, PeerError, WeightsError)
-    return carry_out(PROG, command, *expected, report=_report)
+    return carry_out(PROG, command, report=_report)
 
 
 def _report(error: BaseException, message: str, code: int) -> int:

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.command import ConfigError
+from softcl.data.given import is_object
+from softcl.errors import CheckpointError, ConfigError
 from softcl.files import name_too, read_file, replace_file
 from softcl.nn import build_backbone
 from softcl.train.config import TrainConfig
@@ -46,10 +47,6 @@ _TAG = b"softcl-sha256:"
 _COMMENT_BYTES = len(_TAG) + 64  # the tag and 64 hexadecimal digits
 # A zip file ends with the length of its comment (two bytes) and the comment.
 _TRAILER_BYTES = 2 + _COMMENT_BYTES
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the path and the reason."""
 
 
 def seal(archive: bytes) -> bytes:
@@ -245,18 +242,30 @@ def load_backbone(path: Path, network: str = "student") -> Stored:
     file, content = find_checkpoint(path)
     check_content(file, content, {"step": int, "config": dict, network: dict})
     config, stored = config_of(file, content), content[network]
+    if is_object(config.arch):
+        reason = (
+            f"its backbone {config.arch} was a module, which softcl.train.fit(resume=...) needs"
+        )
+        raise CheckpointError(f"{file}: {reason}")
+    if "digest" in stored:
+        reason = f"the frozen teacher is not kept here: it is {config.teacher}"
+        raise CheckpointError(f"{file}: {reason}")
     try:
         backbone = build_backbone(config.arch, config.image_size)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: --arch {config.arch}: {error}") from error
-    prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     try:
-        backbone.load_state_dict(weights)
+        backbone.load_state_dict(backbone_weights(stored))
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file}: does not fit {config.arch}: {reason}") from error
     return Stored(file, backbone.eval().requires_grad_(False), config, content)
+
+
+def backbone_weights(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone's part of an encoder's state."""
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in encoder.items() if k.startswith(prefix)}
 
 
 def features_of(backbone: nn.Module, device: torch.device) -> nn.Module:

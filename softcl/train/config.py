@@ -19,9 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from softcl.command import ConfigError, check_path, check_range, did_you_mean, must_be_one_of
+from softcl.command import check_path, check_range, did_you_mean, must_be_one_of
 from softcl.data import FORMATS, SPLITS
+from softcl.errors import ConfigError, flag_name
 from softcl.methods import METHODS, Defaults, Method
+from softcl.train.loggers import LOGGERS
 from softcl.train.optim import OPTIMIZERS
 
 
@@ -58,6 +60,8 @@ def setting(group: str, default: Any = None, **rules: Any) -> Any:
 
 
 _PATHS = ("SPEC", "FOLDER", "RUN")  # metavars of settings that are paths, or may be
+LR_SCHEDULES = ("cosine", "constant", "steps")
+MOVING = ("temperature", "teacher_temperature")  # numbers of methods that a run may move
 _DATA, _MODEL, _METHOD = "data", "model", "method"
 _OPTIM, _RUN, _EVAL = "optimisation", "run", "evaluation"
 # How the numbers of a method begin that are of the model.
@@ -97,6 +101,9 @@ class TrainConfig:
     freeze: str | None = setting(_MODEL, metavar="PARTS",
         help="parts of the backbone that are not trained: stem,layer1 or stem,blocks.0")
 
+    teacher: str | None = setting(_MODEL, metavar="SPEC",
+        help="frozen teacher of method seed: a file, a run, an export, or timm:NAME[.TAG]")
+
     method: str = setting(_METHOD, "ascl", metavar="NAME",
         help="one of {methods}; each has flags of its own")
 
@@ -122,6 +129,12 @@ class TrainConfig:
         help="parts of a batch computed one after the other, for one step")
     warmup_epochs: float | None = setting(_OPTIM, at_least=0.0,
         help="linear warm-up, then cosine to 0; may be a fraction")
+    lr_schedule: str = setting(_OPTIM, "cosine", metavar="NAME", choices=LR_SCHEDULES,
+        help="after the warm-up: cosine to 0, constant, or steps: a tenth at 0.6 and 0.8 of it all")
+    final_temperature: float | None = setting(_OPTIM, above=0.0,
+        help="to which --temperature moves on a half cosine (default: it stays)")
+    final_teacher_temperature: float | None = setting(_OPTIM, above=0.0,
+        help="the same of --teacher-temperature")
     seed: int = setting(_OPTIM, 1228, at_least=0,
         help="of everything random")
 
@@ -163,6 +176,8 @@ class TrainConfig:
         help="neighbours that vote (default: 200, or fewer on a small set)")
     show_views: int | None = setting(_EVAL, at_least=1, at_most=256, may_change=True,
         help="write views.png: so many images and what the networks see of them")
+    log: str | None = setting(_EVAL, may_change=True, metavar="NAME", choices=LOGGERS,
+        help="numbers and pictures to wandb or mlflow too, beside TensorBoard's files")
     log_every: int = setting(_EVAL, 10, at_least=1, may_change=True,
         help="steps per line of metrics.jsonl; the first 50 have one each")
     # fmt: on
@@ -175,6 +190,10 @@ class TrainConfig:
             if value is not None:
                 check_value(rules, value)
         check_numbers(self.method, self.numbers)
+        for name in self.final_temperatures:
+            if name not in method_settings(self.method):
+                reason = f"method {self.method} has no {flag_name(name)}"
+                raise ConfigError(f"final_{name}", self.final_temperatures[name], reason)
         if self.fused is True and self.backend == "reference":
             reason = "backend reference is not fused; leave one of the two out"
             raise ConfigError("fused", "", reason)
@@ -210,6 +229,12 @@ class TrainConfig:
     def wanted_backend(self) -> str:
         """The backend asked for; "auto" where none was named."""
         return "reference" if self.fused is False else self.backend
+
+    @property
+    def final_temperatures(self) -> dict[str, float]:
+        """Where the method's temperatures end that move, by the names of its numbers."""
+        ends = {name: getattr(self, f"final_{name}") for name in MOVING}
+        return {name: end for name, end in ends.items() if end is not None}
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a run computes: a resumed run must have the same."""

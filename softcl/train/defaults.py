@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from softcl.command import ConfigError
 from softcl.data import ImageSet
+from softcl.errors import ConfigError
 from softcl.methods import Defaults, Method
 from softcl.train.config import TrainConfig, defaults_of, refusal
 from softcl.train.optim import standard_settings

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcl.command import LARGEST, ConfigError, flag_name
+from softcl.command import LARGEST
 from softcl.distributed.world import number_from
+from softcl.errors import CheckpointError, ConfigError, RunFolderError, flag_name
 from softcl.files import TEMPORARY, check_folder, read_file, replace_file, user_path
 from softcl.train.checkpoint import (
     BEST,
@@ -31,7 +32,6 @@ from softcl.train.checkpoint import (
     LAST,
     PREVIOUS,
     SET_ASIDE,
-    CheckpointError,
     check_content,
     config_of,
     holds_checkpoint,
@@ -50,10 +50,6 @@ _EVENTS = "events.out.tfevents.*"
 
 FORMAT = 3  # of a checkpoint's content
 AUTO = "auto"
-
-
-class RunFolderError(RuntimeError):
-    """The folder cannot be used; the message names its path and what to do."""
 
 
 class RunFolder:

@@ -19,6 +19,7 @@ from softcl.data import (
     ImageSet,
     batch_indices,
     batches,
+    image_set_of,
     load_dataset,
     training_split,
 )
@@ -26,13 +27,17 @@ from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE
 from softcl.data.views import Images, RecipeTransform, Transform
 from softcl.distributed import ALONE, World
+from softcl.errors import ConfigError
 from softcl.methods import Method, View
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import default_size
+from softcl.train.given import NOTHING, Given
 from softcl.train.step import derived_seed
 
 
-def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]:
+def load_images(
+    config: TrainConfig, given: Given = NOTHING
+) -> tuple[ImageSet, ImageSet, ImageSet, str]:
     """Training images, bank and queries of the k-NN evaluation, and a line about the latter.
 
     The bank is the training set; where that has images without labels beside the labelled ones
@@ -43,25 +48,18 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
         DataError: the training images, or the images of --eval-data, cannot be read.
     """
     options = {"image_size": config.image_size, "workers": config.workers}
-    own = {"data_format": config.data_format}
-    with from_flag("data"):
-        try:
-            split = config.split or training_split(config.data, config.data_format)
-            train = load_dataset(config.data, split, **own, **options)
-        except DataError as error:
-            hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
-            raise DataError(f"{error}{hint}") from error
-    if config.whole_images is False:
-        train.files = None
+    train, bank = _training_images(config, given, options)
     if config.image_size is None:  # to be stored in one size with the training images
         options["image_size"] = train.size[1]
-    bank = train
-    if split in ("unlabeled", "train+unlabeled"):
-        bank = load_dataset(config.data, "train", **own, **options)
     bank = bank.labelled()
-    if config.eval_data is not None:
+    own = {"data_format": config.data_format}
+    if given.eval_data is not None:
+        queries = image_set_of(given.eval_data, **options)
+    elif config.eval_data is not None:
         with from_flag("eval_data"):
             queries = load_dataset(config.eval_data, "test", whole=True, **options)
+    elif given.data is not None:
+        return train, bank, bank, "every tenth training image (no eval_data was given)"
     else:
         try:
             queries = load_dataset(config.data, "test", **own, **options)
@@ -73,6 +71,33 @@ def load_images(config: TrainConfig) -> tuple[ImageSet, ImageSet, ImageSet, str]
     if bank.labels is None and queries.labels is not None:
         return train, queries, queries, f"every tenth image, of {queries.describe()}"
     return train, bank, queries, queries.describe()
+
+
+def _training_images(
+    config: TrainConfig, given: Given, options: dict[str, int | None]
+) -> tuple[ImageSet, ImageSet]:
+    """The training set, and the bank of the evaluation."""
+    own = {"data_format": config.data_format}
+    if given.data is not None:
+        for name, usual in (("split", None), ("data_format", "auto")):
+            if getattr(config, name) != usual:
+                reason = "does not apply to data that is given as an object"
+                raise ConfigError(name, getattr(config, name), reason)
+        train = bank = image_set_of(given.data, **options)
+    else:
+        with from_flag("data"):
+            try:
+                split = config.split or training_split(config.data, config.data_format)
+                train = bank = load_dataset(config.data, split, **own, **options)
+            except DataError as error:
+                hint = "" if Path(config.data).exists() else did_you_mean(config.data, ["shapes"])
+                raise DataError(f"{error}{hint}") from error
+        if split in ("unlabeled", "train+unlabeled"):
+            labelled = {**options, "image_size": options["image_size"] or train.size[1]}
+            bank = load_dataset(config.data, "train", **own, **labelled)
+    if config.whole_images is False:
+        train.files = None
+    return train, bank
 
 
 def view_side(images: ImageSet, config: TrainConfig) -> int:

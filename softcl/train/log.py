@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,12 +19,14 @@ import torch
 import softcl
 from softcl.data.views import describe_kernel
 from softcl.train.config import TrainConfig
-from softcl.train.folder import METRICS, RunFolder, finite
+from softcl.train.folder import CONFIG, METRICS, RunFolder, finite
+from softcl.train.loggers import Logger, TensorBoard, open_logger
 from softcl.train.parts import Parts
+from softcl.train.teacher import FrozenTeacher
 
 
 class MetricsLog:
-    """metrics.jsonl of a run folder, and the same numbers as TensorBoard events.
+    """metrics.jsonl of a run folder, and the same numbers for TensorBoard and other loggers.
 
     A line has ``step`` (steps done), ``epoch`` and either the numbers of a training step (loss, lr,
     images_per_s, data_wait, confidence, ...) or an evaluation (knn_top1). NaN, which JSON lacks, is
@@ -33,14 +36,37 @@ class MetricsLog:
         OSError: naming the file, in every method but `close`.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = folder.path / METRICS
+    def __init__(self, folder: RunFolder, settings: Mapping[str, Any]) -> None:
+        self._folder, self._path = folder, folder.path / METRICS
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        # TensorBoard hides what older files of the folder say from this step on.
-        purge = None if folder.resumed_at is None else folder.resumed_at + 1
-        self._events = SummaryWriter(str(folder.path), purge_step=purge)
+        self._events = TensorBoard(folder.path, settings, folder.resumed_at)
+        self._other: Logger | None = None
+
+    def open_other(
+        self, name: str, settings: Mapping[str, Any], failed: Callable[[str], None]
+    ) -> None:
+        """Send everything to another logger too, until it fails: then `failed` is told in a line.
+
+        Raises:
+            RunError: it cannot start.
+        """
+        created = (self._folder.read_json(CONFIG) or {}).get("created")
+        own = repr(created or self._folder.path.resolve())  # a run may have moved
+        identity = hashlib.sha256(own.encode()).hexdigest()[:16]
+        self._other_name, self._other_failed = name, failed
+        self._other = open_logger(name, self._folder.path, settings, identity)
+
+    def _tell_other(self, what: str, *arguments: Any) -> None:
+        """A logger that fails in the middle, its network gone, is left out from there on."""
+        if self._other is None:
+            return
+        try:
+            getattr(self._other, what)(*arguments)
+        except Exception as error:
+            self._other = None
+            line = (str(error).splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {line}; going on without it"
+            self._other_failed(f"warning    --log {self._other_name}: {reason}")
 
     def add(self, row: Mapping[str, Any]) -> None:
         row = finite(row)
@@ -51,9 +77,13 @@ class MetricsLog:
                 os.write(self._file, line[written:])
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-        for name, value in row.items():
-            if name not in ("step", "epoch", "seconds") and value is not None:
-                self._events.add_scalar(name, value, row["step"])
+        self._events.numbers(row)
+        self._tell_other("numbers", row)
+
+    def picture(self, path: Path) -> None:
+        """A picture that was written into the folder."""
+        self._events.picture(path.stem, path)
+        self._tell_other("picture", path.stem, path)
 
     def flush(self) -> None:
         """Events are written by a thread: with a checkpoint, they must be on the disk too."""
@@ -61,10 +91,8 @@ class MetricsLog:
 
     def close(self) -> None:
         os.close(self._file)
-        try:
-            self._events.close()
-        except OSError:  # after a failed write the thread still holds bytes that the disk refuses
-            pass
+        self._events.close()
+        self._tell_other("close")
 
 
 # ------------------------------------------------------------------------------------- terminal
@@ -181,6 +209,11 @@ def describe(parts: Parts, path: Path) -> Iterator[str]:
         first, *rest = parts.pretrained.describe()
         yield f"weights    {first}"
         yield from (f"           {line}" for line in rest)
+    if isinstance(state.teacher, FrozenTeacher):
+        features = state.method.projection_dim
+        first, *rest = state.teacher.notes or [config.teacher]
+        yield f"teacher    {first}, frozen, {features} features"
+        yield from (f"           {line}" for line in rest)
     yield f"networks   {describe_speed(config)}"
     yield f"views      {describe_kernel(parts.knn.device, config.view_kernel)}"
     yield f"method     {config.method} (defaults of {parts.defaults!r})"
@@ -214,6 +247,7 @@ def record(parts: Parts, config: TrainConfig) -> dict[str, Any]:
     device = parts.knn.device
     pretrained = parts.pretrained
     return {
+        "created": time.time(),
         "config": config.to_dict(),
         "weights": None if pretrained is None else list(pretrained.describe()),
         "defaults": parts.defaults,

@@ -11,9 +11,10 @@ import torch
 
 from softcl.command import invocation
 from softcl.data.views import Images
+from softcl.errors import CallbackError, CheckpointError, Diverged
 from softcl.evaluation.recalibration import recalibrated
 from softcl.files import name_too
-from softcl.train.checkpoint import BEST, LAST, CheckpointError, write_checkpoint
+from softcl.train.checkpoint import BEST, LAST, write_checkpoint
 from softcl.train.folder import (
     BASELINES,
     CONFIG,
@@ -26,6 +27,7 @@ from softcl.train.folder import (
     numbers_of,
     read_run_config,
 )
+from softcl.train.given import Callback, Moment
 from softcl.train.images import fingerprint
 from softcl.train.log import (
     MetricsLog,
@@ -41,10 +43,10 @@ from softcl.train.parallel import StopVote, average_buffers
 from softcl.train.parts import Parts
 from softcl.train.pictures import choose_queries, draw_neighbors, draw_views, nearest
 from softcl.train.step import (
-    Diverged,
     Meter,
     first_damaged,
     learning_rate,
+    moved_temperatures,
     query_spread,
     teacher_momentum,
     train_step,
@@ -54,7 +56,7 @@ from softcl.train.weights import untrained_encoder
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
 
-class Run:
+class Loop:
     """One run, from its first step or from a checkpoint (`load`) to its end.
 
     Args:
@@ -69,9 +71,10 @@ class Run:
         self.world, self.feed = parts.world, parts.feed
         self.config = config = parts.config.changed(out=str(path), overwrite=None, resume=None)
         self.progress = PlainProgress(None) if folder is None else make_progress()
-        self.log = None if folder is None else MetricsLog(folder)
+        self.log = None if folder is None else MetricsLog(folder, config.to_dict())
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
+        self.method, self.final_temperatures = self.state.method, config.final_temperatures
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
         self.best_accuracy, self.best_step = -1.0, -1
@@ -82,7 +85,7 @@ class Run:
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._first_step = self.state.step
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,11 +103,18 @@ class Run:
             self.folder.write_json(CONFIG, record(self.parts, self.config))
         if content is None:
             self._list_skipped()
+        self.world.on_main_process(self._open_logger)
+        if content is None:
             self._show_views()
         self.world.on_main_process(self._measure_baselines)
         if content is not None:
             self.load(content)
             self.progress.say(f"resumed    at step {self.state.step} of {self.total_steps}")
+
+    def _open_logger(self) -> None:
+        if self.config.log is not None:
+            settings = self.config.to_dict()
+            self.log.open_other(self.config.log, settings, self.progress.say)
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -120,11 +130,45 @@ class Run:
                 self._one_step(images)
             if self.meter.due(self.state.step, self.total_steps):
                 self._show(last)
+            self._call(self.parts.given.on_step)
             if vote.asked():
                 return
             self._evaluate_if_due()
             if self._checkpoint_is_due():
                 self.save()
+            if self.state.step % self.feed.steps_per_epoch == 0:
+                self._call(self.parts.given.on_epoch)
+
+    def _call(self, function: Callback | None) -> None:
+        """Tell a function of the caller's where the run stands.
+
+        Raises:
+            CallbackError: it raised; this step is saved.
+        """
+        if function is None:
+            return
+        state, student = self.state, self.state.student
+        moment = Moment(
+            step=state.step,
+            total_steps=self.total_steps,
+            epoch=state.step / self.feed.steps_per_epoch,
+            lr=max(group["lr"] for group in state.optimizer.param_groups),
+            knn=self.accuracy,
+            backbone=student.backbone,
+            _measures=self.meter.measures,
+        )
+        training = student.training
+        try:
+            function(moment)
+        except Exception as error:
+            if self.world.alone:  # the others would wait for this one's part in it
+                self.save()
+            name = "on_step" if function is self.parts.given.on_step else "on_epoch"
+            line = (str(error).splitlines() or [""])[0]
+            reason = f"{name} raised {type(error).__name__}: {line}, after step {state.step}"
+            raise CallbackError(f"{reason}; {self.last_checkpoint()}") from error
+        finally:
+            student.train(training)
 
     def _diverged(self, what: str) -> Diverged:
         found = first_damaged(self.state, gradients=True)
@@ -140,7 +184,11 @@ class Run:
             steps_per_epoch=self.feed.steps_per_epoch,
             epochs=config.epochs,
             warmup_epochs=config.warmup_epochs,
+            schedule=config.lr_schedule,
         )
+        if self.final_temperatures:
+            progress = state.step / self.total_steps
+            state.method = moved_temperatures(self.method, self.final_temperatures, progress)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         momentum = teacher_momentum(
@@ -338,6 +386,7 @@ class Run:
         path = self.path / PICTURE
         panels = [("nearest after training", trained), ("nearest before training", untrained)]
         draw_neighbors(path, self.knn, places, panels)
+        self.log.picture(path)
         return str(path)
 
     # ------------------------------------------------------------------------------- state, time
@@ -416,10 +465,11 @@ class Run:
 
     def say_stopped(self) -> None:
         self.progress.close()
-        self.progress.say(
-            f"stopped    at step {self.state.step} of {self.total_steps}; go on with: "
-            f"{invocation('softcl.train')} --resume {shlex.quote(str(self.path))}"
-        )
+        again = f"{invocation('softcl.train')} --resume {shlex.quote(str(self.path))}"
+        if self.parts.given.settings:  # which the command cannot give
+            again = f"softcl.train.fit(resume={str(self.path)!r}, ...), with the same objects"
+        place = f"at step {self.state.step} of {self.total_steps}"
+        self.progress.say(f"stopped    {place}; go on with: {again}")
 
     def _show_views(self) -> None:
         """views.png, where it was asked for."""
@@ -427,6 +477,7 @@ class Run:
         if config.show_views is not None and self.folder is not None:
             size, count = config.image_size, config.show_views
             draw_views(path, parts.images, parts.views, size, count, config.seed)
+            self.log.picture(path)
             self.progress.say(f"views      {path}")
 
     def _list_skipped(self) -> None:

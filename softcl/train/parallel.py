@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softcl.command import ConfigError
 from softcl.distributed import World
+from softcl.errors import ConfigError
 from softcl.nn import SplitBatchNorm2d, convert_split_batch_norm
 
 
@@ -151,9 +151,13 @@ class StopRequest:
         exit_code: None until a signal comes, then 130 (Ctrl-C) or 143 (SIGTERM).
 
     Python delivers signals to the main thread alone; elsewhere nothing is changed.
+
+    Args:
+        interactive: a second signal raises KeyboardInterrupt, where it would end the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, interactive: bool = False) -> None:
+        self.interactive = interactive
         self.exit_code: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -168,6 +172,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.exit_code is not None and self.interactive:
+            raise KeyboardInterrupt
         if self.exit_code is not None:
             # At once: no clean-up. A checkpoint being written leaves the one before it.
             os.write(2, b"\nsoftcl.train: stopped at once\n")

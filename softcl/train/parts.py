@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.command import LARGEST, ConfigError, did_you_mean
-from softcl.data import DataError, ImageSet
+from softcl.command import LARGEST, did_you_mean
+from softcl.data import ImageSet
 from softcl.data.views import kernel_missing
 from softcl.distributed import ALONE, ShardedQueue, World
+from softcl.errors import ConfigError, DataError, RunError, UnsupportedBackendError
 from softcl.evaluation import KNN, NUM_NEIGHBORS
 from softcl.methods.method import Method
 from softcl.nn import Encoder, MemoryQueue, build_backbone, build_head, make_teacher
 from softcl.nn.pretrained import Pretrained, likely_arch
-from softcl.ops import FUSED_BACKENDS, BackendChoice, UnsupportedBackendError, choose_backend
+from softcl.ops import FUSED_BACKENDS, BackendChoice, choose_backend
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import fill
+from softcl.train.given import NOTHING, Given, copied_backbone
 from softcl.train.images import (
     BatchFeed,
     build_views,
@@ -35,6 +37,7 @@ from softcl.train.images import (
     side_of,
     view_side,
 )
+from softcl.train.loggers import check_logger
 from softcl.train.optim import build_optimizer
 from softcl.train.parallel import (
     average_gradients,
@@ -43,6 +46,7 @@ from softcl.train.parallel import (
     synchronise_norms,
 )
 from softcl.train.step import Trained, TrainState, Transform, derived_seed
+from softcl.train.teacher import build_teacher, check_teacher, fit_to_teacher
 from softcl.train.weights import (
     fit_first_weights,
     freeze,
@@ -54,10 +58,6 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # what autocast takes
 _COMPILERS = ("g++", "clang++", "c++")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGEST_INT = -1, -4, 2**31 - 1
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message is one line."""
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Parts:
         feed: the batches, in their order.
         world: the processes that train together.
         pretrained: the backbone with the weights of --init, in a run that starts.
+        given: objects and functions of the caller's.
     """
 
     config: TrainConfig
@@ -89,10 +90,14 @@ class Parts:
     feed: BatchFeed
     world: World = ALONE
     pretrained: Pretrained | None = None
+    given: Given = NOTHING
 
 
 def assemble(
-    config: TrainConfig, world: World = ALONE, content: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    world: World = ALONE,
+    content: Mapping[str, Any] | None = None,
+    given: Given = NOTHING,
 ) -> Parts:
     """Make the parts; what is quick to refuse is refused before the images are read.
 
@@ -102,15 +107,21 @@ def assemble(
     Raises:
         ConfigError, DataError, WeightsError, RunError: as the functions below.
     """
-    check_arch(config.arch)
+    if given.backbone is None:
+        check_arch(config.arch)
+    check_teacher(config)
+    check_logger(config.log)
     device = resolve_device(config.device, world)
     check_speed(config, device)
+    if given.backbone is not None and config.init is not None:
+        raise ConfigError("init", config.init, "does not apply to a backbone given as a module")
     weights = None
     if config.init is not None and content is None:
         weights = read_first_weights(config.init)
         config = config.changed(arch=config.arch or weights.arch or likely_arch(weights))
-    images, bank, queries, evaluation = load_images(config)
+    images, bank, queries, evaluation = load_images(config, given)
     check_same_images(images, config.data, world)
+    given_dim = config.numbers.get("projection_dim")
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, method, device)
     pretrained = None if weights is None else fit_first_weights(weights, config)
@@ -122,6 +133,9 @@ def assemble(
         normalise_as((images, bank, queries), *normalisation)
         if queries is not bank:
             evaluation = queries.describe()
+    teacher = build_teacher(config, method, images, given)
+    if teacher is not None:
+        config, method = fit_to_teacher(config, method, teacher, given_dim)
     views = build_views(method, images, config.image_size, config.view_kernel)
     missing = kernel_missing(device) if config.view_kernel else None
     if missing is not None:
@@ -129,14 +143,17 @@ def assemble(
     check_processes(config, method, world)
     check_memory(config, method, device, world)
     backbone = None if pretrained is None else pretrained.backbone
-    state = build_state(config, method, device, world, backbone)
+    if given.backbone is not None:
+        backbone = copied_backbone(given.backbone, config.image_size)
+    state = build_state(config, method, device, world, backbone, teacher)
     backend = choose_run_backend(config, state, device)
     knn = build_knn(config, bank, queries, device)
     make_resident(images, device)
     feed = BatchFeed(images, config.batch_size, config.seed, device, world, views)
     return Parts(
-        config, defaults, images, evaluation, state, backend, knn, views, feed, world, pretrained
-    )
+        config, defaults, images, evaluation, state, backend, knn, views, feed, world,
+        pretrained, given,
+    )  # fmt: skip
 
 
 def check_processes(config: TrainConfig, method: Method, world: World) -> None:
@@ -216,11 +233,13 @@ def build_state(
     device: torch.device,
     world: World = ALONE,
     backbone: nn.Module | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainState:
-    """Networks, queues and optimiser at step 0: a function of the configuration and the backbone.
+    """Networks, queues and optimiser at step 0: a function of the configuration and the networks.
 
     Args:
         backbone: the student's; None for a random one.
+        teacher: one that is frozen; None for a copy of the student.
 
     Raises:
         ConfigError: the backbone is unknown or cannot take images of this size, or has no part that
@@ -252,10 +271,10 @@ def build_state(
         layer_decay=config.layer_decay,
     )
     queues = build_queues(config, method, world).to(device)
-    teacher: nn.Module = nn.Identity()
-    if method.teacher_sees():
+    if teacher is None and method.teacher_sees():
         teacher = make_teacher(student)
         freeze(config, teacher)
+    teacher = nn.Identity() if teacher is None else teacher.to(device)
     state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
     if not world.alone and device.type == "cuda":
         synchronise_norms((student, teacher, heads), method.num_splits, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from softcl.data.views import Images, Share, Transform, device_of, make_view
 from softcl.distributed import ALONE, ShardedQueue, World
+from softcl.errors import Diverged
 from softcl.memory import copy_to_host
 from softcl.methods.method import SCHEDULES, Batch, Method, Result
 from softcl.nn import shuffled, update_teacher
@@ -270,21 +272,34 @@ def derived_seed(*parts: int | str) -> int:
 # hold.
 
 
+LR_DROPS = (0.6, 0.8)  # shares of the epochs
+
+
 def learning_rate(
-    step: int, *, peak: float, steps_per_epoch: int, epochs: int, warmup_epochs: float
+    step: int,
+    *,
+    peak: float,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: float,
+    schedule: str = "cosine",
 ) -> float:
-    """Linear from 0 to `peak` over the warm-up, then a half cosine to 0, per step (as ASCL's code).
+    """Linear from 0 to `peak` over the warm-up, then by the schedule, per step (as ASCL's code).
 
         t = step / steps_per_epoch
         lr = peak t / warmup_epochs                                              t < warmup_epochs
-        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2         else
+        lr = peak (1 + cos(pi (t - warmup_epochs) / (epochs - warmup_epochs))) / 2        "cosine"
+        lr = peak                                                                       "constant"
+        lr = peak, peak / 10 from 0.6 epochs on, peak / 100 from 0.8 epochs on   "steps" (MoCo v1)
 
     `step` counts from 0: the first step of a warm-up has a rate of 0.
     """
     epoch = step / steps_per_epoch
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
-    if warmup_epochs >= epochs:
+    if schedule == "steps":
+        return peak / 10 ** sum(epoch >= share * epochs for share in LR_DROPS)
+    if schedule == "constant" or warmup_epochs >= epochs:
         return peak
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return 0.5 * peak * (1.0 + math.cos(math.pi * min(progress, 1.0)))
@@ -300,6 +315,20 @@ def teacher_momentum(step: int, *, start: float, schedule: str, total_steps: int
     if schedule == "cosine":
         return 1.0 - (1.0 - start) * (1.0 + math.cos(math.pi * step / total_steps)) / 2
     raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
+def moved_temperatures(method: Method, final: Mapping[str, float], progress: float) -> Method:
+    """The method with those temperatures on a half cosine from its own to their final values.
+
+    Args:
+        final: by the names of the method's numbers.
+        progress: share of the run that is done, in [0, 1].
+    """
+    share = (1.0 - math.cos(math.pi * progress)) / 2
+    values = {
+        name: (1 - share) * getattr(method, name) + share * end for name, end in final.items()
+    }
+    return dataclasses.replace(method, **values)
 
 
 # --------------------------------------------------------------------------------- failing numbers
@@ -329,10 +358,6 @@ def first_damaged(state: TrainState, *, gradients: bool = False) -> str | None:
         if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
             return f"{name} is not finite"
     return None
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
 
 
 class Meter:
@@ -374,6 +399,11 @@ class Meter:
             before, loss, arrival = watched
             arrival.synchronize()
             _check_loss(before, float(loss))
+
+    @property
+    def measures(self) -> Tensor:
+        """Of the last step, (5,), on the device."""
+        return self._last[1]
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether a row is due after this many steps; the early ones would keep a GPU waiting."""

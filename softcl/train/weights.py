@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from softcl.command import ConfigError
 from softcl.data import ImageSet
+from softcl.errors import CheckpointError, ConfigError
 from softcl.nn import Encoder, build_backbone
 from softcl.nn.pretrained import Pretrained, fit_backbone
 from softcl.nn.weights import TIMM, Weights, WeightsError, read_file, read_timm
-from softcl.train import checkpoint
+from softcl.train.checkpoint import is_checkpoint, load_backbone
 from softcl.train.config import TrainConfig
 from softcl.train.optim import freeze_parts
 from softcl.train.step import derived_seed
@@ -41,15 +41,15 @@ def read_weights(spec: str, network: str = "student") -> Weights:
     path = Path(spec).expanduser()
     if path.is_dir() and (path / _OF_FOLDER).is_file():
         return read_file(path / _OF_FOLDER)
-    if path.is_dir() or checkpoint.is_checkpoint(path):
+    if path.is_dir() or is_checkpoint(path):
         return _read_run(path, network)
     return read_file(path)
 
 
 def _read_run(path: Path, network: str) -> Weights:
     try:
-        stored = checkpoint.load_backbone(path, network)
-    except (checkpoint.CheckpointError, ConfigError) as error:
+        stored = load_backbone(path, network)
+    except (CheckpointError, ConfigError) as error:
         raise WeightsError(str(error)) from error
     config = stored.config
     known = {"arch": config.arch, "image_size": config.image_size}
