@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softcl.command import CommandParser, carry_out, check_range
+from softcl.command import CommandParser, carry_out, check_range, report_for
 from softcl.data import FORMATS, SPLITS, DataError, ImageSet, batches, center_view, load_dataset
 from softcl.data.image_set import printable
 from softcl.errors import ConfigError
@@ -86,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(options)
         embed(options)
 
-    return carry_out(PROG, command)
+    def report(_: BaseException, message: str, code: int) -> int:
+        again = "; the same command goes on" if code == 130 else ""
+        return report_for(PROG)(message + again, code)
+
+    return carry_out(PROG, command, report=report)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -188,7 +188,7 @@ def test_wrong_calls_are_one_line(whole: Path, folder: Path, tmp_path: Path, cap
         ([run, "--data", data, "--out", out, "--duplicates", "2"], "--duplicates 2.0: must be", 2),
         ([run, "--data", "nowhere", "--out", out], "nowhere: no such file or folder", 1),
         (["nowhere.pth", "--data", data, "--out", out], "nowhere.pth: cannot read: No such", 1),
-        ([run, "--data", data, "--out", "no/x.npz"], "no/x.npz.parts: No such file", 1),
+        ([run, "--data", data, "--out", "no/x.npz"], "no/x.npz: No such file", 1),
         ([run, "--data", data, "--out", out, "--arch", "resnet18"], "not the weights of resn", 1),
     ):
         assert main([*line, "--device", "cpu"]) == code, line
