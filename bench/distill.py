@@ -15,15 +15,18 @@ goes on where the first was stopped.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from softcl.nn import build_backbone
-from softcl.train import Run, fit
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from softcl.nn import build_backbone  # noqa: E402
+from softcl.train import Run, fit  # noqa: E402
 
 
 def half_width(image_size: int) -> nn.Module:
