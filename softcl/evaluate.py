@@ -21,7 +21,7 @@ from softcl.command import CommandParser, carry_out, check_path, check_range, fr
 from softcl.data import FORMATS, DataError, ImageSet, load_dataset
 from softcl.evaluation.features import extract, sampled
 from softcl.evaluation.knn import BANK_PIECE, NUM_NEIGHBORS, TEMPERATURE, knn_predict
-from softcl.evaluation.probe import EPOCHS, RATE, Labelled, lbfgs_probe, sgd_probe
+from softcl.evaluation.probe import EPOCHS, RATE, TOLERANCE, Labelled, lbfgs_probe, sgd_probe
 from softcl.evaluation.retrieval import retrieval_precision
 from softcl.files import check_target, replace_file, user_path
 from softcl.ops.call import COLDEST, HOTTEST
@@ -30,6 +30,7 @@ from softcl.train.parts import resolve_device
 
 MEASURES = ("knn", "lbfgs", "sgd", "retrieval")
 PROG = "softcl.evaluate"
+CROP_SHARE, CROPPED_FROM = 0.875, 224  # as papers evaluate on ImageNet
 
 
 def build_parser() -> CommandParser:
@@ -46,6 +47,9 @@ def build_parser() -> CommandParser:
     add("--network", choices=NETWORKS, default="student", metavar="NAME",
         help="student or teacher (default: student)")
     add("--image-size", type=int, metavar="N", help="side in pixels (default: the run's)")
+    add("--crop-share", type=float, metavar="X",
+        help="side of the centred square that is seen, of the images' shorter side "
+        f"(default: {CROP_SHARE} from {CROPPED_FROM} px on: Resize 256, CenterCrop 224; else 1)")
     add("--knn-k", type=int, default=NUM_NEIGHBORS, metavar="N",
         help=f"neighbours that vote (default: {NUM_NEIGHBORS})")
     add("--temperature", type=float, default=TEMPERATURE, metavar="X",
@@ -98,6 +102,8 @@ def _check(options: argparse.Namespace) -> None:
             check_range(name, value, at_least=bound, at_most=most.get(name))
     check_range("temperature", options.temperature, at_least=COLDEST, at_most=HOTTEST)
     check_range("lr", options.lr, above=0.0)
+    if options.crop_share is not None:
+        check_range("crop_share", options.crop_share, at_least=0.1, at_most=1.0)
     for name in ("data", "test_data", "out"):
         if getattr(options, name) is not None:
             check_path(name, getattr(options, name))
@@ -107,7 +113,11 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print line by line, and return everything as one dictionary."""
     device = resolve_device(options.device)
     size = options.image_size or stored.config.image_size
-    train, test = load_sets(stored, options, size)
+    share = options.crop_share
+    if share is None:
+        share = CROP_SHARE if size >= CROPPED_FROM else 1.0
+    # Images that are cropped are stored larger, so that nothing is enlarged afterwards.
+    train, test = load_sets(stored, options, round(size / share))
     print(f"checkpoint {stored.path}, step {stored.content['step']}, {options.network}")
     print(f"train      {train.describe()}")
     print(f"test       {test.describe()}")
@@ -116,7 +126,7 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
     parts = []
     for images in (train, test):
         indices = sampled(len(images), options.limit or len(images))
-        rows = extract(images, indices, backbone, size, device, normalize=False)
+        rows = extract(images, indices, backbone, size, device, normalize=False, crop_share=share)
         parts.append(Labelled(rows, images.labels[indices].to(device)))
     print(f"features   {parts[0].rows.shape[1]} per image, {time.perf_counter() - started:.1f} s")
     results: dict[str, Any] = {
@@ -125,6 +135,7 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
         "network": options.network,
         "arch": stored.config.arch,
         "image_size": size,
+        "crop_share": share,
         "train": {"name": train.name, "images": len(parts[0].rows)},
         "test": {"name": test.name, "images": len(parts[1].rows)},
     }
@@ -215,6 +226,8 @@ def describe(name: str, found: dict[str, Any]) -> str:
         best = f"best {found['best_top1']:.2%} at epoch {found['best_epoch']}"
         return f"linear     SGD top-1 {found['top1']:.2%} ({best}; {train}), {seconds}"
     penalty = f"penalty {found['penalty']:g}"
+    if found["excess"] > TOLERANCE:
+        penalty += f", not converged: objective within {found['excess']:.0e}"
     return f"linear     L-BFGS top-1 {found['top1']:.2%} ({penalty}; {train}), {seconds}"
 
 

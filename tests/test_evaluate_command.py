@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softcl.evaluate import main
-from softcl.evaluation.probe import Labelled, fit_logistic, lbfgs_probe, sgd_probe
+import softcl.evaluate as evaluate_module
+from softcl.evaluate import describe, main
+from softcl.evaluation.features import central
+from softcl.evaluation.probe import (
+    PENALTIES,
+    TOLERANCE,
+    Labelled,
+    fit_logistic,
+    lbfgs_probe,
+    sgd_probe,
+)
 from softcl.evaluation.retrieval import retrieval_precision
 from softcl.methods import METHODS
 from softcl.train.__main__ import main as train
@@ -41,7 +50,7 @@ def test_probes_learn_what_is_there_and_nothing_else(probe):
 
 def test_logistic_regression_is_at_its_minimum():
     train = blobs(150, 0, 2.0)
-    weights = fit_logistic(train.rows.double(), train.labels, 4, 1e-2, 200, None)
+    weights, _ = fit_logistic(train.rows.double(), train.labels, 4, 1e-2, 200, None)
 
     def loss(w: Tensor) -> Tensor:
         scores = train.rows.double() @ w[:-1] + w[-1]
@@ -54,6 +63,37 @@ def test_logistic_regression_is_at_its_minimum():
     known = LogisticRegression(C=1 / (1e-2 * 150), tol=1e-8, max_iter=1000)
     known.fit(train.rows.double().numpy(), train.labels.numpy())
     torch.testing.assert_close(weights[:-1].T, torch.from_numpy(known.coef_), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_logistic_regression_is_as_good_as_scikit_learns(penalty: float, spread: float):
+    train = blobs(150, 0, spread)
+    rows = train.rows.double()
+    scale = torch.logspace(0, -2, 12, dtype=torch.float64)  # badly conditioned
+    rows = rows * scale
+
+    def objective(w: Tensor) -> float:
+        data = F.cross_entropy(rows @ w[:-1] + w[-1], train.labels)
+        return float(data + 0.5 * penalty * w[:-1].square().sum())
+
+    from sklearn.linear_model import LogisticRegression
+
+    known = LogisticRegression(C=1 / (penalty * 150), tol=1e-10, max_iter=20_000)
+    known.fit(rows.numpy(), train.labels.numpy())
+    best = torch.from_numpy(known.coef_).T, torch.from_numpy(known.intercept_)[None]
+    found, excess = fit_logistic(rows, train.labels, 4, penalty, 1000, None)
+    assert objective(found) - objective(torch.cat(best)) < 1e-5 and excess <= TOLERANCE
+    # Too few iterations, and that is told.
+    hasty, excess = fit_logistic(rows, train.labels, 4, penalty, 2, None)
+    assert excess > TOLERANCE and objective(hasty) - objective(torch.cat(best)) <= excess
+
+
+def test_a_probe_that_did_not_converge_says_so():
+    found = lbfgs_probe(blobs(150, 0, 2.0), blobs(50, 1), 4, iterations=2)
+    assert "not converged: objective within" in describe("lbfgs", {**found, "seconds": 1.0})
+    found = lbfgs_probe(blobs(150, 0, 2.0), blobs(50, 1), 4)
+    assert "converged" not in describe("lbfgs", {**found, "seconds": 1.0})
 
 
 def test_the_best_epoch_is_reported_beside_the_last():
@@ -200,3 +240,43 @@ def test_wrong_calls_are_told_in_three_lines(run: Path, capsys):
         assert main(flags) == code
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) <= 3, line
+
+
+@pytest.mark.parametrize("share, side", [(1.0, 256), (0.875, 224), (0.5, 128)])
+def test_the_centre_is_what_pillow_crops(share: float, side: int):
+    import numpy as np
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (1, 3, 256, 301), generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(torch.uint8)
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    left, top = (301 - side) // 2, (256 - side) // 2
+    expected = np.array(image.crop((left, top, left + side, top + side)))
+    found = central(pixels, share)
+    if share == 1.0:
+        assert found is pixels
+    else:
+        assert np.array_equal(found[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_the_share_that_is_seen(run: Path, tmp_path: Path, capsys, monkeypatch):
+    seen = []
+    original = evaluate_module.extract
+
+    def noted(images, indices, function, size, device, **options):
+        seen.append((tuple(images.images.shape[-2:]), size, options["crop_share"]))
+        return original(images, indices, function, size, device, **options)
+
+    monkeypatch.setattr(evaluate_module, "extract", noted)
+    line = [str(run), "--measure", "knn", "--device", "cpu", "--limit", "8", "--out", "x.json"]
+    for more, expected in (
+        ([], ((16, 16), 16, 1.0)),  # the images are no larger
+        (["--crop-share", "0.5"], ((16, 16), 16, 0.5)),
+        (["--image-size", "224"], ((16, 16), 224, 0.875)),
+    ):
+        seen.clear()
+        assert main([*line, *more]) == 0
+        assert seen == [expected] * 2
+        assert json.loads((tmp_path / "x.json").read_text())["crop_share"] == expected[2]
+    assert main([*line, "--crop-share", "1.5"]) == 2
+    assert "--crop-share 1.5: must be at most 1" in capsys.readouterr().err

@@ -56,8 +56,12 @@ def test_resnet18_has_the_size_and_the_start_of_the_usual_one():
     assert sum(parameter.numel() for parameter in backbone.parameters()) == 11_176_512 - 7_680
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all((norm.weight == 1).all() for norm in norms)
-    # Kaiming, fan out: variance 2 / (64 * 9).
-    assert abs(backbone.conv1.weight.var() * 64 * 9 / 2 - 1) < 0.2
+    # PyTorch's, as the released codes leave it: uniform with variance 1 / (3 * 27). The others, and
+    # our own small one, Kaiming with fan out: variance 2 / (channels * 9).
+    assert abs(backbone.conv1.weight.var() * 81 - 1) < 0.2
+    assert abs(backbone.layer1[0].conv1.weight.var() * 64 * 9 / 2 - 1) < 0.2
+    tiny = build_backbone("resnet_tiny", 32)
+    assert abs(tiny.conv1.weight.var() * 24 * 9 / 2 - 1) < 0.3
 
 
 def test_deep_stems_are_replaced_too():

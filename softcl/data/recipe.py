@@ -49,14 +49,20 @@ class Recipe:
 
 
 RECIPE = Recipe()
-# The asymmetric pair of BYOL and MoCo v3 (github.com/facebookresearch/moco-v3), which SNCLR and SCE
-# use on ImageNet.
-_PAIR = {"scale": (0.08, 1.0), "saturation": 0.2}
+# The asymmetric pair of BYOL and MoCo v3 (github.com/facebookresearch/moco-v3), which SNCLR uses on
+# ImageNet.
+_WIDE = (0.08, 1.0)  # torchvision's own
+_PAIR = {"saturation": 0.2}
 RECIPES: dict[str, Recipe] = {
     "strong": RECIPE,
     "weak": Recipe(jitter=0.0, grayscale=0.0, blur=0.0),
-    "byol_first": Recipe(**_PAIR, blur=1.0),
-    "byol_second": Recipe(**_PAIR, blur=0.1, solarize=0.2),
+    "byol_first": Recipe(**_PAIR, scale=_WIDE, blur=1.0),
+    "byol_second": Recipe(**_PAIR, scale=_WIDE, blur=0.1, solarize=0.2),
+    # SCE's on ImageNet (github.com/CEA-LIST/SCE): narrower crops, the second never mirrored.
+    "sce_first": Recipe(**_PAIR, blur=1.0),
+    "sce_second": Recipe(**_PAIR, flip=0.0, blur=0.1, solarize=0.2),
+    # MoCo's notebook for CIFAR-10.
+    "moco_cifar": Recipe(scale=_WIDE, blur=0.0),
 }
 
 

@@ -29,7 +29,7 @@ from softcl.labels import LabelRule
 from softcl.methods.values import plain_value
 from softcl.ops import Diagnostics, soft_contrastive_loss
 
-NORMS = ("none", "hidden", "all", "plain")
+NORMS = ("none", "hidden", "unbiased", "all", "plain")
 SCHEDULES = ("constant", "cosine")
 WIDEST = 1 << 20  # units of a layer
 
@@ -121,12 +121,14 @@ class Method:
         projection_dim: D, length of the vectors compared.
         projector_layers: linear layers of the projector.
         projector_hidden: width between the projector's layers.
-        projector_norm: its batch norm: "none"; "hidden", after the hidden layers; "all", after the
-            last one too; "plain", as "all" with no bias and the last one not affine (MoCo v3).
+        projector_norm: its batch norm: "none"; "hidden", after the hidden layers; "unbiased", as
+            "hidden" with no bias; "all", after the last one too; "plain", as "all" with no bias
+            and the last one not affine (MoCo v3).
         predictor_hidden: width of the predictor's hidden layer; 0 for no predictor.
         predictor_norm: as `projector_norm`.
         num_splits: splits of the batch norm in both encoders, with the teacher's batch shuffled;
             1 for plain batch norm.
+        split_student: whether the student's batch norm is split too, or plain.
         student_view: recipe of the student's view.
         teacher_view: recipe of the teacher's view.
     """
@@ -142,6 +144,7 @@ class Method:
     predictor_hidden: int = 0
     predictor_norm: str = "hidden"
     num_splits: int = 8
+    split_student: bool = True
     student_view: str = "strong"
     teacher_view: str = "weak"
 
@@ -225,6 +228,11 @@ class Method:
     def heads(self) -> dict[str, nn.Module]:
         """Trained modules besides backbone, projector and predictor; the teacher has none."""
         return {}
+
+    @property
+    def student_splits(self) -> int:
+        """Splits of the student's batch norm."""
+        return self.num_splits if self.split_student else 1
 
     @property
     def shuffles(self) -> bool:

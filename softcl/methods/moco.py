@@ -11,6 +11,9 @@ github.com/facebookresearch/moco.
 Label rule: all mass on the positive. Order: EMA, forward passes, loss, SGD, then the keys enter the
 queue. ``symmetric`` is the code's optional form for CIFAR; it adds the two directions, where softcl
 takes their mean: double the learning rate to have its steps.
+
+On ImageNet the code evaluates Resize 256 and CenterCrop 224: softcl.evaluate's --crop-share, whose
+default at 224 px that is.
 """
 
 from __future__ import annotations
@@ -33,13 +36,14 @@ class MoCo(QueueMethod):
         return HardLabels()
 
 
-_NOTEBOOK = MoCo()  # K 4096, m 0.99, temperature 0.1, 8-way split batch norm with shuffling
+# K 4096, m 0.99, temperature 0.1, 8-way split batch norm with shuffling; crops of 0.08 .. 1 of the
+# area, no blur.
+_NOTEBOOK = MoCo(student_view="moco_cifar", teacher_view="moco_cifar")
 _BENCH = {"temperature": 0.2, "projector_layers": 2, "symmetric": True}
 
 DEFAULTS: dict[str, Defaults] = {
     # Code, CIFAR notebook: lr 0.06 at batch 512, weight decay 5e-4, 200 epochs, no warm-up. Its
-    # crops have torchvision's area range 0.08 .. 1 and there is no blur; the strong view here has
-    # 0.2 .. 1 and blurs half of the images.
+    # k-NN reads the 128 numbers of the head, softcl's the backbone's features, as for all methods.
     "cifar10": Defaults(_NOTEBOOK, "resnet18", 32, 200, 512, 0.06, 0.9, 5e-4, 0),
     "cifar100": mnn_bench_defaults(MoCo(**_BENCH), 32),
     "tiny-imagenet": mnn_bench_defaults(

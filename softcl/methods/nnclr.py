@@ -13,6 +13,9 @@ The candidates are the predictions of the batch and carry the gradient; the neig
 Label rule: all mass on the own prediction. Order: forward passes, loss, SGD, then z1 alone enters
 the queue.
 
+The MNN bench, whose numbers the CIFAR defaults are, averages this loss with its transpose (for each
+candidate a softmax over the rows); solo has the rows' alone, and so has softcl.
+
 num_neighbors > 1 (the MNN bench has a row for 5) takes the mean over that many neighbours.
 """
 
@@ -90,7 +93,8 @@ DEFAULTS: dict[str, Defaults] = {
     # solo: projector 2048-2048-256 with batch norm, predictor 4096-256, K 65536 (the paper: 98304,
     # unverified), temperature 0.1. Its optimiser settings were not found: those of MoCo v3's
     # ResNet-50 (LARS, 0.3 x 4096 / 256, weight decay 1e-6) stand here, unverified for NNCLR, and
-    # 200 epochs.
+    # 200 epochs. For ImageNet-100 solo has LARS with lr 0.4 at batch 2 x 128, eta 0.02 and clipped
+    # rates, weight decay 1e-5 but for biases and norms, temperature 0.2, 400 epochs.
     "imagenet": Defaults(
         replace(
             NNCLR(), temperature=0.1, queue_size=65536, projection_dim=256, predictor_hidden=4096,

@@ -15,6 +15,9 @@ weak view of the teacher; the loss is their mean. The code's crops at 224 px hav
 160, 128 and 96 and area ranges from (0.2, 1) down to (0.086, 0.429): the side's share of 224 times
 (0.2, 1). Here the same shares are taken of the run's image size.
 
+On ImageNet the code evaluates Resize 256 and CenterCrop 224: softcl.evaluate's --crop-share, whose
+default at 224 px that is.
+
 use_keys: the batch's other keys stand beside the queue's rows in both softmaxes, the own key in
 neither (github.com/juliendenize/eztorch).
 """
@@ -71,7 +74,8 @@ DEFAULTS: dict[str, Defaults] = {
     "stl10": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
     "tiny-imagenet": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
     # Code, R50: head 2048-4096-512, K 131072, m 0.999, lr 0.05 at 256 images, 5 epochs of warm-up;
-    # weight decay 1e-4, but for biases and batch norm.
+    # weight decay 1e-4, but for biases and batch norm. In the code
+    # those of the four down-sampling branches decay all the same; here no norm does.
     "imagenet": Defaults(
         ReSSL(queue_size=131072, momentum=0.999, projector_hidden=4096, projection_dim=512),
         "resnet50", 224, 200, 256, 0.05, 0.9, 1e-4, 5, "sgd", False,

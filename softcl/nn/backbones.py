@@ -8,6 +8,9 @@ the usual one for CIFAR:
     33 .. 64        3x3, stride 1, padding 1      kept           (STL-10 and Tiny-ImageNet at 64)
     > 64            as timm defines it            kept
 
+That 3x3 convolution starts as PyTorch makes it (uniform, of standard deviation 0.111), which ASCL's
+code, MoCo's notebook, SCE's code and the MNN bench leave as it is; all others start as timm's do.
+
 ``resnet_tiny``, for CPUs, is timm's ResNet class with one BasicBlock in each of four stages of 24,
 48, 96 and 192 channels. Its 3x3 convolution has stride 2: a training step at 32 px then costs half
 of what 16, 32, 64 and 128 channels cost with stride 1.
@@ -246,7 +249,8 @@ def _fit_resnet_stem(backbone: nn.Module, image_size: int, stride: int) -> str:
     if image_size > SMALL_IMAGE:
         return "ImageNet stem"
     conv = nn.Conv2d(3, backbone.bn1.num_features, 3, stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm's others
+    if stride == 2:  # our own, as timm's others; the released codes leave theirs at PyTorch's
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     backbone.conv1 = conv
     if image_size > TINY_IMAGE:
         return f"3x3 stride {stride} stem, max-pool kept"

@@ -26,7 +26,7 @@ class Projector(nn.Sequential):
         )
 
 
-HEAD_NORMS = ("none", "hidden", "all", "plain")
+HEAD_NORMS = ("none", "hidden", "unbiased", "all", "plain")
 
 
 def build_head(
@@ -36,9 +36,10 @@ def build_head(
 
     Args:
         hidden_dim: width between the layers; unused for one layer.
-        norm: its batch norm. "none"; "hidden", between each hidden layer and its ReLU; "all", after
-            the last layer too; "plain", as "all" with linear layers without bias and the last
-            batch norm without weight and bias (MoCo v3).
+        norm: its batch norm. "none"; "hidden", between each hidden layer and its ReLU; "unbiased",
+            as "hidden" with linear layers without bias (SCE's predictor); "all", after the last
+            layer too; "plain", as "all" with linear layers without bias and the last batch norm
+            without weight and bias (MoCo v3).
 
     Raises:
         TypeError: a width or the number of layers is no int.
@@ -56,8 +57,8 @@ def build_head(
     head = nn.Sequential()
     for number, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
         last = number == layers
-        head.append(nn.Linear(before, after, bias=norm != "plain"))
-        if norm in ("all", "plain") or (norm == "hidden" and not last):
+        head.append(nn.Linear(before, after, bias=norm not in ("unbiased", "plain")))
+        if norm in ("all", "plain") or (norm in ("hidden", "unbiased") and not last):
             head.append(nn.BatchNorm1d(after, affine=not (last and norm == "plain")))
         if not last:
             head.append(nn.ReLU(inplace=True))

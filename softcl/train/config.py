@@ -65,7 +65,7 @@ MOVING = ("temperature", "teacher_temperature")  # numbers of methods that a run
 _DATA, _MODEL, _METHOD = "data", "model", "method"
 _OPTIM, _RUN, _EVAL = "optimisation", "run", "evaluation"
 # How the numbers of a method begin that are of the model.
-_OF_MODEL = ("projection_", "projector_", "predictor_", "num_splits")
+_OF_MODEL = ("projection_", "projector_", "predictor_", "num_splits", "split_student")
 
 
 @dataclass(frozen=True, kw_only=True)

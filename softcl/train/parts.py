@@ -257,7 +257,7 @@ def build_state(
         layers=method.projector_layers, norm=method.projector_norm,
     )  # fmt: skip
     student: nn.Module = Encoder(backbone, projector)
-    student = divide_splits(student, method.num_splits, world)
+    student = divide_splits(student, method.student_splits, world)
     student = student.to(device).train()
     freeze(config, student)
     heads = build_heads(method).to(device).train()
@@ -272,12 +272,13 @@ def build_state(
     )
     queues = build_queues(config, method, world).to(device)
     if teacher is None and method.teacher_sees():
-        teacher = make_teacher(student)
+        teacher = divide_splits(make_teacher(student), method.num_splits, world)
         freeze(config, teacher)
     teacher = nn.Identity() if teacher is None else teacher.to(device)
     state = TrainState(method, student, teacher, queues, optimizer, heads, world=world)
     if not world.alone and device.type == "cuda":
-        synchronise_norms((student, teacher, heads), method.num_splits, world)
+        synchronise_norms((student, heads), method.student_splits, world)
+        synchronise_norms((teacher,), method.num_splits, world)
     speed_up(config, state)  # before DDP lays out the gradients
     if not world.alone:
         trained = Trained(student, heads)
