@@ -31,6 +31,7 @@ def work(seconds):
     return seconds
 
 assert world.on_main_process(lambda: work(2 * float(sys.argv[1]))) > 0
+assert world.together(lambda: work(2 * world.rank * float(sys.argv[1]))) >= 0
 print("waited", flush=True)
 try:
     world.on_main_process(lambda: work(1000))
@@ -64,7 +65,7 @@ def test_a_stopped_first_process_is_noticed_outside_a_step(tmp_path: Path):
             process.stdout.close()
     (waited, reason) = said.splitlines()
     assert waited == "waited"
-    assert reason.startswith("process 1 of 2 waited for the first and another one failed or does")
+    assert reason.startswith("process 1 of 2 waited for the others and another one failed or does")
 
 
 @pytest.mark.parametrize(

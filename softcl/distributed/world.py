@@ -270,19 +270,19 @@ class World:
             return function()
         outcome: list[Any] = [None, None]
         failed: Exception | None = None
-        if self.is_main_process:
-            with self._beating():
-                try:
-                    outcome[0] = function()
-                except Exception as error:
-                    failed = error
-                    outcome[1] = (type(error), error.args, vars(error))
+
+        def alone() -> None:
+            nonlocal failed
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                failed = error
+                outcome[1] = (type(error), error.args, vars(error))
+
+        self.together(alone if self.is_main_process else lambda: None)
         import torch.distributed as dist
 
         with _telling(str(self), "for the first"):
-            ended = torch.zeros(1, dtype=torch.uint8)
-            while not (self.is_main_process or ended):
-                dist.broadcast(ended, 0, group=self._host)
             dist.broadcast_object_list(outcome, 0, group=self._host)
         if failed is not None:
             raise failed
@@ -295,29 +295,41 @@ class World:
             raise error
         return outcome[0]
 
-    @contextlib.contextmanager
-    def _beating(self) -> Iterator[None]:
-        """Context in which the first process tells the others, from a thread, that it is there."""
+    def together(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns here, when those of all processes have ended.
+
+        However long one takes, the others wait while it is there: a thread says so every BEAT. The
+        function may exchange nothing.
+
+        Raises:
+            PeerError: a process is gone.
+        """
+        if self.alone:
+            return function()
         import torch.distributed as dist
 
-        end = threading.Event()
+        ended, lost = threading.Event(), []
 
         def beat() -> None:
-            ended = False
-            # Where another one is gone, the exchange after this one says so.
-            with contextlib.suppress(RuntimeError):
-                while not ended:
-                    ended = end.wait(BEAT.total_seconds())
-                    flag = torch.tensor([ended], dtype=torch.uint8)
-                    dist.broadcast(flag, 0, group=self._host)
+            try:
+                all_ended = False
+                while not all_ended:
+                    flag = torch.tensor([int(ended.wait(BEAT.total_seconds()))])
+                    dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._host)
+                    all_ended = bool(flag)
+            except RuntimeError as error:
+                lost.append(error)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
-            yield
+            return function()
         finally:
-            end.set()
+            ended.set()
             thread.join()
+            if lost:
+                with _telling(str(self), "for the others"):
+                    raise lost[0]
 
     def all_gather_object(self, value: T) -> list[T]:
         """The small value of every process, by rank."""

@@ -119,7 +119,8 @@ def assemble(
     if config.init is not None and content is None:
         weights = read_first_weights(config.init)
         config = config.changed(arch=config.arch or weights.arch or likely_arch(weights))
-    images, bank, queries, evaluation = load_images(config, given)
+    # Processes may take differently long, from disks of their own.
+    images, bank, queries, evaluation = world.together(lambda: load_images(config, given))
     check_same_images(images, config.data, world)
     given_dim = config.numbers.get("projection_dim")
     config, method, defaults = fill(config, images, view_side(images, config))
