@@ -76,6 +76,7 @@ class Config(NamedTuple):
     MEAN_PARTS: int  # of the queue, in the second product
     WEIGHT_PARTS: int
     NATIVE_FP16: bool  # fp16 rows meet an fp16 queue as they are, in one part
+    APART: bool  # a tile's mean is summed by itself; see sums.py
     LANDED: bool  # the mean's products are waited for in the loop; see sums.landed
     REST_APART: bool  # the second part of the weights has sums of its own
     SUM_GROUPS: int  # column groups that different warps hold
@@ -100,7 +101,7 @@ def queue_operands(raw, C: tl.constexpr):
 def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
     """``cosines`` (M, BLOCK_K) with the products of one piece of D added."""
     TILE_PARTS: tl.constexpr = 1 if C.NATIVE_FP16 else C.QUEUE_PARTS
-    return multiply_parts(rows, q_transposed, cosines, C.ROW_PARTS, TILE_PARTS)
+    return multiply_parts(rows, q_transposed, cosines, C.ROW_PARTS, TILE_PARTS, C.PIECES > 1)
 
 
 @triton.jit

@@ -13,6 +13,9 @@ stays inside fp32's exponent range: |x| <= log2(e) / temperature for unit rows, 
 only asked for at temperatures below 0.023 (|x| > 63). With it all sums are relative to 2^maximum,
 and cosine_sum is sum_j 2^(x_j - maximum) (x_j - maximum).
 
+For fp32 rows (APART) a tile's part of mean_sum is a sum by itself (numerics.multiply_parts), and
+splits are short (plan.LONGEST_SPLIT): tensor cores cut the low parts off long sums.
+
 Weights go to the second product in bf16, never fp16: they reach 1e-18. They are cut, not rounded,
 and the mean is divided by their own sum, so what the cut takes from all of them alike drops out.
 """
@@ -130,7 +133,7 @@ def add_tile(
         SUM_PARTS: tl.constexpr = 1 if C.REST_APART else C.WEIGHT_PARTS
         means = ()
         for piece in tl.static_range(C.PIECES):
-            mean = multiply_parts(w, q[piece], mean_sum[piece], SUM_PARTS, C.MEAN_PARTS)
+            mean = multiply_parts(w, q[piece], mean_sum[piece], SUM_PARTS, C.MEAN_PARTS, C.APART)
             means += (landed(mean) if C.LANDED else mean,)
         mean_sum = means
         if C.REST_APART:
