@@ -57,7 +57,7 @@ class Compiled:
         native: they are the architecture's own.
         conversions: tiles that pass through shared memory inside the loop after they were loaded:
             operands made there, and changes of layout other than to a left operand from registers.
-        loop_stores: stores to shared memory inside the loop, in machine code; None for AMD.
+        loop: machine code of the loop over the tiles; not for AMD.
     """
 
     plan: plan.Plan
@@ -68,7 +68,25 @@ class Compiled:
     tensor_products: int
     native: bool
     conversions: int
-    loop_stores: int | None
+    loop: list[str]
+
+    @property
+    def loop_stores(self) -> int:
+        """Stores to shared memory in the loop."""
+        return self.count(r"^(?!@!PT)(.* )?STS\b")
+
+    def count(self, pattern: str) -> int:
+        """Instructions of the loop that have the pattern."""
+        return sum(bool(re.search(pattern, x)) for x in self.loop)
+
+    @property
+    def wgmma_products(self) -> float:
+        """Products of a tile as large as (rows, D) by (D, BLOCK_K), of the loop's wgmma."""
+        shapes = re.findall(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", "\n".join(self.loop))
+        c = self.plan.config
+        rows = c.BLOCK_N * (2 if c.LAYOUT == stream.STACKED.value else 1)
+        made = sum(math.prod(map(int, shape)) for shape in shapes) * self.plan.num_warps // 4
+        return made / (rows * c.BLOCK_K * c.D)
 
 
 def compile_stream(
@@ -86,10 +104,10 @@ def compile_stream(
         registers, spilled = (
             int(re.search(rf"\.vgpr_{name}:\s+(\d+)", code)[1]) for name in ("count", "spill_count")
         )
-        loop_stores = None
+        loop: list[str] = []
     else:
         code = kernel.asm["ptx"]
-        registers, spilled, loop_stores = read_cubin(kernel.asm["cubin"])
+        registers, spilled, loop = read_cubin(kernel.asm["cubin"])
     products = [len(re.findall(instruction, code)) for instruction in TENSOR_CORES[target]]
     return Compiled(
         plan=how,
@@ -100,7 +118,7 @@ def compile_stream(
         tensor_products=max(products),
         native=products[0] > 0,
         conversions=count_conversions(loop_of(kernel.asm["ttgir"]), tile_size(how)),
-        loop_stores=loop_stores,
+        loop=loop,
     )
 
 
@@ -195,22 +213,21 @@ def count_conversions(loop: str, smallest: int) -> int:
     return sum(math.prod(map(int, shape.split("x"))) >= smallest for shape in made + moved)
 
 
-def read_cubin(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack, and stores to shared memory in the loop that multiplies."""
+def read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers, bytes of stack, and the machine code of the loop that multiplies."""
     usage, assembly = (cuobjdump(cubin, flag) for flag in ("-res-usage", "-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     listing = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", assembly, re.MULTILINE)
     code = {int(address, 16): instruction for address, instruction in listing}
-    stores = longest = 0
+    loop: list[str] = []
     for end, instruction in code.items():
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
         if not jump:
             continue
         inside = [x for address, x in code.items() if int(jump[1], 16) <= address <= end]
-        if len(inside) > longest and any(re.search(r"\b(H|HG|UTC\w*)MMA\b", x) for x in inside):
-            longest = len(inside)
-            stores = sum(bool(re.search(r"^(?!@!PT)(.* )?STS\b", x)) for x in inside)
-    return registers, stack, stores
+        if len(inside) > len(loop) and any(re.search(r"\b(H|HG|UTC\w*)MMA\b", x) for x in inside):
+            loop = inside
+    return registers, stack, loop
 
 
 def cuobjdump(cubin: bytes, flag: str) -> str:

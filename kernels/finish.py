@@ -50,7 +50,7 @@ class Config(NamedTuple):
     GRADIENT: bool
     DIAGNOSTICS: bool
     RUNNING_MAX: bool
-    WEIGHT_PARTS: int
+    WEIGHTS: int  # in the means, sums.py
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def finish_kernel(
 
     maximum, log_sum, _, _, mean = merge_sums(
         sums_ptr, means_ptr, n, num_rows, splits, student_scale, C.BLOCK_S,
-        C.GRADIENT, False, False, C.RUNNING_MAX, C.WEIGHT_PARTS, C.D, C.BLOCK_D,
+        C.GRADIENT, False, False, C.RUNNING_MAX, C.WEIGHTS, C.D, C.BLOCK_D,
     )  # fmt: skip
     teacher_maximum = maximum
     teacher_log_sum = log_sum
@@ -110,7 +110,7 @@ def finish_kernel(
     if C.TEACHER_SOFTMAX:
         teacher_maximum, teacher_log_sum, entropy, z_mu, mu = merge_sums(
             sums_ptr, means_ptr, n + N, num_rows, splits, teacher_scale, C.BLOCK_S,
-            C.TEACHER_MEAN and C.GRADIENT, True, C.TEACHER_MEAN, C.RUNNING_MAX, C.WEIGHT_PARTS,
+            C.TEACHER_MEAN and C.GRADIENT, True, C.TEACHER_MEAN, C.RUNNING_MAX, C.WEIGHTS,
             C.D, C.BLOCK_D,
         )  # fmt: skip
         entropy = entropy * LN2
@@ -176,7 +176,7 @@ def statistics_kernel(
     scale,  # log2(e) / temperature
     BLOCK_S: tl.constexpr,
     RUNNING_MAX: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -184,7 +184,7 @@ def statistics_kernel(
     d = tl.arange(0, BLOCK_D)
     maximum, log_sum, entropy, _, mean = merge_sums(
         sums_ptr, means_ptr, n, N, splits, scale, BLOCK_S, True, True, False, RUNNING_MAX,
-        WEIGHT_PARTS, D, BLOCK_D,
+        WEIGHTS, D, BLOCK_D,
     )  # fmt: skip
     tl.store(lse_ptr + n, (maximum + log_sum) * LN2)
     tl.store(entropy_ptr + n, entropy * LN2)
@@ -231,7 +231,7 @@ def finish_loss(
         GRADIENT=gradient,
         DIAGNOSTICS=diagnostics,
         RUNNING_MAX=c.RUNNING_MAX,
-        WEIGHT_PARTS=c.WEIGHT_PARTS,
+        WEIGHTS=c.WEIGHTS,
     )
     shown = N if diagnostics and rule.needs_softmax else 0
 
@@ -262,7 +262,7 @@ def finish_statistics(
     entropy = torch.empty(N, device=device, dtype=torch.float32)
     arguments = (streamed.sums, streamed.means, lse, mean, entropy, N, plan.splits, scale)
     block_s = block_of_splits(plan.splits, c.BLOCK_D)
-    constants = (block_s, c.RUNNING_MAX, c.WEIGHT_PARTS, c.D, c.BLOCK_D)
+    constants = (block_s, c.RUNNING_MAX, c.WEIGHTS, c.D, c.BLOCK_D)
     launch_kernel(statistics_kernel, (N, 1), arguments, constants, num_warps=4)
     return lse, mean, entropy
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .numerics import load_rows
+from .sums import FP16_TOP, IN_FP16
 
 # The logit of the positive's entry in the teacher's softmax: there is none, 0, or that of t.t.
 NO_ENTRY = tl.constexpr(0)
@@ -52,6 +53,8 @@ def neighbor_sum(
         # The same logit by the sum that the others here come from: at low temperatures the bits in
         # which two sums differ would be a large part of q_j.
         maximum = tl.load(logits_ptr)
+        if C.WEIGHTS == IN_FP16:
+            maximum -= FP16_TOP
     for start in tl.range(0, n, C.BLOCK_J):
         j = start + tl.arange(0, C.BLOCK_J)
         index = tl.load(indices_ptr + j, mask=j < n, other=0)

@@ -93,19 +93,27 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
-def multiply_parts(a, b, accumulator, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """``accumulator + (a[0] + a[1] + a[2])(b[0] + b[1] + b[2])``, smallest products first."""
+def multiply_parts(
+    a, b, accumulator, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr, APART: tl.constexpr
+):
+    """``accumulator + (a[0] + a[1] + a[2])(b[0] + b[1] + b[2])``, smallest products first.
+
+    APART: summed from zero, and then added. Tensor cores cut the last bits of a sum off where an
+    addition rounds them, and would cut small products off a large accumulator altogether.
+    """
+    total = tl.zeros(accumulator.shape, tl.float32) if APART else accumulator
     if A_PARTS > 2:
-        accumulator = dot(a[2], b[0], accumulator)
+        total = dot(a[2], b[0], total)
     if B_PARTS > 2:
-        accumulator = dot(a[0], b[2], accumulator)
+        total = dot(a[0], b[2], total)
     if A_PARTS > 1 and B_PARTS > 1:
-        accumulator = dot(a[1], b[1], accumulator)
+        total = dot(a[1], b[1], total)
     if A_PARTS > 1:
-        accumulator = dot(a[1], b[0], accumulator)
+        total = dot(a[1], b[0], total)
     if B_PARTS > 1:
-        accumulator = dot(a[0], b[1], accumulator)
-    return dot(a[0], b[0], accumulator)
+        total = dot(a[0], b[1], total)
+    total = dot(a[0], b[0], total)
+    return accumulator + total if APART else total
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import stream
+from . import stream, sums
 from .tiles import Tile, find_tile
 
 LOG2_E = math.log2(math.e)
@@ -23,6 +23,13 @@ COLDEST_WITHOUT_MAXIMUM = 0.023
 # Bounds the chunk maxima of a row, so that the workspace does not grow with the queue.
 MOST_CHUNKS = 8192
 MOST_SPLITS = 64
+
+# Queue rows of a split, of fp32 rows with means: every tile's addition to a mean rounds. For
+# clustered rows and D = 128, with sums that are cut off as tensor cores do (tests/tensor_cores.py),
+# the gradient's error is 1.0e-6 at 8192 rows in a split, 2.1e-6 at 65536.
+LONGEST_SPLIT = 8192
+# Of the means of all splits, where accuracy asks for more of them than fill the GPU.
+MOST_MEAN_BYTES = 512 << 20
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 PRECISIONS = {1: "bf16", 2: "fp16", 3: "fp32"}
@@ -59,6 +66,10 @@ class Work:
         return self.softmax and self.coldest < COLDEST_WITHOUT_MAXIMUM
 
     @property
+    def native_fp16(self) -> bool:
+        return self.row_dtype == self.queue_dtype == torch.float16
+
+    @property
     def heavy(self) -> bool:
         """A maximum, columns that take no part, tiles that are not full: each takes registers."""
         return self.cold or self.excluded or self.K % 128 != 0
@@ -74,8 +85,10 @@ class Work:
     def precision(self) -> str:
         """The widest dtype among rows and queue, by its parts: "bf16", "fp16" or "fp32".
 
-        "both-fp32" if neither is narrower.
+        "both-fp32" if neither is narrower; "bf16" too if both are fp16, which multiply as they are.
         """
+        if self.native_fp16:
+            return "bf16"
         parts = PARTS[self.row_dtype], PARTS[self.queue_dtype]
         return "both-fp32" if parts == (3, 3) else PRECISIONS[max(parts)]
 
@@ -128,16 +141,19 @@ def make_plan(
     num_tiles = -(-work.K // tile.block_k)
     row_blocks = -(-work.N // tile.block_n)
     slots = num_multiprocessors * tile.programs_per_sm
+    apart = work.row_dtype == torch.float32
     wanted = splits or choose_splits(row_blocks, num_tiles, slots)
+    if apart and work.mean and not splits:
+        wanted = max(wanted, splits_for_accuracy(work))
     tiles_per_split = -(-num_tiles // wanted)
     tiles_per_split = -(-tiles_per_split // tiles_per_chunk) * tiles_per_chunk
 
-    native_fp16 = work.row_dtype == work.queue_dtype == torch.float16
+    weights = weights_of(work)
     row_parts, queue_parts = PARTS[work.row_dtype], PARTS[work.queue_dtype]
     # Up to 64 numbers of a row in each thread, half of that where anything is cut into parts.
     block_d = max(16, 1 << (work.D - 1).bit_length())
-    # Pieces are for a queue that is taken apart in registers.
-    piece = block_d // (tile.pieces if queue_parts > 1 else 1)
+    # Pieces are for what a tile holds in registers: a queue taken apart, means beside the sums.
+    piece = block_d // (tile.pieces if queue_parts > 1 or apart else 1)
     numbers = 32 * tile.num_warps * (64 if row_parts == queue_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
@@ -160,20 +176,15 @@ def make_plan(
         STUDENT=work.teacher_mean,
         MAXIMA=work.num_neighbors > 0,
         RANKS=work.ranks,
-        RUNNING_MAX=work.cold,
+        RUNNING_MAX=work.cold or weights == sums.IN_FP16.value and (work.mean or stacked),
         ROWS_AT_ONCE=min(tile.block_n, max(1, numbers // block_d)),
-        ROW_PARTS=1 if native_fp16 else row_parts,
+        ROW_PARTS=1 if work.native_fp16 else row_parts,
         QUEUE_PARTS=queue_parts,
-        MEAN_PARTS=queue_parts if row_parts == 3 else min(queue_parts, 2),
-        WEIGHT_PARTS=weight_parts(work),
-        NATIVE_FP16=native_fp16,
-        LANDED=target == "sm_90" and work.visits_teacher and work.precision == "bf16",
-        # Tensor memory adds one product to a sum in place; a second one would take it through the
-        # registers and back. Registers have no room for two sums, nor has it for D > 128.
-        REST_APART=in_tensor_memory
-        and weight_parts(work) == 2
-        and queue_parts == 1
-        and work.D <= 128,
+        MEAN_PARTS=queue_parts if apart else 1,
+        WEIGHTS=weights,
+        NATIVE_FP16=work.native_fp16,
+        APART=apart,
+        LANDED=target == "sm_90" and work.mean and work.precision == "bf16",
         SUM_GROUPS=sum_groups,
         CHUNK_GROUPS=chunk_groups,
         TILES_PER_CHUNK=tiles_per_chunk,
@@ -199,17 +210,19 @@ def max_registers(target: str, tile: Tile) -> int | None:
     return min(255, (1 << 16) // (tile.programs_per_sm * 32 * tile.num_warps))
 
 
-def weight_parts(work: Work) -> int:
-    """bf16 parts of a softmax weight in the second product.
+def weights_of(work: Work) -> int:
+    """How a softmax weight enters the second product: in as much as its gradient's promise takes.
 
-    A part leaves an error of 2^-8 in every weight, about 1.5e-3 of the mean over random rows. That
-    is a quarter of the 1e-3 promised to half-precision inputs where the positive's label dominates
-    the gradient, but not where it is the difference of two such means, or for a mean by itself:
-    they take two parts. fp32 rows take three, which hold a weight exactly.
+    One bf16 part leaves an error of 2^-8 in every weight, about 1.5e-3 of a mean of random rows.
+    That is a quarter of the 1e-3 promised to half-precision inputs where the positive's label
+    dominates the gradient, but not where it is the difference of two such means, or for a mean by
+    itself. These take fp16, with an eighth of that error and a maximum; so does a queue that is not
+    bf16, which would be two bf16 parts. fp32 rows take three parts, which hold a weight exactly.
     """
     if work.row_dtype == torch.float32:
-        return 3
-    return 2 if work.kind == "dense" or not work.has_key else 1
+        return sums.IN_PARTS.value
+    exact = work.kind == "dense" or not work.has_key or work.queue_dtype != torch.bfloat16
+    return sums.IN_FP16.value if exact else sums.IN_BF16.value
 
 
 def chunking(K: int, num_neighbors: int, block_k: int, sum_groups: int) -> tuple[int, int]:
@@ -224,6 +237,13 @@ def chunking(K: int, num_neighbors: int, block_k: int, sum_groups: int) -> tuple
     groups = max(sum_groups, block_k // (4 * wanted), 1)
     columns_per_tile = block_k // (4 * groups)
     return groups, max(1, wanted // columns_per_tile)
+
+
+def splits_for_accuracy(work: Work) -> int:
+    """Splits of fp32 rows' means, as far as there is room for so many."""
+    rows = work.N * (2 if work.visits_teacher else 1)
+    room = MOST_MEAN_BYTES // (rows * work.D * 4)
+    return max(1, min(-(-work.K // LONGEST_SPLIT), room, MOST_SPLITS))
 
 
 def choose_splits(row_blocks: int, num_tiles: int, slots: int) -> int:

@@ -35,7 +35,7 @@ import triton.language as tl
 from .launch import launch as launch_kernel
 from .numerics import fold_max, fold_sum, multiply_parts, parts, transposed, unfold_sum, widen
 from .rows import columns, positive_cosines, prepare_rows, row_operand
-from .sums import SLOTS, add_tile, no_sums, store_sums
+from .sums import IN_FP16, SLOTS, add_tile, no_sums, store_sums
 
 SINGLE = tl.constexpr(0)
 PAIRED = tl.constexpr(1)
@@ -71,13 +71,13 @@ class Config(NamedTuple):
     RANKS: bool
     RUNNING_MAX: bool
     ROWS_AT_ONCE: int  # that are made ready together
-    ROW_PARTS: int  # bf16 parts of the rows, the queue and the weights
+    ROW_PARTS: int  # bf16 parts of the rows and the queue
     QUEUE_PARTS: int
     MEAN_PARTS: int  # of the queue, in the second product
-    WEIGHT_PARTS: int
+    WEIGHTS: int  # in the second product, sums.py
     NATIVE_FP16: bool  # fp16 rows meet an fp16 queue as they are, in one part
+    APART: bool  # a tile's mean is summed by itself; see sums.py
     LANDED: bool  # the mean's products are waited for in the loop; see sums.landed
-    REST_APART: bool  # the second part of the weights has sums of its own
     SUM_GROUPS: int  # column groups that different warps hold
     CHUNK_GROUPS: int
     TILES_PER_CHUNK: int
@@ -85,13 +85,13 @@ class Config(NamedTuple):
 
 @triton.jit
 def queue_operands(raw, C: tl.constexpr):
-    """A loaded tile as the bf16 parts of the second product and the right operand of the first."""
-    if C.QUEUE_PARTS == 1:
-        q = (raw, raw, raw)
-    else:
+    """A loaded tile as the right operands of the second product and of the first, in parts."""
+    q = (raw, raw, raw)
+    if C.QUEUE_PARTS > 1 and not C.NATIVE_FP16:
         q = parts(widen(raw), C.QUEUE_PARTS)
-    if C.NATIVE_FP16:
-        return q, transposed((raw, raw, raw))
+    if C.WEIGHTS == IN_FP16 and C.FIRST_MEAN:
+        half = widen(raw).to(tl.float16)
+        return (half, half, half), transposed(q)
     else:
         return q, transposed(q)
 
@@ -100,7 +100,7 @@ def queue_operands(raw, C: tl.constexpr):
 def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
     """``cosines`` (M, BLOCK_K) with the products of one piece of D added."""
     TILE_PARTS: tl.constexpr = 1 if C.NATIVE_FP16 else C.QUEUE_PARTS
-    return multiply_parts(rows, q_transposed, cosines, C.ROW_PARTS, TILE_PARTS)
+    return multiply_parts(rows, q_transposed, cosines, C.ROW_PARTS, TILE_PARTS, C.PIECES > 1)
 
 
 @triton.jit

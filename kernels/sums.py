@@ -3,7 +3,7 @@
 With weights 2^x_j, x_j the logits in base 2, one row v's partial sums over part of the queue are
 
     weight_sum   sum_j 2^x_j                 what the entropy, the log-sum-exp and z.mu divide by
-    cut_sum      sum_j w_j                   w_j: 2^x_j in as many bf16 parts as the product takes
+    cut_sum      sum_j w_j                   w_j: 2^x_j as the product takes it, if in one bf16 part
     cosine_sum   sum_j 2^x_j v.Q_j           for the entropy
     student_sum  sum_j 2^x_j z.Q_j           of a teacher's row, z the student's: z.mu in fp32
     mean_sum     sum_j w_j Q_j
@@ -13,14 +13,19 @@ stays inside fp32's exponent range: |x| <= log2(e) / temperature for unit rows, 
 only asked for at temperatures below 0.023 (|x| > 63). With it all sums are relative to 2^maximum,
 and cosine_sum is sum_j 2^(x_j - maximum) (x_j - maximum).
 
-Weights go to the second product in bf16, never fp16: they reach 1e-18. They are cut, not rounded,
-and the mean is divided by their own sum, so what the cut takes from all of them alike drops out.
+For fp32 rows (APART) a tile's part of mean_sum is a sum by itself (numerics.multiply_parts), and
+splits are short (plan.LONGEST_SPLIT): tensor cores cut the low parts off long sums.
+
+Weights go to the second product in one fp16 part, relative to a maximum that makes the largest
+2^15: as they are they reach 1e-18. One bf16 part, where it is enough (plan.weights_of), needs no
+maximum: it is cut, not rounded, and the mean divided by the parts' own sum, so that what the cut
+takes from all of them alike drops out. fp32 rows take three bf16 parts.
 """
 
 import triton
 import triton.language as tl
 
-from .numerics import INTERPRET, cut, dot, fold_sum, multiply_parts, parts, unfold_sum
+from .numerics import INTERPRET, cut, fold_sum, multiply_parts, parts, unfold_sum
 from .rows import columns
 
 # Slots of the buffer of partial sums (splits, SLOTS, rows).
@@ -34,21 +39,27 @@ SLOTS = tl.constexpr(5)
 # Below every logit, and finite: the difference of two of them must not be NaN.
 LOWEST = tl.constexpr(-1e30)
 
+# How weights enter the second product: in one fp16 part, in one bf16 part, in three bf16 parts.
+IN_FP16 = tl.constexpr(0)
+IN_BF16 = tl.constexpr(1)
+IN_PARTS = tl.constexpr(2)
+
+# log2 of the largest weight in fp16, which keeps 11 bits of all down to 2^-29 of it.
+FP16_TOP = tl.constexpr(15.0)
+
 
 @triton.jit
 def no_sums(M: tl.constexpr, MEAN: tl.constexpr, C: tl.constexpr):
     """The sums over no tile, each (M, SUM_GROUPS, 4) spread over the threads that will add to it.
 
-    mean_sum has a part (M, PIECE) for each piece of D; rest_sum goes with one piece alone. Both
-    are placeholders that nothing reads where they are not needed.
+    mean_sum has a part (M, PIECE) for each piece of D, a placeholder where it is not needed.
     """
     zero = tl.zeros([M, C.SUM_GROUPS, 4], tl.float32)
     mean_piece = tl.zeros([M, C.PIECE if MEAN else 1], tl.float32)
     mean_sum = ()
     for _ in tl.static_range(C.PIECES):
         mean_sum += (mean_piece,)
-    rest_sum = tl.zeros([M, C.PIECE if MEAN and C.REST_APART else 1], tl.float32)
-    return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum, rest_sum
+    return zero, zero, zero, zero, tl.full([M], LOWEST, tl.float32), mean_sum
 
 
 @triton.jit
@@ -86,7 +97,7 @@ def add_tile(
     student_cosines,  # (M, BLOCK_K) z.Q, read if STUDENT
     is_teacher,  # (M, 1), read in a stacked tile if STUDENT
     scale,  # x = scale v.Q
-    q,  # the tile, each piece of D in bf16 parts (BLOCK_K, PIECE)
+    q,  # the tile, each piece of D in parts (BLOCK_K, PIECE), fp16 or bf16 as the weights are
     MEAN: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
@@ -94,11 +105,14 @@ def add_tile(
     C: tl.constexpr,  # stream.Config
 ):
     """The sums with one tile added."""
-    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum = sums
+    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum = sums
     logits = cosines * scale
     factor = cosines
     if C.RUNNING_MAX:
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        top = tl.max(logits, 1)
+        if C.WEIGHTS == IN_FP16:
+            top -= FP16_TOP
+        new_maximum = tl.maximum(maximum, top)
         drop = maximum - new_maximum
         carry = tl.exp2(drop)
         cosine_sum = (cosine_sum + drop[:, None, None] * weight_sum) * carry[:, None, None]
@@ -106,7 +120,6 @@ def add_tile(
         weight_sum *= carry[:, None, None]
         cut_sum *= carry[:, None, None]
         mean_sum = scaled(mean_sum, carry[:, None], C)
-        rest_sum *= carry[:, None]
         maximum = new_maximum
         logits -= new_maximum[:, None]
         factor = logits
@@ -121,29 +134,28 @@ def add_tile(
             products = weights * student_cosines
         student_sum += fold_sum(products, C.SUM_GROUPS)
     if MEAN:
-        w = parts(weights, C.WEIGHT_PARTS)
-        if C.WEIGHT_PARTS < 3:
-            used = cut(weights)
-            if C.WEIGHT_PARTS == 2:
-                used += cut(weights - used)
-            cut_sum += fold_sum(used, C.SUM_GROUPS)
-        SUM_PARTS: tl.constexpr = 1 if C.REST_APART else C.WEIGHT_PARTS
+        WEIGHT_PARTS: tl.constexpr = 3 if C.WEIGHTS == IN_PARTS else 1
+        if C.WEIGHTS == IN_FP16:
+            half = weights.to(tl.float16)
+            w = (half, half, half)
+        else:
+            w = parts(weights, WEIGHT_PARTS)
+        if C.WEIGHTS == IN_BF16:
+            cut_sum += fold_sum(cut(weights), C.SUM_GROUPS)
         means = ()
         for piece in tl.static_range(C.PIECES):
-            mean = multiply_parts(w, q[piece], mean_sum[piece], SUM_PARTS, C.MEAN_PARTS)
+            mean = multiply_parts(w, q[piece], mean_sum[piece], WEIGHT_PARTS, C.MEAN_PARTS, C.APART)
             means += (landed(mean) if C.LANDED else mean,)
         mean_sum = means
-        if C.REST_APART:
-            rest_sum = dot(w[1], q[0][0], rest_sum)
-    return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum
+    return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum
 
 
 @triton.jit
 def landed(x):
     """x, once it is there: an empty instruction that reads it.
 
-    Two softmaxes of bf16 rows on Hopper: without a use in the loop, the wait for the last wgmma
-    sinks behind it, and ptxas then waits for every single one (its warning C7515).
+    On Hopper, with queues that are not taken apart: without a use in the loop, the wait for the
+    last wgmma sinks behind it, and ptxas then waits for every single one (its warning C7515).
     """
     if INTERPRET:
         return x
@@ -166,7 +178,7 @@ def store_sums(
     C: tl.constexpr,  # stream.Config
 ):
     """Write a row block's sums over one split."""
-    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum, rest_sum = sums
+    weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum = sums
     base = sums_ptr + split.to(tl.int64) * SLOTS * num_rows + rows
     tl.store(base + WEIGHTS * num_rows, unfold_sum(weight_sum), mask=mask)
     if ENTROPY:
@@ -176,14 +188,12 @@ def store_sums(
     if C.RUNNING_MAX:
         tl.store(base + MAXIMUM * num_rows, maximum, mask=mask)
     if MEAN:
-        if C.WEIGHT_PARTS < 3:
+        if C.WEIGHTS == IN_BF16:
             tl.store(base + CUT_WEIGHTS * num_rows, unfold_sum(cut_sum), mask=mask)
         for piece in tl.static_range(C.PIECES):
             d = columns(piece, C)
             offsets = (split.to(tl.int64) * num_rows + rows)[:, None] * C.D + d[None, :]
             mean_piece = mean_sum[piece]
-            if C.REST_APART:
-                mean_piece += rest_sum
             tl.store(means_ptr + offsets, mean_piece, mask=mask[:, None] & (d < C.D)[None, :])
 
 
@@ -200,7 +210,7 @@ def merge_sums(
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
     RUNNING_MAX: tl.constexpr,
-    WEIGHT_PARTS: tl.constexpr,
+    WEIGHTS_IN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -242,7 +252,7 @@ def merge_sums(
             products = tl.load(base + STUDENT_COSINES * num_rows, mask=mask, other=0.0)
             student_sum += tl.sum(products * carry, 0)
         if MEAN:
-            if WEIGHT_PARTS < 3:
+            if WEIGHTS_IN == IN_BF16:
                 cuts = tl.load(base + CUT_WEIGHTS * num_rows, mask=mask, other=0.0)
                 cut_sum += tl.sum(cuts * carry, 0)
             offsets = (s.to(tl.int64) * num_rows + row)[:, None] * D + d[None, :]
@@ -251,5 +261,5 @@ def merge_sums(
     log_sum = tl.log2(weight_sum)
     entropy = log_sum - cosine_sum / weight_sum * (1.0 if RUNNING_MAX else scale)
     if MEAN:
-        mean_sum = mean_sum / (cut_sum if WEIGHT_PARTS < 3 else weight_sum)
+        mean_sum = mean_sum / (cut_sum if WEIGHTS_IN == IN_BF16 else weight_sum)
     return maximum, log_sum, entropy, student_sum / weight_sum, mean_sum

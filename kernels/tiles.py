@@ -6,8 +6,9 @@ every machine of a kind. `bench/tune_triton.py` times candidates on the GPU at h
 
 No row has been timed yet. They are what ahead-of-time compilation leaves of the candidates that
 arithmetic suggests; tests/test_triton_aot.py holds them to it. Up to D = 256 none spills a register
-on sm_90 and sm_100. SOFTCL_AOT=table names those that do elsewhere: most of D = 512, and sm_80's
-where a queue of 32 bits, or of fp16 with bf16 rows, is taken apart. The arithmetic:
+on sm_90 and sm_100, but for a few of fp32 at D = 256. SOFTCL_AOT=table names those that do
+elsewhere: most of D = 512, and sm_80's where a queue of 32 bits, or of fp16 with bf16 rows, is
+taken apart. The arithmetic:
 
 Rows. A program multiplies 64 rows or more, what one wgmma takes. As keys and values are one tile, a
 queue row brings 2 D bytes for 4 D FLOP per row, so 64 rows ask of L2 what attention asks with 128:
@@ -22,6 +23,7 @@ STACKED tiles (both kinds of rows get both products) where labels are dense, and
 (two products for student rows, one for teacher rows) have no room for both operands.
 Stages. Three where shared memory still holds two programs, else two. One (mixed labels, bf16,
 D = 256, sm_90) where the addresses of a second would spill: the other program covers the wait.
+fp32 rows. A tile's mean is a sum beside that of the split (sums.py): two pieces halve it.
 Pieces. A queue that is not bf16 is taken apart in registers. At D = 256 in fp32 the sums leave it
 no room (128 of 255 registers on sm_90), so there a tile is loaded, taken apart and multiplied in
 pieces of 64 columns or 128, which wait in shared memory as bf16 for the second product. On sm_90
@@ -110,20 +112,19 @@ dense  fp32  s32x32/4/2/1   s16x32/4/2/2   s16x16/8/2/1   s16x16/8/1/1
 search bf16  128x128/4/3/2  128x64/4/3/2   64x64/4/2/2    64x64/4/2/1
 search fp16  64x64/4/3/2    64x64/4/2/2    64x32/4/2/2    64x32/4/2/1
 search fp32  64x32/4/2/2    64x32/4/2/2    64x16/4/2/1    16x16/4/1/1
-single bf16  64x128/4/3/2   64x128/4/2/2   64x32/4/3/2    32x32/8/2/1
+single bf16  64x128/4/3/2   64x64/4/3/2    64x32/4/3/2    32x32/8/2/1
 single fp16  64x64/4/3/2    64x32/4/2/2    64x16/4/3/1    32x16/8/2/1
-single fp32  64x32/4/3/2    64x32/4/2/2    128x16/8/2/1/4 32x16/8/1/1
+single fp32  64x32/4/3/2    64x32/4/2/2/2  128x16/8/2/1/2 32x16/8/1/1
 mixed  bf16  64x128/4/3/2   64x64/4/3/2    64x32/4/1/2    s16x32/8/2/1
 mixed  fp16  64x64/4/3/2    64x32/4/2/2    s32x16/4/2/2   s16x16/8/2/1
-mixed  fp32  s32x32/4/2/2   s32x32/4/2/2   s64x16/8/2/1/4 s16x16/8/1/1
+mixed  fp32  s32x32/4/2/2   s32x32/4/2/2/2 s64x16/8/2/1/2 s16x16/8/1/1
 dense  bf16  s32x64/4/3/2   s32x64/4/3/2   s32x32/4/3/2   s16x32/8/2/1
 dense  fp16  s32x64/4/3/2   s32x32/4/3/2   s32x16/4/2/2   s16x16/8/2/1
-dense  fp32  s32x32/4/2/2   s32x32/4/2/2   s64x16/8/2/1/4 s16x16/8/1/1
-single both-fp32 64x32/4/3/2   64x32/4/2/2    128x16/8/1/1/2 32x16/8/1/1
-mixed  both-fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/2 s16x16/8/1/1
-dense  both-fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/2 s16x16/8/1/1
+dense  fp32  s32x32/4/2/2   s32x32/4/2/2/2 s64x16/8/2/1/2 s16x16/8/1/1
+single both-fp32 64x32/4/3/2   64x32/4/2/2/2  128x16/8/1/1/2 32x16/8/1/1
+mixed  both-fp32 s32x32/4/2/2  s32x32/4/2/2/2 s64x16/8/1/1/2 s16x16/8/1/1
+dense  both-fp32 s32x32/4/2/2  s32x32/4/2/2/2 s64x16/8/1/1/2 s16x16/8/1/1
 heavy-dense fp16 s32x64/4/3/2  s32x32/4/3/2   s32x16/4/1/2   s16x16/8/2/1
-heavy-dense fp32 s32x32/4/2/2  s32x32/4/2/2   s64x16/8/1/1/4 s16x16/8/1/1
 """),
     "sm_100": parse("""
 search bf16  128x128/8/3/1  128x64/8/3/1   128x64/8/2/1   128x32/8/2/1
@@ -137,7 +138,7 @@ mixed  fp16  64x32/8/2/1    64x32/8/2/1    s8x32/8/2/1    s16x16/8/2/1
 mixed  fp32  64x32/8/2/1    s16x16/8/2/1   s16x16/8/2/1/4 s16x16/8/1/1
 dense  bf16  s64x32/8/3/1   s64x32/8/3/1   s16x32/4/2/2   s16x32/8/2/1
 dense  fp16  s32x32/8/2/1   s32x32/8/2/1   s8x32/8/2/1    s16x16/8/2/1
-dense  fp32  s32x32/8/2/1   s16x16/8/2/1/2 s16x16/8/2/1/4  s16x16/8/1/1
+dense  fp32  s32x32/8/2/1   s16x16/8/2/1   s16x16/8/2/1/4 s16x16/8/1/1
 heavy-single bf16 64x64/8/3/1    64x32/8/3/1    32x32/4/2/2    32x32/8/2/1
 heavy-mixed  bf16 64x32/8/3/1    64x32/8/3/1    64x32/8/2/1    s16x32/8/2/1
 heavy-dense  bf16 s64x32/8/3/1   s32x64/8/3/1   s16x32/4/2/2   s16x32/8/2/1
