@@ -105,7 +105,12 @@ def need(what: str, *modules: str) -> None:
 
 
 def invocation(prog: str) -> str:
-    """What to type to call one of the commands with this Python."""
+    """What to type to call one of the commands: as it was called, or with this Python."""
+    script = os.path.abspath(sys.argv[0])
+    if os.path.basename(script) == "softcl":  # the console script
+        on_path = os.path.abspath(shutil.which("softcl") or "") == script
+        typed = "softcl" if on_path else shlex.quote(script)
+        return f"{typed} {prog.removeprefix('softcl.')}"
     python = os.path.abspath(sys.executable)
     for name in ("python", "python3"):
         if os.path.abspath(shutil.which(name) or "") == python:

@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY = ".*.tmp"  # what a process that was killed may leave
 
@@ -36,14 +37,20 @@ def user_path(text: str | Path) -> Path:
         raise OSError(errno.ENOENT, "there is no such user", str(text)) from None
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a regular file; a pipe or a device, which may never end, is not opened.
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, to read; a pipe or a device, which may never end, is not opened.
 
     Raises:
         OSError: naming the path.
     """
     _check_regular(path, os.stat(path))
-    return path.read_bytes()
+    return open(path, "rb")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file, as `open_file`."""
+    with open_file(path) as file:
+        return file.read()
 
 
 def check_target(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from softcl import doctor, evaluate, export, report
+from softcl import doctor, embed, evaluate, export, report
 from softcl.methods import METHODS
 from softcl.train import __main__ as train
 from softcl.train.checkpoint import read_checkpoint, write_checkpoint
@@ -116,7 +116,7 @@ Command = Callable[[list[str]], int]
 
 def right_line(chance: random.Random) -> tuple[Command, list[str], dict[str, list[str]]]:
     """A command, arguments that it takes, and values that its flags may be given in their place."""
-    kind = chance.choice(["train"] * 6 + ["evaluate", "export", "report", "doctor"] * 1)
+    kind = chance.choice(["train"] * 6 + ["evaluate", "embed", "export", "report", "doctor"])
     if kind == "train":
         method = chance.choice(list(METHODS))
         line = ["--method", method, "--data", "images"]
@@ -137,6 +137,12 @@ def right_line(chance: random.Random) -> tuple[Command, list[str], dict[str, lis
         pools |= {"--temperature": FLOATS, "--lr": FLOATS, "--device": WORDS, "--network": WORDS}
         line = [chance.choice(["run", *PATHS]), "--limit", "8", "--epochs", "1", "--device", "cpu"]
         return evaluate.main, line, pools
+    if kind == "embed":
+        pools = {"--data": PATHS, "--out": [*PATHS, "x.npz", "x.txt"], "--split": WORDS}
+        pools |= {flag: INTS for flag in ("--neighbors", "--image-size", "--batch-size")}
+        pools |= {"--duplicates": FLOATS, "--arch": WORDS, "--workers": INTS}
+        line = [chance.choice(["run", *PATHS]), "--data", "unlabelled", "--out", "out.npz"]
+        return embed.main, [*line, "--device", "cpu"], pools
     if kind == "export":
         line = [chance.choice(["run", *PATHS]), chance.choice(["out.pth", *PATHS])]
         return export.main, line, {"--format": WORDS, "--network": WORDS}

@@ -107,6 +107,13 @@ def test_what_is_printed_can_be_typed(flags: list[str], tmp_path: Path, monkeypa
     assert invocation("x") == f"{own} -m x"
     monkeypatch.chdir(Path(own).parent.parent)
     assert invocation("x") == f"bin/{os.path.basename(own)} -m x"
+    script = tmp_path / "softcl"
+    script.write_text("")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "train"])
+    assert invocation("softcl.train") == f"{script} train"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert invocation("softcl.train") == "softcl train"
 
 
 def test_warnings_of_a_run_that_did_no_good(flags: list[str], capsys, monkeypatch):

@@ -13,8 +13,8 @@
 Features are computed once, of whole images. The published probes compute them anew in every epoch,
 which costs a hundred times as much and gives somewhat higher accuracies: ASCL's (rate 10) of random
 resized crops and flips, SCE's (rate 30, the same drops) of crops padded by 4 pixels and flips.
-solo-learn and lightly train a linear classifier beside the backbone, on its training views; a run's
-own measure is the k-NN. Probes are to be compared under one recipe alone.
+solo-learn and lightly train a linear classifier beside the backbone, too; a run's own measure is
+the k-NN. Probes are to be compared under one recipe alone.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ DEFAULTS: dict[str, Defaults] = {
     "stl10": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
     "tiny-imagenet": mnn_bench_defaults(ReSSL(queue_size=16384, momentum=0.996), 64),
     # Code, R50: head 2048-4096-512, K 131072, m 0.999, lr 0.05 at 256 images, 5 epochs of warm-up;
-    # weight decay 1e-4, but for biases and batch norm. In the code
-    # those of the four down-sampling branches decay all the same; here no norm does.
+    # weight decay 1e-4, but for biases and batch norm. In the code the norms of the four
+    # down-sampling branches decay all the same; here none does.
     "imagenet": Defaults(
         ReSSL(queue_size=131072, momentum=0.999, projector_hidden=4096, projection_dim=512),
         "resnet50", 224, 200, 256, 0.05, 0.9, 1e-4, 5, "sgd", False,

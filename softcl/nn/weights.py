@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from softcl.errors import WeightsError
+from softcl.files import open_file
 
 TIMM = "timm:"  # how the specs begin that name timm's published weights
 # Until a file says otherwise: what torchvision's, MoCo's and DINO's weights were trained with.
@@ -78,7 +79,7 @@ def read_file(path: Path) -> Weights:
 def _read_content(path: Path) -> tuple[Any, dict[str, str]]:
     """What a file holds, and a safetensors file's metadata."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(9)
     except OSError as error:
         raise WeightsError(f"{path}: cannot read: {error.strerror or error}") from error

@@ -30,7 +30,7 @@ from torch import nn
 
 from softcl.data.given import is_object
 from softcl.errors import CheckpointError, ConfigError
-from softcl.files import name_too, read_file, replace_file
+from softcl.files import name_too, open_file, read_file, replace_file
 from softcl.nn import build_backbone
 from softcl.train.config import TrainConfig
 
@@ -75,7 +75,7 @@ def unseal(data: bytes) -> bytes:
 def is_checkpoint(path: Path) -> bool:
     """Whether a file ends as `seal` makes it end; its content may be damaged."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(-_TRAILER_BYTES, os.SEEK_END)
             return file.read(2 + len(_TAG)) == struct.pack("<H", _COMMENT_BYTES) + _TAG
     except OSError:  # absent, or shorter than that

@@ -104,6 +104,11 @@ class RunFolder:
             RunFolderError: the folder holds a run (unless it may be overwritten), or other files.
             OSError: nothing can be written there.
         """
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            reason = "no name in UTF-8, which TensorBoard needs; name another folder"
+            raise RunFolderError(f"{path}: {reason}") from None
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"{path}: is a file, and has to be a folder")
         check_folder(path)

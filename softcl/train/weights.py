@@ -16,6 +16,7 @@ from torch import nn
 
 from softcl.data import ImageSet
 from softcl.errors import CheckpointError, ConfigError
+from softcl.files import user_path
 from softcl.nn import Encoder, build_backbone
 from softcl.nn.pretrained import Pretrained, fit_backbone
 from softcl.nn.weights import TIMM, Weights, WeightsError, read_file, read_timm
@@ -38,7 +39,10 @@ def read_weights(spec: str, network: str = "student") -> Weights:
     """
     if spec.startswith(TIMM):
         return read_timm(spec.removeprefix(TIMM))
-    path = Path(spec).expanduser()
+    try:
+        path = user_path(spec)
+    except OSError as error:
+        raise WeightsError(f"{spec}: {error.strerror}") from error
     if path.is_dir() and (path / _OF_FOLDER).is_file():
         return read_file(path / _OF_FOLDER)
     if path.is_dir() or is_checkpoint(path):
