@@ -22,6 +22,7 @@ COMPILING = {"load_host_module", "find_check_program"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long too")
+    parser.addoption("--every", type=int, default=1, help="of each test's cases every N-th")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,6 +32,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long") and not named:
                 item.add_marker(pytest.mark.skip(reason="long: make test-all, or --long"))
+    every = config.getoption("--every")
+    if every > 1:
+        seen: dict[str, int] = {}
+        for item in list(items):
+            if item.get_closest_marker("skip"):
+                continue
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % every:
+                items.remove(item)
     for item in items:
         if COMPILING & vars(item.module).keys():
             item.add_marker(pytest.mark.timeout(900))

@@ -38,8 +38,8 @@ def test_in_interpreter(file, tmp_path, request):
         f"--basetemp={tmp_path / 'own'}",
         str(HERE / file),
     ]
-    if request.config.getoption("--long"):
-        command.append("--long")
+    # Every test, and of its cases a third: all of them run with --long, and on a GPU.
+    command += ["--long"] if request.config.getoption("--long") else ["--every", "3"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=HERE.parent, env=environment, capture_output=True, text=True
