@@ -51,23 +51,26 @@ for folder in sys.argv[1:]:
     print("loaded", folder)
 """
 EXPORTS = [
-    ("resnet18", 96, "timm", "a.safetensors"),
     ("resnet18", 48, "timm", "a.safetensors"),
-    ("resnet18", 32, "timm", "a.safetensors"),
     ("resnet_tiny", 32, "timm", "a.safetensors"),
-    ("resnet_tiny", 96, "timm", "a.safetensors"),
     ("vit_tiny", 96, "timm", "a.safetensors"),
-    ("vit_tiny", 32, "timm", "a.safetensors"),
     ("moco3_vit_tiny", 32, "timm", "a.safetensors"),
-    ("convnext_atto", 64, "timm", "a.safetensors"),
     ("resnet18", 32, "torchvision", "a.pth"),
+]
+LONG_EXPORTS = [
+    ("resnet18", 96, "timm", "a.safetensors"),
+    ("resnet18", 32, "timm", "a.safetensors"),
+    ("resnet_tiny", 96, "timm", "a.safetensors"),
+    ("vit_tiny", 32, "timm", "a.safetensors"),
+    ("convnext_atto", 64, "timm", "a.safetensors"),
     ("resnet18", 96, "torchvision", "a.safetensors"),
 ]
 
 
-def test_the_printed_lines_load_it_without_softcl(tmp_path: Path, capsys):
+@pytest.mark.parametrize("exports", [EXPORTS, pytest.param(LONG_EXPORTS, marks=pytest.mark.long)])
+def test_the_printed_lines_load_it_without_softcl(exports, tmp_path: Path, capsys):
     folders = []
-    for place, (arch, size, kind, name) in enumerate(EXPORTS):
+    for place, (arch, size, kind, name) in enumerate(exports):
         folder = tmp_path / str(place)
         folder.mkdir()
         path, images, expected = write_run(folder, arch, size)
