@@ -120,7 +120,8 @@ def test_warnings_of_a_run_that_did_no_good(flags: list[str], capsys, monkeypatc
     from softcl.train import loop
 
     def measured(run: loop.Loop) -> None:
-        run.baselines = {"untrained": 1.1, "pixels": 0.5, "untrained_neighbors": [[0] * 8] * 4}
+        run.baselines = {"untrained": 1.1, "pixels": 0.5, "untrained_rankme": 9.0}
+        run.baselines["untrained_neighbors"] = [[0] * 8] * 4
 
     monkeypatch.setattr(loop.Loop, "_measure_baselines", measured)
     assert main([*flags, "--out", "run", "--epochs", "1", "--queue-size", "256"]) == 0

@@ -61,7 +61,7 @@ def test_numbers_on_the_page_are_those_of_the_run(flags: list[str], tmp_path: Pa
     page = (tmp_path / "run/report/index.html").read_text()
     (run,) = read_runs([tmp_path / "run"])
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert f"<td>best k-NN top-1</td><td>{result['knn_best']:.1%}</td>" in page
+    assert f"<td>best k-NN top-1</td><td>{result['best']:.1%}</td>" in page
     assert f"<td>untrained backbone</td><td>{result['knn_untrained']:.1%}</td>" in page
     assert run.series("loss")[-1] == (2.0, result["loss"])
     assert len(run.series("knn_purity")) == len(run.evaluations) == 2

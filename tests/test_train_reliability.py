@@ -18,7 +18,7 @@ from run_comparison import assert_same_run
 
 import softcl.train
 from softcl.evaluation import KNN
-from softcl.train import loop
+from softcl.train import evaluation, loop
 from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
 from softcl.train.folder import RunFolder, read_metrics
@@ -76,7 +76,7 @@ def test_the_untrained_backbone_is_measured_recalibrated(flags, whole, tmp_path,
         for norm in norms:
             norm.running_var.fill_(1)
 
-    monkeypatch.setattr(loop, "recalibrated", constant)
+    monkeypatch.setattr(evaluation, "recalibrated", constant)
     assert main([*flags, "--out", "run", "--max-steps", "1"]) == 0
     found = (path / "baselines.json" for path in (whole, Path("run")))
     right, flat = (json.loads(path.read_text()) for path in found)

@@ -189,11 +189,13 @@ class KNN:
     def labelled(self) -> bool:
         return self.bank.labels is not None and self.queries.labels is not None
 
-    def features(self, function: FeatureFunction, size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Unit rows of the queries and of the bank."""
-        size = size or self.size
-        queries = extract(self.queries, self.query_indices, function, size, self.device)
-        return queries, extract(self.bank, self.bank_indices, function, size, self.device)
+    def features(
+        self, function: FeatureFunction, size: int | None = None, *, normalize: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the queries and of the bank, unit ones unless said otherwise."""
+        given = {"size": size or self.size, "device": self.device, "normalize": normalize}
+        queries = extract(self.queries, self.query_indices, function, **given)
+        return queries, extract(self.bank, self.bank_indices, function, **given)
 
     def accuracy(self, queries: Tensor, bank: Tensor, places: Tensor | None = None) -> float:
         """Share of the queries (of those at `places`) whose class the vote finds, in [0, 1]."""

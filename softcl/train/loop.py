@@ -12,9 +12,9 @@ import torch
 from softcl.command import invocation
 from softcl.data.views import Images
 from softcl.errors import CallbackError, CheckpointError, Diverged
-from softcl.evaluation.recalibration import recalibrated
 from softcl.files import name_too
 from softcl.train.checkpoint import BEST, LAST, write_checkpoint
+from softcl.train.evaluation import NAMES, Evaluation, Rows, describe_quality, describe_ranks
 from softcl.train.folder import (
     BASELINES,
     CONFIG,
@@ -47,11 +47,9 @@ from softcl.train.step import (
     first_damaged,
     learning_rate,
     moved_temperatures,
-    query_spread,
     teacher_momentum,
     train_step,
 )
-from softcl.train.weights import untrained_encoder
 
 COLLAPSED = 0.05  # spread of the student's directions below which a run is warned about
 
@@ -68,6 +66,7 @@ class Loop:
     def __init__(self, parts: Parts, path: Path, folder: RunFolder | None) -> None:
         self.parts, self.path, self.folder = parts, path, folder
         self.state, self.knn, self.backend = parts.state, parts.knn, parts.backend
+        self.evaluation = Evaluation(parts)
         self.world, self.feed = parts.world, parts.feed
         self.config = config = parts.config.changed(out=str(path), overwrite=None, resume=None)
         self.progress = PlainProgress(None) if folder is None else make_progress()
@@ -77,11 +76,12 @@ class Loop:
         self.method, self.final_temperatures = self.state.method, config.final_temperatures
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
-        self.best_accuracy, self.best_step = -1.0, -1
+        self.quality: dict[str, Any] = {}  # of the last evaluation
+        self.best_value, self.best_step = -1.0, -1  # of what the evaluation chooses by
         self.evaluated_step = self.saved_step = -1
         self._warned_of_collapse = False
         self._listed = 0  # unreadable images in skipped.txt
-        self._final_features: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._final_features: Rows | None = None
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._first_step = self.state.step
 
@@ -249,50 +249,14 @@ class Loop:
     # ------------------------------------------------------------------------------- evaluation
 
     def _measure_baselines(self) -> None:
-        """k-NN of raw pixels and of the untrained backbone, once per run (kept in its folder).
-
-        They are num_neighbors; untrained_neighbors, the rows for the picture; and with labels the
-        accuracies untrained and pixels, and pretrained where the backbone has weights from
-        elsewhere. Batch norms of random weights have the statistics of the images.
-        """
-        knn, student = self.knn, self.state.student
+        """What pixels and first weights are worth, once per run (kept in its folder)."""
         stored = self.folder.read_json(BASELINES)
-        if stored is None or not self._are_baselines(stored):
-            pretrained = self.parts.pretrained is not None
-            random = untrained_encoder(self.config, knn.device) if pretrained else student
-            with recalibrated(random, knn.bank, knn.size, knn.device):
-                rows = knn.encoder_features(random)
-            stored = {"num_neighbors": knn.num_neighbors}
-            if knn.labelled:
-                stored["untrained"] = knn.accuracy(*rows)
-                stored["pixels"] = knn.pixel_accuracy()
-            if pretrained:
-                rows = knn.encoder_features(student)
-                if knn.labelled:
-                    stored["pretrained"] = knn.accuracy(*rows)
-            found = nearest(rows[0][choose_queries(knn).to(knn.device)], rows[1])
-            stored["untrained_neighbors"] = found.tolist()
+        if stored is None or not self.evaluation.are_baselines(stored):
+            stored = self.evaluation.baselines(self.state.student)
             self.folder.write_json(BASELINES, stored)
         self.baselines = stored
-        self.progress.say(describe_baselines(stored))
-
-    def _are_baselines(self, stored: dict[str, Any]) -> bool:
-        """Whether a file holds the baselines of this run's evaluation, undamaged."""
-        if stored.get("num_neighbors") != self.knn.num_neighbors:
-            return False
-        names = ("untrained", "pixels") if self.knn.labelled else ()
-        if names and self.parts.pretrained is not None:
-            names += ("pretrained",)
-        numbers = numbers_of(stored)
-        if any(numbers.get(name) is None for name in names):
-            return False
-        try:
-            rows = torch.tensor(stored["untrained_neighbors"])
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            return False
-        wanted = (len(choose_queries(self.knn)), torch.int64)
-        found = (len(rows) if rows.dim() == 2 else 0, rows.dtype)
-        return found == wanted and bool(((rows >= 0) & (rows < len(self.knn.bank_indices))).all())
+        for line in (describe_baselines(stored), describe_ranks(stored)):
+            self.progress.say(line)
 
     def _evaluate_if_due(self) -> None:
         epoch, within = divmod(self.state.step, self.feed.steps_per_epoch)
@@ -305,14 +269,14 @@ class Loop:
             self.evaluate()
 
     def evaluate(self) -> None:
-        """k-NN of the student as it is; logged and printed."""
-        if not self.knn.labelled:
-            return
+        """k-NN and quality of the student as it is; logged and printed."""
         paused = time.perf_counter()
         self._settle_buffers()
-        self.accuracy = self.world.on_main_process(self._evaluate)
-        if self.accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_step = self.accuracy, self.state.step
+        self.quality = self.world.on_main_process(self._evaluate)
+        self.accuracy = self.quality.get("knn_top1")
+        value = self.quality[self.evaluation.chooses]
+        if value > self.best_value:
+            self.best_value, self.best_step = value, self.state.step
         self.evaluated_step = self.state.step
         self.meter.skip(time.perf_counter() - paused)
 
@@ -320,27 +284,18 @@ class Loop:
         """Running statistics of all the processes, before they are used or kept."""
         average_buffers((self.state.student, self.state.teacher, self.state.heads), self.world)
 
-    def _evaluate(self) -> float:
-        features = self.knn.encoder_features(self.state.student)
-        accuracy = self.knn.accuracy(*features)
+    def _evaluate(self) -> dict[str, Any]:
+        found, rows = self.evaluation.measure(self.state.student)
         if self.state.step == self.total_steps:
-            self._final_features = features
+            self._final_features = rows
         epoch = self.state.step / self.feed.steps_per_epoch
-        self.log.add(
-            {
-                "step": self.state.step,
-                "epoch": epoch,
-                "knn_top1": accuracy,
-                "knn_purity": self.knn.purity(*features),
-                "feature_spread": float(query_spread(features[0])),
-                "seconds": self.seconds(),
-            }
-        )
+        place = {"step": self.state.step, "epoch": epoch, "seconds": self.seconds()}
+        self.log.add(place | found)
         self.progress.say(
             f"epoch {epoch:g}/{self.config.epochs}  loss {self.meter.loss:.4f}  "
-            f"k-NN {accuracy:.1%}  after {clock(self.seconds())}"
+            f"{describe_quality(found)}  after {clock(self.seconds())}"
         )
-        return accuracy
+        return found
 
     def finish(self) -> dict[str, Any]:
         """The picture and the final numbers, after the last step."""
@@ -353,8 +308,10 @@ class Loop:
         result = {
             "step": self.state.step,
             "knn_top1": self.accuracy,
-            "knn_best": self.best_accuracy if self.best_step >= 0 else None,
-            "knn_best_step": self.best_step if self.best_step >= 0 else None,
+            **{name: self.quality.get(name) for name in ("rankme", "alignment", "uniformity")},
+            "best": self.best_value,
+            "best_step": self.best_step,
+            "best_by": NAMES[self.evaluation.chooses],
             "knn_neighbors": self.knn.num_neighbors,
             "knn_pixels": self.baselines.get("pixels"),
             "knn_untrained": self.baselines.get("untrained"),
@@ -371,6 +328,10 @@ class Loop:
                 self.progress.say(
                     "warning    training has made the features worse than the untrained backbone's"
                 )
+        self.progress.say(describe_ranks(self.baselines, self.quality["rankme"]))
+        best = self.best_step / self.feed.steps_per_epoch
+        chosen = f"by {NAMES[self.evaluation.chooses]}, of epoch {best:g}"
+        self.progress.say(f"best       {self.path / BEST}: {chosen}")
         self.progress.say(f"picture    {picture}")
         self.progress.say(f"done       in {clock(self.seconds())}, in {self.path}")
         self.folder.write_json(RESULT, result)
@@ -421,7 +382,9 @@ class Loop:
             "fingerprint": fingerprint(images),
             "normalisation": [list(images.mean), list(images.std)],
             "accuracy": self.accuracy,
-            "best": [self.best_accuracy, self.best_step],
+            "quality": self.quality,
+            "best": [self.best_value, self.best_step],
+            "best_by": NAMES[self.evaluation.chooses],
             "evaluated_step": self.evaluated_step,
             "seconds": self.seconds(),
             "versions": versions(),
@@ -444,11 +407,12 @@ class Loop:
         """
         try:
             self.state.load_state_dict(content)
-            self.best_accuracy, self.best_step = content["best"]
+            self.best_value, self.best_step = content["best"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{self.path}: its checkpoint does not fit: {reason}") from error
         self.accuracy, self.evaluated_step = content["accuracy"], content["evaluated_step"]
+        self.quality = numbers_of(content.get("quality"))
         self._seconds_before = content["seconds"]
         self._started = time.perf_counter()
         self.saved_step = self.state.step
