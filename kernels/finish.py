@@ -218,7 +218,7 @@ def finish_loss(
     config = Config(
         D=D,
         BLOCK_D=c.BLOCK_D,
-        BLOCK_S=block_of_splits(plan.splits, c.BLOCK_D),
+        BLOCK_S=block_of_splits(c.BLOCK_D),
         BLOCK_J=block_of_neighbors(rule.num_neighbors, c.BLOCK_D) if rule.adds_neighbors else 1,
         TEACHER_SOFTMAX=rule.needs_softmax,
         TEACHER_MEAN=rule.needs_mean,
@@ -261,7 +261,7 @@ def finish_statistics(
     mean = torch.empty((N, c.D), device=device, dtype=torch.float32)
     entropy = torch.empty(N, device=device, dtype=torch.float32)
     arguments = (streamed.sums, streamed.means, lse, mean, entropy, N, plan.splits, scale)
-    block_s = block_of_splits(plan.splits, c.BLOCK_D)
+    block_s = block_of_splits(c.BLOCK_D)
     constants = (block_s, c.RUNNING_MAX, c.WEIGHTS, c.D, c.BLOCK_D)
     launch_kernel(statistics_kernel, (N, 1), arguments, constants, num_warps=4)
     return lse, mean, entropy
@@ -289,6 +289,7 @@ def block_of_neighbors(num_neighbors: int, block_d: int) -> int:
     return max(1, min(1 << (num_neighbors - 1).bit_length(), 4096 // block_d))
 
 
-def block_of_splits(splits: int, block_d: int) -> int:
-    """Splits read together: all of them while their means fit in a program's registers."""
-    return max(1, min(1 << (splits - 1).bit_length(), 8192 // block_d))
+def block_of_splits(block_d: int) -> int:
+    """Splits read together, as many as fit in a program's registers. Not by the number of splits,
+    which changes while a queue fills: those that are not there cost no load."""
+    return max(1, min(16, 8192 // block_d))

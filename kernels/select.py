@@ -18,8 +18,9 @@ equal to T, r the places that those above T leave, and each of these holds a row
 lower than all of the run's. So at most k - 1 + 4 CHUNK_GROUPS chunks are kept, and k where nothing
 ties.
 
-Tiling: BLOCK_N rows per program, side by side. Traffic per row: the maxima once from HBM (the
-passes after the first hit L1), and k * CHUNK_COLUMNS queue rows from L2.
+Tiling: BLOCK_N rows per program, side by side; up to MOST_KEYS keys of a row are held in registers.
+Traffic per row: the maxima once from HBM (of more keys the passes after the first hit L1), and k *
+CHUNK_COLUMNS queue rows from L2.
 """
 
 from typing import NamedTuple
@@ -33,6 +34,10 @@ from .numerics import INTERPRET, widen
 
 # What a NaN, or minus infinity, counts as: below every cosine, above what is not a column at all.
 WORST = tl.constexpr(-1e20)
+
+# Below the key of every number, and one above the largest.
+NO_KEY = tl.constexpr(-0x80000000)
+LARGEST_KEY = tl.constexpr(0x7FFFFFFF)
 
 # Halvings that search among 2^30 rows, the most there are.
 SEARCH_STEPS = tl.constexpr(30)
@@ -49,7 +54,10 @@ class Config(NamedTuple):
     CHUNK_COLUMNS: int
     EXCLUDED: bool  # one column of each row takes no part
     BLOCK_N: int  # rows per program
-    BLOCK_C: int  # values of a row counted together
+    BLOCK_C: int  # chunks of a row counted together
+    HELD: bool  # which are all of them
+    BLOCK_CANDIDATES: int  # candidates of a row counted together
+    HELD_CANDIDATES: bool
     BLOCK_J: int  # candidates of a row multiplied together
     BLOCK_TOP: int  # k rounded up to a power of two
     BLOCK_OTHERS: int  # of the picked ones, compared with all of them together
@@ -64,11 +72,20 @@ def key_of(x):
 
 @triton.jit
 def load_keys(values_ptrs, start, lengths, rows_mask, BLOCK: tl.constexpr):
-    """Keys (R, BLOCK) of one stretch of the rows' values, and which of them exist."""
+    """Keys (R, BLOCK) of one stretch of the rows' values; NO_KEY where there is none."""
     i = start + tl.arange(0, BLOCK)[None, :]
     exist = rows_mask & (i < lengths)
     x = tl.load(values_ptrs + i, mask=exist, other=0.0)
-    return key_of(tl.where(x == x, x, WORST)), exist
+    return tl.where(exist, key_of(tl.where(x == x, x, WORST)), NO_KEY)
+
+
+@triton.jit
+def keys_at(held, values_ptrs, start, lengths, rows_mask, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """What is held in registers, or the same loaded again."""
+    if HELD:
+        return held
+    else:
+        return load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
 
 
 @triton.jit
@@ -109,6 +126,8 @@ def pick_largest(
     chunks_ptrs,  # (R, 1) the chunks that the values belong to, unless CHUNKS
     last,  # no tie-break is above it
     CHUNKS: tl.constexpr,  # the values are all chunks' maxima
+    BLOCK: tl.constexpr,  # values of a row counted together
+    HELD: tl.constexpr,  # which are all of them
     C: tl.constexpr,  # Config
 ):
     """Write the positions of every row's ``count`` largest values, ascending; how many (R, 1).
@@ -116,13 +135,15 @@ def pick_largest(
     Equal ones go by `tie_break`; there are more than ``count`` where that ties too.
     """
     R: tl.constexpr = C.BLOCK_N
-    BLOCK: tl.constexpr = C.BLOCK_C
-    smallest = tl.full([R, BLOCK], 0x7FFFFFFF, tl.int32)
-    largest = tl.full([R, BLOCK], -0x80000000, tl.int32)
+    if HELD:
+        longest = BLOCK
+    held = load_keys(values_ptrs, 0, lengths, rows_mask, BLOCK)
+    smallest = tl.full([R, BLOCK], LARGEST_KEY, tl.int32)
+    largest = tl.full([R, BLOCK], NO_KEY, tl.int32)
     for start in tl.range(0, longest, BLOCK):
-        keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
-        smallest = tl.minimum(smallest, tl.where(exist, keys, 0x7FFFFFFF))
-        largest = tl.maximum(largest, tl.where(exist, keys, -0x80000000))
+        keys = keys_at(held, values_ptrs, start, lengths, rows_mask, BLOCK, HELD)
+        smallest = tl.minimum(smallest, tl.where(keys > NO_KEY, keys, LARGEST_KEY))
+        largest = tl.maximum(largest, keys)
     # At least `count` keys reach `low`, `above` of them and fewer than `count` reach `high`.
     low = tl.min(smallest, 1, keep_dims=True).to(tl.int64)
     high = tl.max(largest, 1, keep_dims=True).to(tl.int64) + 1
@@ -132,8 +153,8 @@ def pick_largest(
         middle = low + (high - low) // 2
         counts = tl.zeros([R, BLOCK], tl.int32)
         for start in tl.range(0, longest, BLOCK):
-            keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
-            counts += (exist & (keys >= middle.to(tl.int32))).to(tl.int32)
+            keys = keys_at(held, values_ptrs, start, lengths, rows_mask, BLOCK, HELD)
+            counts += (keys >= middle.to(tl.int32)).to(tl.int32)
         reached = tl.sum(counts, 1, keep_dims=True)
         # Exactly enough: nothing equals `high` - 1 = `low`, and the search of this row is over.
         low = tl.where(reached >= count, middle, low)
@@ -151,20 +172,21 @@ def pick_largest(
         middle = before + (until - before + 1) // 2
         counts = tl.zeros([R, BLOCK], tl.int32)
         for start in tl.range(0, longest, BLOCK):
-            keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
-            order = tie_break(chunks_ptrs, start + tl.arange(0, BLOCK)[None, :], exist, CHUNKS, C)
-            counts += (exist & (keys == low.to(tl.int32)) & (order <= middle)).to(tl.int32)
+            keys = keys_at(held, values_ptrs, start, lengths, rows_mask, BLOCK, HELD)
+            i = start + tl.arange(0, BLOCK)[None, :]
+            order = tie_break(chunks_ptrs, i, keys > NO_KEY, CHUNKS, C)
+            counts += ((keys == low.to(tl.int32)) & (order <= middle)).to(tl.int32)
         enough = tl.sum(counts, 1, keep_dims=True) >= count - above
         until = tl.where(enough, middle, until)
         before = tl.where(enough, before, middle)
 
     taken = tl.zeros([R, 1], tl.int32)
     for start in tl.range(0, longest, BLOCK):
-        keys, exist = load_keys(values_ptrs, start, lengths, rows_mask, BLOCK)
+        keys = keys_at(held, values_ptrs, start, lengths, rows_mask, BLOCK, HELD)
         i = start + tl.zeros([R, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
-        first = tie_break(chunks_ptrs, i, exist, CHUNKS, C) <= until
+        first = tie_break(chunks_ptrs, i, keys > NO_KEY, CHUNKS, C) <= until
         wide = keys.to(tl.int64)
-        chosen = exist & ((wide > low) | ((wide == low) & first))
+        chosen = (keys > NO_KEY) & ((wide > low) | ((wide == low) & first))
         ones = chosen.to(tl.int32)
         position = taken + tl.cumsum(ones, 1) - ones
         tl.store(out_ptrs + position, i, mask=chosen)
@@ -211,7 +233,7 @@ def select_kernel(
     all_chunks = tl.zeros([R, 1], tl.int32) + num_chunks
     num_kept = pick_largest(
         maxima_ptrs, all_chunks, num_chunks, tl.minimum(k, num_chunks), chunks_ptrs, rows_mask,
-        chunks_ptrs, (num_chunks - 1) // (4 * C.CHUNK_GROUPS), True, C,
+        chunks_ptrs, (num_chunks - 1) // (4 * C.CHUNK_GROUPS), True, C.BLOCK_C, C.HELD, C,
     )  # fmt: skip
     tl.debug_barrier()  # what other threads of the program wrote
     num_columns = num_kept * C.CHUNK_COLUMNS
@@ -237,7 +259,7 @@ def select_kernel(
     tl.debug_barrier()
     pick_largest(
         cosines_ptrs, num_columns, most_columns, k, picked_ptrs, rows_mask, chunks_ptrs, K - 1,
-        False, C,
+        False, C.BLOCK_CANDIDATES, C.HELD_CANDIDATES, C,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -262,8 +284,17 @@ def select_kernel(
 
 # Rows per program, and the numbers that it holds at once. The interpreter's time goes by the number
 # of operations.
-ROWS = 32 if INTERPRET.value else 4
+ROWS = 32 if INTERPRET.value else 2
 ELEMENTS = 1 << 20 if INTERPRET.value else 8192
+
+# Keys of a row that a program counts together, and holds in registers if there are no more: 64 a
+# thread. A row of 65536 queue rows has 4096 chunks at most for up to 16 neighbours.
+FEW_KEYS = 256
+MOST_KEYS = 4096
+
+
+def power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
 
 
 def launch(
@@ -279,7 +310,11 @@ def launch(
     c = plan.config
     N = vectors.shape[0]
     room = min(k - 1 + 4 * c.CHUNK_GROUPS, plan.num_chunks)
-    block_top = max(2, 1 << (k - 1).bit_length())
+    block_top = power_of_two(k, 2)
+    # Few sizes, and none by the queue's length: a queue that fills would compile at every doubling.
+    block_c = next((x for x in (FEW_KEYS, MOST_KEYS) if plan.num_chunks <= x), 1024)
+    candidates = (k - 1 + 4 * c.CHUNK_GROUPS) * plan.chunk_columns
+    block_candidates = min(power_of_two(candidates, FEW_KEYS), MOST_KEYS)
     config = Config(
         D=c.D,
         BLOCK_D=c.BLOCK_D,
@@ -289,7 +324,10 @@ def launch(
         CHUNK_COLUMNS=plan.chunk_columns,
         EXCLUDED=c.EXCLUDED,
         BLOCK_N=ROWS,
-        BLOCK_C=max(16, min(1024, 1 << (plan.num_chunks - 1).bit_length())),
+        BLOCK_C=block_c,
+        HELD=plan.num_chunks <= block_c,
+        BLOCK_CANDIDATES=block_candidates,
+        HELD_CANDIDATES=candidates <= block_candidates,
         BLOCK_J=max(1, ELEMENTS // (ROWS * c.BLOCK_D)),
         BLOCK_TOP=block_top,
         BLOCK_OTHERS=min(block_top, max(1, ELEMENTS // (ROWS * block_top))),
@@ -304,5 +342,9 @@ def launch(
         vectors, queue, maxima, queue if excluded is None else excluded, chunks, cosines, picked,
         logits, indices, N, queue.shape[0], k, plan.num_chunks, room, factor,
     )  # fmt: skip
-    launch_kernel(select_kernel, (-(-N // ROWS), 1), arguments, (config,), num_warps=4)
+    # Left to itself ptxas spills keys, for the sake of one program more on a multiprocessor.
+    launch_kernel(
+        select_kernel, (-(-N // ROWS), 1), arguments, (config,), num_warps=4,
+        max_registers=None if plan.max_registers is None else 255,
+    )  # fmt: skip
     return logits, indices

@@ -18,7 +18,7 @@ from softcl.kernels import enqueue, launch  # noqa: E402
 from softcl.labels import AdaptiveSoftLabels, HardLabels, LabelRule  # noqa: E402
 from softcl.ops import triton as backend  # noqa: E402
 from softcl.ops.call import StatisticsCall  # noqa: E402
-from softcl.testing import make_problem  # noqa: E402
+from softcl.testing import Problem, make_problem  # noqa: E402
 
 
 @pytest.fixture
@@ -100,6 +100,18 @@ def test_numbers_of_a_rule_compile_nothing(launches):
     assert len(set(numbers)) == 4 and all(0.5 <= max(x) < 1.0 for x in numbers)
     run_loss(backend, p, LabelRule(**terms, teacher_positive="zero"))
     assert len(launch._compiled) == compiled + 1
+
+
+@pytest.mark.parametrize("num_neighbors", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_a_queue_that_fills_compiles_twice_at_most(launches, num_neighbors):
+    """Each kernel, from the first batch in the queue to the last."""
+    p = make_problem(40, 1 << 16, 32, dtype=torch.bfloat16)
+    for filled in [*range(256, 4096, 256), *range(4096, (1 << 16) + 1, 4096)]:
+        young = Problem(p.query, p.key, p.queue[:filled])
+        run_loss(backend, young, AdaptiveSoftLabels(num_neighbors))
+    names = [key[0] for key in launch._compiled]
+    assert set(names) == {"stream_kernel", "select_kernel", "finish_kernel"}
+    assert max(names.count(name) for name in names) <= 2, names
 
 
 def test_what_a_compilation_depends_on(launches):
