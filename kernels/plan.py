@@ -24,10 +24,11 @@ COLDEST_WITHOUT_MAXIMUM = 0.023
 MOST_CHUNKS = 8192
 MOST_SPLITS = 64
 
-# Queue rows of a split, of fp32 rows with means: every tile's addition to a mean rounds. For
-# clustered rows and D = 128, with sums that are cut off as tensor cores do (tests/tensor_cores.py),
-# the gradient's error is 1.0e-6 at 8192 rows in a split, 2.1e-6 at 65536.
-LONGEST_SPLIT = 8192
+# Queue rows of a split, with means, of fp32 and of other rows. With sums that are cut off as tensor
+# cores do (tests/tensor_cores.py), for clustered rows and D = 128, the gradient's error is 1.0e-6
+# at 8192 fp32 rows in a split (2.1e-6 at 32768), and 4.5e-4 at 32768 16-bit ones: it grows so.
+LONGEST_FP32_SPLIT = 8192
+LONGEST_SPLIT = 32768
 # Of the means of all splits, where accuracy asks for more of them than fill the GPU.
 MOST_MEAN_BYTES = 512 << 20
 
@@ -143,7 +144,7 @@ def make_plan(
     slots = num_multiprocessors * tile.programs_per_sm
     apart = work.row_dtype == torch.float32
     wanted = splits or choose_splits(row_blocks, num_tiles, slots)
-    if apart and work.mean and not splits:
+    if work.mean and not splits:
         wanted = max(wanted, splits_for_accuracy(work))
     tiles_per_split = -(-num_tiles // wanted)
     tiles_per_split = -(-tiles_per_split // tiles_per_chunk) * tiles_per_chunk
@@ -240,10 +241,11 @@ def chunking(K: int, num_neighbors: int, block_k: int, sum_groups: int) -> tuple
 
 
 def splits_for_accuracy(work: Work) -> int:
-    """Splits of fp32 rows' means, as far as there is room for so many."""
+    """Splits that keep the means' promise, as far as there is room for so many."""
+    longest = LONGEST_FP32_SPLIT if work.row_dtype == torch.float32 else LONGEST_SPLIT
     rows = work.N * (2 if work.visits_teacher else 1)
     room = MOST_MEAN_BYTES // (rows * work.D * 4)
-    return max(1, min(-(-work.K // LONGEST_SPLIT), room, MOST_SPLITS))
+    return max(1, min(-(-work.K // longest), room, MOST_SPLITS))
 
 
 def choose_splits(row_blocks: int, num_tiles: int, slots: int) -> int:

@@ -14,7 +14,7 @@ only asked for at temperatures below 0.023 (|x| > 63). With it all sums are rela
 and cosine_sum is sum_j 2^(x_j - maximum) (x_j - maximum).
 
 For fp32 rows (APART) a tile's part of mean_sum is a sum by itself (numerics.multiply_parts), and
-splits are short (plan.LONGEST_SPLIT): tensor cores cut the low parts off long sums.
+splits are short (plan.LONGEST_FP32_SPLIT): tensor cores cut the low parts off long sums.
 
 Weights go to the second product in one fp16 part, relative to a maximum that makes the largest
 2^15: as they are they reach 1e-18. One bf16 part, where it is enough (plan.weights_of), needs no

@@ -1,12 +1,20 @@
 """What the Triton loss promises, on tensor cores that cut their sums off (tensor_cores.py).
 
-fp32's gradient is off by 3.5e-5 at K = 2048 if the means of all tiles are one sum of theirs. These
-run in the interpreter alone.
+Largest error of the gradient, simulated (N = 4, D = 128, sm_90's tiles, two programs; fp32's
+promise is 2e-6, the others' 1e-3). Before: the means of all tiles in one sum, of any length.
+
+    rows and queue        K        random      clustered
+    fp32, before          8192     1.5e-5      1.2e-4
+    fp32, before          65536    9.8e-5      2.7e-4 and more
+    fp32                  8192     4.5e-7      9.8e-7
+    fp32                  65536    2.8e-7      7.0e-7
+    bf16                  8192     3.2e-5      7.0e-5
+    bf16                  65536    3.1e-5      4.0e-4
+    fp16                  8192     2.7e-5      7.6e-5
+    fp16                  65536    2.5e-5      4.5e-4
 """
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
@@ -36,38 +44,42 @@ def test_sums_are_cut_off():
     assert 1e-8 < float(np.abs(got - exact).max()) < 5e-6
 
 
-SHORT = [((F, F), 1000, "clustered"), ((B, B), 1000, "clustered")]
-CASES = itertools.product([(F, F), (B, B), (F, B), (H, H)], [1000, 65536], ["clustered", "random"])
+LENGTHS = [(600, "clustered"), (600, "random"), (65536, "clustered"), (65536, "random")]
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("dtypes", "K", "kind"), some_long(list(CASES), SHORT.__contains__), ids=str
-)
-def test_a_long_queue_keeps_the_promise(triton_device, monkeypatch, dtypes, K, kind):
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("K", "kind"), some_long(LENGTHS, LENGTHS[:1].__contains__), ids=str)
+def test_a_long_queue_keeps_the_promise(triton_device, monkeypatch, K, kind):
     """Of a device whose every program would take as much of the queue as it may."""
     if triton_device == "cuda":
         pytest.skip("GPUs add as they do")
     cut_off_sums(monkeypatch)
     monkeypatch.setattr(triton, "target_of", lambda device: ("sm_90", 1))
-    p = make_problem(4, K, 128, kind=kind, dtype=dtypes[0], queue_dtype=dtypes[1], seed=3)
-    for rule in (HardLabels(), RelationalLabels()):
-        got = run_loss(triton, p, rule, diagnostics=False)
-        assert_loss_close(got.loss, got.dquery, loss_oracle(p, rule), dtypes[0])
+    for row_dtype, queue_dtype in ((F, F), (F, B), (B, B), (H, H)):
+        p = make_problem(4, K, 128, kind=kind, dtype=row_dtype, queue_dtype=queue_dtype, seed=3)
+        for rule in (HardLabels(), RelationalLabels()):
+            got = run_loss(triton, p, rule, diagnostics=False)
+            assert_loss_close(got.loss, got.dquery, loss_oracle(p, rule), row_dtype)
 
 
-def test_splits_of_fp32_are_short():
-    """Of other rows there is no need, and of very many no room for so many means."""
-    from softcl.kernels.plan import LONGEST_SPLIT, MOST_MEAN_BYTES, Work, make_plan
+def test_splits_are_short():
+    """Shorter for fp32; without means there is no need, and of very many rows no room."""
+    from softcl.kernels.plan import (
+        LONGEST_FP32_SPLIT,
+        LONGEST_SPLIT,
+        MOST_MEAN_BYTES,
+        Work,
+        make_plan,
+    )
 
-    def plan_of(N, dtype, K=1 << 17, **more):
-        return make_plan(Work(N, K, 128, dtype, B, has_key=True, **more), "sm_90", 1)
+    def plan_of(N, dtype, **more):
+        return make_plan(Work(N, 1 << 17, 128, dtype, B, has_key=True, **more), "sm_90", 1)
 
     def rows(plan):
         return plan.tiles_per_split * plan.config.BLOCK_K
 
-    assert rows(plan_of(64, F)) <= LONGEST_SPLIT
-    assert rows(plan_of(64, B)) > LONGEST_SPLIT
+    assert rows(plan_of(64, F)) <= LONGEST_FP32_SPLIT
+    assert LONGEST_FP32_SPLIT < rows(plan_of(64, B)) <= LONGEST_SPLIT
     assert rows(plan_of(64, F, mean=False)) > LONGEST_SPLIT
     many = plan_of(1 << 18, F)
     assert many.splits * (1 << 18) * 128 * 4 <= MOST_MEAN_BYTES

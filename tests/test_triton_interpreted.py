@@ -1,4 +1,4 @@
-"""The tests of the Triton backend in Triton's interpreter, on the CPU, in processes of their own.
+"""The tests of the Triton backend in Triton's interpreter, on the CPU, in a process of their own.
 
 Triton decides at its import whether kernels are interpreted, so this process stays as it is. The
 same files run on a GPU where there is one: `pytest tests -k triton`.
@@ -21,25 +21,16 @@ FILES = sorted(
 )
 
 
-@pytest.mark.timeout(900)  # a whole file, each of whose tests keeps its own limit
+@pytest.mark.timeout(1800)  # of all files, each of whose tests keeps its own limit
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs in the interpreter")
-@pytest.mark.parametrize("file", FILES)
-def test_in_interpreter(file, tmp_path, request):
-    if file == Path(__file__).name:
-        return
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={tmp_path / 'own'}",
-        str(HERE / file),
-    ]
-    # Every test, and of its cases a third: all of them run with --long, and on a GPU.
-    command += ["--long"] if request.config.getoption("--long") else ["--every", "3"]
+def test_in_interpreter(tmp_path, request):
+    files = [str(HERE / file) for file in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"--basetemp={tmp_path / 'own'}", *files]
+    if request.config.getoption("--long"):
+        command += ["--long", "-k", "triton", str(HERE / "test_ops_rules.py")]
+    else:  # every test, and of its cases a third
+        command += ["--every", "3"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=HERE.parent, env=environment, capture_output=True, text=True

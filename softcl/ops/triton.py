@@ -4,6 +4,11 @@
     kernels/select.py    exact top-k from the chunk maxima; only where neighbours are needed
     kernels/finish.py    merge, label rule, loss, gradient, normalisation; or the bare statistics
 
+Products run on tensor cores, which cut sums off where an addition rounds them, so long sums are
+made of short ones: with sums cut off likewise, the gradient of fp32 keeps its 2e-6 and that of
+16-bit rows its 1e-3 (tests/test_triton_accuracy.py has a table). A queue in fp16 beside fp16 rows
+is multiplied as it is; every tile of one in bf16 is converted first, where two means are asked for.
+
 Nothing waits for the device, so a call can be captured in a CUDA graph. Triton is imported at the
 first call that can run. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors.
 """
