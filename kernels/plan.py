@@ -73,7 +73,8 @@ class Work:
     @property
     def heavy(self) -> bool:
         """A maximum, columns that take no part, tiles that are not full: each takes registers."""
-        return self.cold or self.excluded or self.K % 128 != 0
+        maximum = self.cold or self.mean and weights_of(self) == sums.IN_FP16.value
+        return maximum or self.excluded or self.K % 128 != 0
 
     @property
     def kind(self) -> str:

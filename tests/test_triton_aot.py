@@ -259,7 +259,7 @@ def test_products_of_a_tile(kind, dtype, width, heavy):
         4096, 65536 + heavy, width, dtype, dtype, **KINDS_OF_WORK[kind],
         excluded=heavy, coldest=0.02 if heavy else 0.1,
     )  # fmt: skip
-    assert work.heavy == heavy
+    assert work.heavy >= heavy
     compiled = aot.compile_stream(work, "sm_90")
     paired = compiled.plan.config.LAYOUT == PAIRED.value
     assert compiled.wgmma_products == (3.0 if paired else 2.0)
