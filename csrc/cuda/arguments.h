@@ -59,15 +59,9 @@ inline StreamParams stream_params(const Work& work, const Plan& plan, void* work
   p.dim = work.dim;
   p.num_tiles = plan.num_tiles;
   p.tiles_per_split = plan.tiles_per_split;
+  p.kernel_type = work.kernel_type;
   p.chunk_shift = plan.chunk_shift;
   return p;
-}
-
-/// fp16 weights always are relative to a running maximum: those of rows in two parts, and the
-/// Hopper kernel's of fp16 rows.
-inline bool always_has_maximum(const Work& work) {
-  return work.kernel_type == ElementType::kFloat32 ||
-         (work.hopper && work.kernel_type == ElementType::kFloat16);
 }
 
 /// The streaming kernel that the plan is for.

@@ -20,6 +20,12 @@ struct Float16 {
 /// In the streaming kernel: a number of any type in two fp16 parts, see rows.h.
 struct TwoParts {};
 
+/// Its weights are fp16, and relative to a running maximum; of bf16 they are bf16, and 2^x.
+template <typename T>
+inline constexpr bool kHasMaximum = true;
+template <>
+inline constexpr bool kHasMaximum<BFloat16> = false;
+
 template <typename T>
 inline constexpr int kParts = 1;
 template <>

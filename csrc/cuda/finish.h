@@ -28,8 +28,13 @@ struct FinishParams {
 inline FinishParams finish_params(const Work& work, const Plan& plan, const StreamParams& stream,
                                   void* workspace) {
   FinishParams p = {};
-  p.partial = {stream.sums, stream.means, stream.num_sum_rows,   stream.num_mean_rows,
-               plan.splits, work.dim,     stream.running_maximum};
+  p.partial = {stream.sums,
+               stream.means,
+               stream.num_sum_rows,
+               stream.num_mean_rows,
+               plan.splits,
+               work.dim,
+               has_running_maximum(work.kernel_type)};
   p.queue = {stream.queue, stream.queue_type, work.dim, is_aligned(stream.queue, work.dim)};
   p.maxima = stream.maxima;
   p.candidates = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.candidates);

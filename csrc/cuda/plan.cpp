@@ -22,10 +22,9 @@ constexpr std::int64_t kMostMeanBytes = std::int64_t(512) << 20;
 // Short enough for what the means promise, as far as there is room for so many.
 int splits_for_accuracy(const Work& work) {
   if (work.mean_rows == 0) return 1;
-  if (work.kernel_type != ElementType::kFloat32) {
-    return work.hopper ? static_cast<int>(ceil_div(work.queue_size, kLongestSplit)) : 1;
-  }
-  const std::int64_t longest = work.hopper ? kLongestHopperPartsSplit : kLongestPartsSplit;
+  const std::int64_t longest = work.kernel_type != ElementType::kFloat32 ? kLongestSplit
+                               : work.hopper                             ? kLongestHopperPartsSplit
+                                                                         : kLongestPartsSplit;
   const std::int64_t room = kMostMeanBytes / (work.num_rows * work.mean_rows * work.dim * 4);
   const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(room, kMostSplits));
   return static_cast<int>(std::min(ceil_div(work.queue_size, longest), most));

@@ -94,10 +94,10 @@ Work work_of(const Call& call, int device) {
   work.pairing = Pairing::kSingle;
   work.mean_rows = call.mean != nullptr ? 1 : 0;
   work.num_neighbors = call.rule.num_neighbors;
-  work.kernel_type = kernel_type(call.vector_type, call.queue_type);
+  const bool exact = call.mean != nullptr || call.temperature < kColdestWithoutMaximum;
+  work.kernel_type = kernel_type(call.vector_type, call.queue_type, exact);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  work.hopper = can_stream_hopper(device, call.queue, call.queue_size, work.dim, work.kernel_type,
-                                  call.temperature < kColdestWithoutMaximum);
+  work.hopper = can_stream_hopper(device, call.queue, work.dim, work.kernel_type);
   return work;
 }
 
@@ -120,11 +120,9 @@ void queue_statistics(const Call& call, const Launch& where) {
   stream.scale[0] = stream.scale[1] = static_cast<float>(kLog2E / call.temperature);
   stream.row_type = call.vector_type;
   stream.queue_type = call.queue_type;
-  stream.weight_parts = 2;
   stream.aligned = is_aligned(call.query, work.dim) && is_aligned(call.queue, work.dim);
   stream.softmax = has_sums(call);
   stream.entropy = call.entropy != nullptr;
-  stream.running_maximum = call.temperature < kColdestWithoutMaximum || always_has_maximum(work);
   launch_planned_stream(stream, work, plan, where.stream);
 
   StatisticsParams finish = {};

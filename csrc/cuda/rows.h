@@ -1,4 +1,4 @@
-// Rows from global into shared memory, as they are or normalised; numbers in two parts.
+// Rows from global into shared memory, as they are, normalised or converted; numbers in two parts.
 
 #pragma once
 
@@ -9,65 +9,10 @@
 
 namespace softcl::cuda {
 
-/// Elements 8 piece .. 8 piece + 7 of a row of D elements, zeros past its end.
-template <typename T>
-SOFTCL_DEVICE ptx::Vector load_piece(const T* row, int piece, int dim, bool aligned) {
-  ptx::Vector v = {};
-  if (aligned) {  // D is a multiple of 8
-    if (piece * 8 < dim) v = *reinterpret_cast<const ptx::Vector*>(row + piece * 8);
-    return v;
-  }
-  SOFTCL_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    if (piece * 8 + i < dim) v.x[i / 2] |= std::uint32_t(row[piece * 8 + i].bits) << i % 2 * 16;
-  }
-  return v;
-}
-
 template <typename T>
 SOFTCL_DEVICE T element_of(const ptx::Vector& v, int i) {
   return {static_cast<std::uint16_t>(v.x[i / 2] >> i % 2 * 16)};
 }
-
-/// The row that a group of kDim / 8 neighbouring lanes holds, piece by piece, over its norm. The
-/// sum of squares is double, where no finite row overflows.
-template <typename T, int kDim>
-SOFTCL_DEVICE ptx::Vector unit_piece(const ptx::Vector& v) {
-  double squares = 0.0;
-  SOFTCL_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const double u = to_float(element_of<T>(v, i));
-    squares += u * u;
-  }
-  SOFTCL_UNROLL
-  for (int mask = kDim / 16; mask > 0; mask /= 2) squares += ptx::shuffle_xor(squares, mask);
-  const double inverse = inverse_norm(squares);
-  ptx::Vector unit = {};
-  SOFTCL_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const T x = unit_element<T>(to_float(element_of<T>(v, i)), inverse);
-    unit.x[i / 2] |= std::uint32_t(x.bits) << i % 2 * 16;
-  }
-  return unit;
-}
-
-/// Two numbers as sums of two bf16 each: returns the larger parts, `low` gets the rest.
-SOFTCL_DEVICE std::uint32_t split_floats(float first, float second, std::uint32_t& low) {
-  const std::uint32_t high = ptx::pack_bf16(first, second);
-  low =
-      ptx::pack_bf16(first - ptx::float_of(high << 16), second - ptx::float_of(high & 0xffff0000u));
-  return high;
-}
-
-/// Two fp16 numbers as sums of two bf16 each: the larger parts replace them, the rest is returned.
-SOFTCL_DEVICE std::uint32_t split_fp16(std::uint32_t& x) {
-  std::uint32_t low;
-  x = split_floats(ptx::float_of_fp16(static_cast<std::uint16_t>(x & 0xffff)),
-                   ptx::float_of_fp16(static_cast<std::uint16_t>(x >> 16)), low);
-  return low;
-}
-
-// ---- Rows of any type --------------------------------------------------------------------------
 
 /// Element i of an array of a type that is known when the kernel runs.
 SOFTCL_DEVICE float element_at(const void* elements, ElementType type, std::int64_t i) {
@@ -114,7 +59,8 @@ SOFTCL_DEVICE void load_floats(float (&x)[8], const void* rows, ElementType type
   }
 }
 
-/// unit_piece, of any type.
+/// The row that a group of kDim / 8 neighbouring lanes holds, piece by piece, over its norm,
+/// rounded to its type. The sum of squares is double, where no finite row overflows.
 template <int kDim>
 SOFTCL_DEVICE void normalize_floats(float (&x)[8], ElementType type) {
   double squares = 0.0;
@@ -152,48 +98,52 @@ SOFTCL_DEVICE void store_parts(std::uint32_t target, std::uint32_t low, const fl
   ptx::store_shared(target + low, parts[1]);
 }
 
+/// Whether a kernel of T takes a number of this type as another: in parts, or bf16 as fp16, which
+/// has all of it from 2^-14 on and the rest to 2^-25; of rows longer than 65504 there is none.
+template <typename T>
+SOFTCL_DEVICE bool converts(ElementType type) {
+  return kHasMaximum<T> && (kParts<T> == 2 || type != ElementType::kFloat16);
+}
+
+/// Eight numbers as a kernel of T multiplies them, to `target`; low parts `low` bytes behind it.
+template <typename T>
+SOFTCL_DEVICE void store_numbers(std::uint32_t target, std::uint32_t low, const float (&x)[8]) {
+  if constexpr (kParts<T> == 2) {
+    store_parts(target, low, x);
+  } else {
+    ptx::Vector v;
+    SOFTCL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      v.x[i] = kHasMaximum<T> ? ptx::pack_fp16(x[2 * i], x[2 * i + 1])
+                              : ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
+    }
+    ptx::store_shared(target, v);
+  }
+}
+
 // ---- A tile -------------------------------------------------------------------------------------
 
-/// Takes a tile apart that load_rows has copied as it is: each thread the pieces that it copied
+/// Converts a tile that load_rows has copied as it is: each thread the pieces that it copied
 /// itself, so that its own wait is enough before, and the block's barrier after.
-template <int kDim, int kThreads>
-SOFTCL_DEVICE void split_rows(std::uint32_t tile, std::uint32_t low, ElementType type, int count) {
+template <typename T, int kDim, int kThreads>
+SOFTCL_DEVICE void convert_rows(std::uint32_t tile, std::uint32_t low, ElementType type,
+                                int count) {
   constexpr int kPieces = kDim / 8;
+  const bool wide = kParts<T> == 2 && type == ElementType::kFloat32;
   for (int i = threadIdx.x / kPieces; i < count; i += kThreads / kPieces) {
     const std::uint32_t target = tile + piece_offset<kDim>(i, threadIdx.x % kPieces);
-    const bool wide = type == ElementType::kFloat32;
     const auto first = ptx::load_shared<ptx::Vector>(target);
     const auto second = wide ? ptx::load_shared<ptx::Vector>(target + low) : ptx::Vector{};
     float x[8];
     to_floats(x, type, first, second);
-    store_parts(target, low, x);
+    store_numbers<T>(target, low, x);
   }
-}
-
-/// One piece of a row in two parts: copied as it is, for split_rows, or finished at once.
-template <int kDim>
-SOFTCL_DEVICE void load_parts(std::uint32_t target, std::uint32_t low, const void* source,
-                              ElementType type, std::int64_t n, bool exists, int piece, int dim,
-                              bool aligned, bool normalize) {
-  if (aligned && !normalize) {
-    const bool reads = exists && piece * 8 < dim, wide = type == ElementType::kFloat32;
-    const auto* from = static_cast<const char*>(source);
-    if (reads) from += (n * dim + piece * 8) * (wide ? 4 : 2);
-    ptx::cp_async(target, from, reads ? 16 : 0);
-    if (wide) ptx::cp_async(target + low, reads ? from + 16 : from, reads ? 16 : 0);
-    return;
-  }
-  float x[8] = {};
-  if (exists) load_floats(x, source, type, n, piece, dim, aligned);
-  if (normalize) normalize_floats<kDim>(x, type);
-  store_parts(target, low, x);
 }
 
 /// Rows first .. first + count - 1 of source (num_rows, D) into a tile of shared memory (layout.h),
 /// zeros where there is no row. By all threads of the block; asynchronous copies where the rows
-/// are aligned and taken as they are, plain stores otherwise: commit, wait, split_rows where T is
-/// in parts (the low ones `low` bytes behind the high ones), and synchronise. `type` is read there
-/// too.
+/// are aligned and taken as they are, plain stores otherwise: commit, wait, convert_rows where
+/// numbers are converted (low parts `low` bytes behind the high ones), and synchronise.
 template <typename T, int kDim, int kThreads>
 SOFTCL_DEVICE void load_rows(std::uint32_t tile, std::uint32_t low, const void* source,
                              ElementType type, std::int64_t first, int count, std::int64_t num_rows,
@@ -201,25 +151,23 @@ SOFTCL_DEVICE void load_rows(std::uint32_t tile, std::uint32_t low, const void* 
   constexpr int kPieces = kDim / 8;  // of a row; a power of two that divides a warp
   static_assert(kThreads % kPieces == 0, "");
   const int piece = threadIdx.x % kPieces;
+  const bool wide = kParts<T> == 2 && type == ElementType::kFloat32;
   for (int i = threadIdx.x / kPieces; i < count; i += kThreads / kPieces) {
     const std::int64_t n = first + i;
     const bool exists = n < num_rows;
     const std::uint32_t target = tile + piece_offset<kDim>(i, piece);
-    if constexpr (kParts<T> == 2) {
-      load_parts<kDim>(target, low, source, type, n, exists, piece, dim, aligned, normalize);
-    } else {
-      const auto* elements = static_cast<const T*>(source);
-      const T* row = elements + (exists ? n : 0) * dim;
-      if (aligned && !normalize) {
-        const bool reads = exists && piece * 8 < dim;
-        ptx::cp_async(target, reads ? row + piece * 8 : elements, reads ? 16 : 0);
-        continue;
-      }
-      ptx::Vector v = {};
-      if (exists) v = load_piece(row, piece, dim, aligned);
-      if (normalize) v = unit_piece<T, kDim>(v);  // all lanes: `count` is a multiple of the rows
-      ptx::store_shared(target, v);
+    if (aligned && !normalize) {
+      const bool reads = exists && piece * 8 < dim;
+      const auto* from = static_cast<const char*>(source);
+      if (reads) from += (n * dim + piece * 8) * (wide ? 4 : 2);
+      ptx::cp_async(target, from, reads ? 16 : 0);
+      if (wide) ptx::cp_async(target + low, reads ? from + 16 : from, reads ? 16 : 0);
+      continue;
     }
+    float x[8] = {};
+    if (exists) load_floats(x, source, type, n, piece, dim, aligned);
+    if (normalize) normalize_floats<kDim>(x, type);  // all lanes: `count` is a multiple of the rows
+    store_numbers<T>(target, low, x);
   }
 }
 

@@ -21,7 +21,7 @@ namespace softcl::cuda {
 
 namespace {
 
-// Over so few rows the rounding of one part of the weights does not average out.
+// Over so few rows the rounding of bf16 weights does not average out.
 constexpr std::int64_t kFewRows = 1024;
 
 struct LossParams {
@@ -63,9 +63,16 @@ SOFTCL_DEVICE double margin_of(const LossParams& p, const float (&t)[kElements],
 
 /// What labels.h gives the positive and the neighbours, and the weights.
 SOFTCL_DEVICE void add_labels(LabelMean& m, const LossParams& p, const SelectMemory& memory,
-                              const float (&t)[kElements], double confidence, double log_sum,
+                              const float (&t)[kElements], double confidence, const Merged& teacher,
                               double margin) {
   const FinishParams& f = p.finish;
+  // Of what clips a label, all logits by one sum: at low temperatures the bits in which the
+  // selection's products differ from the stream's would be a large part of q_j.
+  double log_sum = teacher.log_sum;
+  if (f.partial.running_maximum && f.num_neighbors > 0) {
+    const auto nearest = ptx::load_shared<std::uint64_t>(memory.sorted());
+    log_sum += value_of(nearest) * f.scale[1] - teacher.maximum;
+  }
   const LabelWeights weights = label_weights(p.rule, confidence, margin);
   m.mean_weight = weights.mean;
   m.total = weights.positive + weights.mean;
@@ -163,8 +170,7 @@ SOFTCL_DEVICE void finish_row(const LossParams& p, std::int64_t n) {
     confidence = label_confidence(teacher.entropy, p.log_queue_size);
   }
   LabelMean labels;
-  add_labels(labels, p, memory, t, confidence, teacher.log_sum,
-             margin_of(p, t, teacher.log_sum, scratch));
+  add_labels(labels, p, memory, t, confidence, teacher, margin_of(p, t, teacher.log_sum, scratch));
   double products[2] = {};  // z.t and what is known of z.m
   SOFTCL_UNROLL
   for (int i = 0; i < kElements; ++i) {
@@ -196,8 +202,11 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const LossParams
   for (std::int64_t n = blockIdx.x; n < p.finish.num_rows; n += gridDim.x) finish_row(p, n);
 }
 
-bool needs_maximum(const Call& call) {
-  return call.temperature < kColdestWithoutMaximum ||
+/// Whether bf16 weights would be too coarse for the gradient, or too large at the temperatures. The
+/// same for the loss alone: its bits do not depend on what else is asked for.
+bool needs_fp16_weights(const Call& call) {
+  return needs_mean(call.rule) || call.queue_size < kFewRows ||
+         call.temperature < kColdestWithoutMaximum ||
          (needs_softmax(call.rule) && call.teacher_temperature < kColdestWithoutMaximum);
 }
 
@@ -214,10 +223,9 @@ Work work_of(const Call& call, int device) {
   work.pairing = visits_teacher ? Pairing::kPaired : Pairing::kSingle;
   work.mean_rows = call.dquery == nullptr ? 0 : needs_mean(call.rule) ? 2 : 1;
   work.ranks = call.positive_rank != nullptr;
-  work.kernel_type = kernel_type(call.vector_type, call.queue_type);
+  work.kernel_type = kernel_type(call.vector_type, call.queue_type, needs_fp16_weights(call));
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  work.hopper = can_stream_hopper(device, call.queue, call.queue_size, work.dim, work.kernel_type,
-                                  needs_maximum(call));
+  work.hopper = can_stream_hopper(device, call.queue, work.dim, work.kernel_type);
   return work;
 }
 
@@ -264,12 +272,10 @@ void soft_contrastive(const Call& call, const Launch& where) {
   stream.scale[1] = static_cast<float>(kLog2E / call.teacher_temperature);
   stream.row_type = call.vector_type;
   stream.queue_type = call.queue_type;
-  stream.weight_parts = work.mean_rows == 2 || work.queue_size < kFewRows ? 2 : 1;
   stream.aligned = is_aligned(call.query, work.dim) && is_aligned(call.key, work.dim) &&
                    is_aligned(call.queue, work.dim);
   stream.normalize = call.normalize;
   stream.softmax = work.pairing == Pairing::kSingle || needs_softmax(call.rule);
-  stream.running_maximum = needs_maximum(call) || always_has_maximum(work);
   launch_planned_stream(stream, work, plan, where.stream);
 
   const LossParams loss = loss_params(call, work, plan, stream, where.workspace);

@@ -14,7 +14,7 @@ void launch_stream_of<256>(const StreamParams&, Pairing, int, dim3, cudaStream_t
 
 std::int64_t most_dimensions(ElementType vector_type, ElementType queue_type, int device) {
   const int room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const ElementType type = kernel_type(vector_type, queue_type);
+  const ElementType type = kernel_type(vector_type, queue_type, true);
   int most = kMostDimensions;
   while (most > 64 && stream_shape(type, most, Pairing::kPaired, 2).shared_bytes > room) most /= 2;
   return most;

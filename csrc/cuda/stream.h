@@ -3,19 +3,19 @@
 // With weights 2^x_j, x_j = scale v.Q_j, one row's partial sums over a piece of the queue are
 //
 //     kWeights         sum_j 2^x_j
-//     kMeanWeights     sum_j w_j                 w_j: 2^x_j as the second product takes it, in bf16
+//     kMeanWeights     sum_j w_j                 w_j: 2^x_j as the second product takes it
 //     kCosines         sum_j 2^x_j v.Q_j         for the entropy
 //     kStudentCosines  sum_j 2^x_j z.Q_j         of a teacher's row, z the student's: z.mu in fp32
 //     mean             sum_j w_j Q_j
 //
-// and those of disjoint pieces add up. 2^x needs no running maximum while |x| <= 63, that is at
-// temperatures from 0.023 on, for unit rows. Below, with `running_maximum`, all sums are relative
-// to 2^kMaximum, and kCosines is sum_j 2^(x_j - maximum) (x_j - maximum).
+// and those of disjoint pieces add up. In bf16 2^x needs no running maximum while |x| <= 63, that
+// is at temperatures from 0.023 on, for unit rows. fp16 has no such range: with its weights all
+// sums are relative to 2^kMaximum, and kCosines is sum_j 2^(x_j - maximum) (x_j - maximum).
 //
-// The mean is divided by the sum of the very weights that made it, so that their rounding to bf16
-// moves it only by the spread of the Q_j, and by nothing where they are alike. One bf16 part (2^-9)
-// keeps the gradient's 1e-3 where the positive's label dominates it and the queue is long; a mean
-// by itself, or the difference of two, takes two parts.
+// The mean is divided by the sum of the very weights that made it, so that their rounding moves it
+// only by the spread of the Q_j, and by nothing where they are alike. A bf16 weight (2^-9) keeps
+// the gradient's 1e-3 where the positive's label dominates it and the queue is long; a mean by
+// itself, or the difference of two, takes fp16 weights (2^-12), and so does a short queue.
 
 #pragma once
 
@@ -46,15 +46,13 @@ struct StreamParams {
   int dim;  // D
   int num_tiles;
   int tiles_per_split;
-  int chunk_shift;   // see layout.h
-  int weight_parts;  // 1 or 2
-  ElementType row_type, queue_type;
-  float scale[2];  // log2(e) / temperature of rows[0] and rows[1]
-  bool aligned;    // rows and queue rows begin at multiples of 16 bytes
-  bool normalize;  // the rows are divided by their norms first
-  bool softmax;    // of single rows, or of the teacher's: sums are wanted
-  bool entropy;    // of single rows; a teacher's softmax always has it
-  bool running_maximum;
+  int chunk_shift;  // see layout.h
+  ElementType row_type, queue_type, kernel_type;
+  float scale[2];              // log2(e) / temperature of rows[0] and rows[1]
+  bool aligned;                // rows and queue rows begin at multiples of 16 bytes
+  bool normalize;              // the rows are divided by their norms first
+  bool softmax;                // of single rows, or of the teacher's: sums are wanted
+  bool entropy;                // of single rows; a teacher's softmax always has it
   bool has_maxima, has_ranks;  // they are wanted: fewer registers than the pointers would take
 };
 
@@ -67,10 +65,20 @@ struct StreamShape {
   int shared_bytes;
 };
 
-/// The kernel for rows and queue of these types: that of their one 16-bit type, or kFloat32 for the
-/// one that takes every number apart.
-inline ElementType kernel_type(ElementType row_type, ElementType queue_type) {
-  return row_type == queue_type ? row_type : ElementType::kFloat32;
+/// The kernel for rows and queue of these types: kBFloat16, whose weights are 2^x in bf16, for
+/// calls that are not `exact`; kFloat16, which takes bf16 as fp16, for all others of 16 bits;
+/// kFloat32, which takes every number apart, where there is an fp32.
+inline ElementType kernel_type(ElementType row_type, ElementType queue_type, bool exact) {
+  if (row_type == ElementType::kFloat32 || queue_type == ElementType::kFloat32) {
+    return ElementType::kFloat32;
+  }
+  const bool is_bf16 = row_type == ElementType::kBFloat16 && queue_type == row_type;
+  return is_bf16 && !exact ? ElementType::kBFloat16 : ElementType::kFloat16;
+}
+
+/// Whether that kernel's sums are relative to a running maximum.
+inline bool has_running_maximum(ElementType kernel_type) {
+  return kernel_type != ElementType::kBFloat16;
 }
 
 /// `mean_rows`: of every sample, how many rows get a mean: 0, 1 (the student's), or 2 (both; of
@@ -82,6 +90,11 @@ void launch_stream(const StreamParams& params, Pairing pairing, int mean_rows, i
                    int splits, void* stream);
 
 inline constexpr int kMostDimensions = 256;
+
+/// Queue rows of a split with means, of 16-bit numbers. Tensor cores cut off what they add to a sum:
+/// of 32,768 rows around a few directions that made the gradient's error 1.1e-3, of these 6.0e-4
+/// (emulated, D = 128; of random rows 0.5e-4).
+inline constexpr int kLongestSplit = 1 << 14;
 
 /// Queue rows of a split, of numbers in two parts with means. A mean is a sum in fp32 to which 16
 /// rows at a time are added, and every addition rounds: of 8192 rows around a few directions it

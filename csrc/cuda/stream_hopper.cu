@@ -80,13 +80,10 @@ void allow_hopper(bool allowed) {
   hopper_allowed = allowed;
 }
 
-bool can_stream_hopper(int device, const void* queue, std::int64_t queue_size, int dim,
-                       ElementType kernel_type, bool running_maximum) {
+bool can_stream_hopper(int device, const void* queue, int dim, ElementType kernel_type) {
   return hopper_allowed && (kernel_type != ElementType::kFloat32 || dim <= kMostPartsDimensions) &&
          attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0 && is_aligned(queue, dim) &&
-         queue_size <= std::int64_t(kMostSplits) * kLongestSplit &&
-         (kernel_type != ElementType::kBFloat16 || !running_maximum);
+         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0 && is_aligned(queue, dim);
 }
 
 StreamShape hopper_shape(ElementType kernel_type, int dim, Pairing pairing, int mean_rows) {
@@ -101,10 +98,10 @@ StreamShape hopper_shape(ElementType kernel_type, int dim, Pairing pairing, int 
       };
       if constexpr (kDim <= kMostPartsDimensions) {
         if (kernel_type == ElementType::kFloat32) {
-          return shape(HopperShape<kDim, kPairing, kMeanRows, 2>());
+          return shape(HopperShape<kDim, kPairing, kMeanRows, TwoParts>());
         }
       }
-      return shape(HopperShape<kDim, kPairing, kMeanRows>());
+      return shape(HopperShape<kDim, kPairing, kMeanRows, Float16>());
     });
   };
   return dim <= 64    ? shape_of(std::integral_constant<int, 64>())
@@ -114,7 +111,7 @@ StreamShape hopper_shape(ElementType kernel_type, int dim, Pairing pairing, int 
 
 void launch_stream_hopper(const StreamParams& params, Pairing pairing, int mean_rows,
                           int row_blocks, int splits, void* stream) {
-  const ElementType type = kernel_type(params.row_type, params.queue_type);
+  const ElementType type = params.kernel_type;
   HopperParams p;
   p.stream = params;
   p.queue = make_tensor_map(params, hopper_shape(type, params.dim, pairing, mean_rows).tile_rows);

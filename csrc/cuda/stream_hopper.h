@@ -7,10 +7,6 @@
 
 namespace softcl::cuda {
 
-// The tensor cores cut their sums off: 2^-24 or so of a sum each time that 16 rows of the queue are
-// added to it. Means over more rows than this, in one split, would be off by more than 2e-4.
-inline constexpr int kLongestSplit = 1 << 17;
-
 /// kLongestPartsSplit of this kernel, which adds 64 rows at a time: 2.1e-6 of 8192 rows, 1.3e-6 of
 /// these.
 inline constexpr int kLongestHopperPartsSplit = 4096;
@@ -20,11 +16,9 @@ inline constexpr int kLongestHopperPartsSplit = 4096;
 inline constexpr int kMostPartsDimensions = 128;
 
 /// Whether this kernel can run the call, or else the one of stream.h: on compute capability 9.0;
-/// rows and queue of one 16-bit type (`kernel_type`, see stream.h), or of any with D <=
-/// kMostPartsDimensions; a queue of which TMA can copy boxes; temperatures that need no running
-/// maximum for bf16 (for the others there always is one).
-bool can_stream_hopper(int device, const void* queue, std::int64_t queue_size, int dim,
-                       ElementType kernel_type, bool running_maximum);
+/// of 16-bit numbers (`kernel_type`, see stream.h), or of any with D <= kMostPartsDimensions; a
+/// queue of which TMA can copy boxes.
+bool can_stream_hopper(int device, const void* queue, int dim, ElementType kernel_type);
 
 StreamShape hopper_shape(ElementType kernel_type, int dim, Pairing pairing, int mean_rows);
 

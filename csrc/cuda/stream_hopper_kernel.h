@@ -20,17 +20,18 @@
 // wanted, thread by thread: the same thread of both holds the same row and column.
 //
 // fp16 weights would leave fp16's range, so they are relative to a running maximum, at which they
-// are 2^15; bf16 weights are 2^x as they are.
+// are 2^15; bf16 weights are 2^x as they are. Where bf16 is too coarse (kernel_type) the three idle
+// warps of the third warpgroup turn tiles of bf16 into fp16 where they lie.
 //
-// fp32, and rows and queue of different types, are in two fp16 parts (rows.h), 22 bits: three
-// products for one. A stage holds the bytes of the tile's fp32 numbers; the three idle warps of the
-// third warpgroup take them apart where they lie, the high parts first, then the low ones. So the
-// queue is read as it is, and needs no copy of its size. Two bf16 parts would need no running
-// maximum, but have 16 bits: an error of 1e-5 in the gradient, where these have 2e-6; three bf16
-// parts, 24 bits, would be six products. Tensor cores cut their sums off, so sums are short: v.Q is
-// added from two of 64 columns, a mean from those of 64 queue rows. That takes the registers in
-// which the 16-bit schedule keeps a second tile: here one tile's products, weights and means follow
-// each other, and the other warpgroup multiplies meanwhile. Nothing of that fits at D = 256.
+// fp32, of rows or of the queue, makes all of it two fp16 parts (rows.h), 22 bits: three products
+// for one. A stage holds the bytes of the tile's fp32 numbers; the same warps take them apart where
+// they lie, the high parts first, then the low ones. So the queue is read as it is, and needs no
+// copy of its size. Two bf16 parts would need no running maximum, but have 16 bits: an error of
+// 1e-5 in the gradient, where these have 2e-6; three bf16 parts, 24 bits, would be six products.
+// Tensor cores cut their sums off, so sums are short: v.Q is added from two of 64 columns, a mean
+// from those of 64 queue rows. That takes the registers in which the 16-bit schedule keeps a second
+// tile: here one tile's products, weights and means follow each other, and the other warpgroup
+// multiplies meanwhile. Nothing of that fits at D = 256.
 //
 //     D     tile rows   stages   shared memory     accumulators per thread
 //     64    128         4        160 to 192 KB     64 + 32, and 32 of a sum of means
@@ -44,10 +45,11 @@
 //                            products   shared memory   rows' part of it
 //     hard labels            2048       1536            256
 //     top-k labels           1536       1280            256
-//     dense labels           3072       2560            256     512 of them the student's products
+//     dense labels, fp16     2048       2048            256     512 of them the student's products
+//     dense labels, bf16     2048       2560            256     512 more making tiles fp16
 //     dense labels, fp32     6144       5888            768     1024 of them taking tiles apart
 //
-// The products bind, so the rows stay where they are.
+// The products bind, but of a bf16 queue with dense labels; the rows stay where they are.
 //
 // Traffic: K D 2 (fp32: 4) bytes of queue per row block, from L2; rows and sums once; with chunk
 // maxima four bytes per row and chunk. Nothing of size N x K is written.
@@ -77,19 +79,10 @@ SOFTCL_DEVICE void load_row_tile(std::uint32_t tile, const void* source, int fir
   for (int i = threadIdx.x / kPieces; i < kWarpgroupRows; i += kConsumers / kPieces) {
     const std::int64_t n = first + i;
     const std::uint32_t target = tile + box_offset(kWarpgroupRows, i, piece * 8);
-    if constexpr (kParts<T> == 2) {
-      float x[8] = {};
-      if (n < p.num_rows) load_floats(x, source, p.row_type, n, piece, p.dim, p.aligned);
-      if (p.normalize) normalize_floats<S::kDim>(x, p.row_type);  // all lanes
-      store_parts(target, S::kRowPartBytes, x);
-    } else {
-      ptx::Vector v = {};
-      if (n < p.num_rows) {
-        v = load_piece(static_cast<const T*>(source) + n * p.dim, piece, p.dim, p.aligned);
-      }
-      if (p.normalize) v = unit_piece<T, S::kDim>(v);  // all lanes
-      ptx::store_shared(target, v);
-    }
+    float x[8] = {};
+    if (n < p.num_rows) load_floats(x, source, p.row_type, n, piece, p.dim, p.aligned);
+    if (p.normalize) normalize_floats<S::kDim>(x, p.row_type);  // all lanes
+    store_numbers<T>(target, S::kRowPartBytes, x);
   }
 }
 
@@ -135,14 +128,14 @@ SOFTCL_DEVICE void sweep(const StreamParams& p, const Ring<S>& ring, RowSums (&s
 }
 
 /// The whole split for one tile of rows, with its mean, of 16-bit numbers.
-template <typename T, typename S, bool kTeacher, int kParts>
+template <typename T, typename S, bool kTeacher>
 SOFTCL_DEVICE void sweep_with_mean(const StreamParams& p, const Ring<S>& ring, RowSums& sums,
                                    int warpgroup, int first_tile, int tiles) {
   const int row_tile = warpgroup;
   const std::uint32_t rows = ring.memory + row_tile * S::kRowTileBytes;
   float s[S::kTileRows / 8][4] = {}, rest[1][4];
   float mean[S::kDim / 8][4] = {};
-  Weights<S, kParts> weights;
+  Weights<S, 1> weights;
   float carry[2];
 
   ring.wait_for(0);
@@ -269,14 +262,12 @@ SOFTCL_DEVICE void consume(const StreamParams& p, const Ring<S>& ring, int first
     } else if constexpr (kParts<T> == 2) {
       sweep_parts_with_mean<T, S, true>(p, ring, sums[0], 1, first_tile, tiles);
     } else {
-      sweep_with_mean<T, S, true, 2>(p, ring, sums[0], 1, first_tile, tiles);
+      sweep_with_mean<T, S, true>(p, ring, sums[0], 1, first_tile, tiles);
     }
   } else if constexpr (kParts<T> == 2) {
     sweep_parts_with_mean<T, S, false>(p, ring, sums[0], student, first_tile, tiles);
-  } else if (S::kSends || p.weight_parts == 2) {
-    sweep_with_mean<T, S, false, 2>(p, ring, sums[0], student, first_tile, tiles);
-  } else if constexpr (!S::kSends) {
-    sweep_with_mean<T, S, false, 1>(p, ring, sums[0], student, first_tile, tiles);
+  } else {
+    sweep_with_mean<T, S, false>(p, ring, sums[0], student, first_tile, tiles);
   }
 }
 
@@ -286,8 +277,8 @@ template <typename T, int kDim, Pairing kPairing, int kMeanRows>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     stream_hopper_kernel(const SOFTCL_GRID_CONSTANT HopperParams p) {
 #if defined(SOFTCL_HAS_WARPGROUPS)
-  using S = HopperShape<kDim, kPairing, kMeanRows, kParts<T>>;
-  const Ring<S> ring{ptx::tile_memory()};
+  using S = HopperShape<kDim, kPairing, kMeanRows, T>;
+  const Ring<S> ring{ptx::tile_memory(), converts<T>(p.stream.queue_type)};
   const int first_tile = blockIdx.y * p.stream.tiles_per_split;
   // Not the smaller of two numbers: that would not be a uniform register.
   const bool is_last = blockIdx.y + 1 == gridDim.y;
@@ -302,7 +293,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     }
     const int warp = threadIdx.x % kWarpgroup / kWarp;
     if (threadIdx.x == kConsumers) produce<S>(p, ring, first_tile, tiles);
-    if (S::kNumParts == 2 && warp > 0) split_tiles<S>(p.stream, ring, tiles, warp - 1);
+    if (ring.converts && warp > 0) convert_tiles<S>(p.stream, ring, tiles, warp - 1);
   } else {
     ptx::increase_registers<S::kConsumerRegisters>();
     consume<T, S, kMeanRows>(p.stream, ring, first_tile, tiles);

@@ -74,16 +74,13 @@ SOFTCL_DEVICE void finish_products(float (&s)[kEights][4], float (&rest)[kRest][
 }
 
 /// Starts mean (64, D) += weights (64, rows of the tile) times the tile.
-template <typename T, typename S, int kParts>
-SOFTCL_DEVICE void multiply_weights(float (&mean)[S::kDim / 8][4],
-                                    const Weights<S, kParts>& weights, std::uint32_t tile) {
+template <typename T, typename S>
+SOFTCL_DEVICE void multiply_weights(float (&mean)[S::kDim / 8][4], const Weights<S, 1>& weights,
+                                    std::uint32_t tile) {
   SOFTCL_UNROLL
-  for (int part = 0; part < kParts; ++part) {
-    SOFTCL_UNROLL
-    for (int k = 0; k < S::kTileRows / 16; ++k) {
-      ptx::wgmma_columns<T>(mean, weights.parts[part][k], column_descriptor(tile, S::kTileRows, k),
-                            true);
-    }
+  for (int k = 0; k < S::kTileRows / 16; ++k) {
+    ptx::wgmma_columns<T>(mean, weights.parts[0][k], column_descriptor(tile, S::kTileRows, k),
+                          true);
   }
 }
 

@@ -19,6 +19,7 @@ struct HopperParams {
 template <typename S>
 struct Ring {
   std::uint32_t memory;  // of the block
+  bool converts;         // tiles are converted when they have arrived
 
   SOFTCL_DEVICE std::uint32_t tile(int i) const {
     return memory + S::kStagesAt + i % S::kStages * S::kStageBytes;
@@ -29,21 +30,21 @@ struct Ring {
   }
   /// Ends a phase when all eight warps have done with a tile.
   SOFTCL_DEVICE std::uint32_t empty(int i) const { return full(i) + S::kStages * 8; }
-  /// Ends a phase when a tile of numbers in two parts has been taken apart.
-  SOFTCL_DEVICE std::uint32_t apart(int i) const { return full(i) + 2 * S::kStages * 8; }
+  /// Ends a phase when a tile has been converted.
+  SOFTCL_DEVICE std::uint32_t converted(int i) const { return full(i) + 2 * S::kStages * 8; }
   static SOFTCL_DEVICE int parity(int i) { return i / S::kStages % 2; }
 
   SOFTCL_DEVICE void initialize() const {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::mbarrier_init(full(i), 1);
       ptx::mbarrier_init(empty(i), kConsumers / kWarp);
-      if constexpr (S::kNumParts == 2) ptx::mbarrier_init(apart(i), kSplittingWarps);
+      ptx::mbarrier_init(converted(i), kConvertingWarps);
     }
     ptx::fence_async_proxy();
   }
   SOFTCL_DEVICE void wait_for(int i) const {
-    if constexpr (S::kNumParts == 2) {
-      ptx::mbarrier_wait("tile taken apart", apart(i), parity(i));
+    if (kHasMaximum<typename S::Number> && converts) {
+      ptx::mbarrier_wait("tile converted", converted(i), parity(i));
     } else {
       ptx::mbarrier_wait("tile copied", full(i), parity(i));
     }
@@ -74,16 +75,16 @@ SOFTCL_DEVICE void produce(const HopperParams& p, const Ring<S>& ring, int first
   }
 }
 
-/// Takes a tile of the queue's numbers apart, in place. Eight lanes take 64 columns of a row; in
-/// fp32 these lie where parts will lie that other lanes of the warp write, so all read before any
+/// Converts a tile of the queue's numbers, in place. Eight lanes take 64 columns of a row; in fp32
+/// these lie where parts will lie that other lanes of the warp write, so all read before any
 /// writes.
 template <typename S>
-SOFTCL_DEVICE void split_tile(std::uint32_t tile, ElementType type, int warp) {
+SOFTCL_DEVICE void convert_tile(std::uint32_t tile, ElementType type, int warp) {
   constexpr int kLines = S::kTileRows * S::kDim / kBoxColumns;  // of 64 columns
-  const bool wide = type == ElementType::kFloat32;
+  const bool wide = S::kNumParts == 2 && type == ElementType::kFloat32;
   const int piece = split_piece(lane_index());
   SOFTCL_NO_UNROLL
-  for (int i = warp; i < kLines / 4; i += kSplittingWarps) {
+  for (int i = warp; i < kLines / 4; i += kConvertingWarps) {
     const int line = i / 2 * 8 + split_line(lane_index(), i % 2);
     const std::uint32_t target = tile + line_offset(line, piece * 16);
     ptx::Vector first, second = {};
@@ -98,19 +99,19 @@ SOFTCL_DEVICE void split_tile(std::uint32_t tile, ElementType type, int warp) {
     float x[8];
     to_floats(x, type, first, second);
     ptx::sync_warp();
-    store_parts(target, S::kTilePartBytes, x);
+    store_numbers<typename S::Number>(target, S::kTilePartBytes, x);
   }
 }
 
-/// Takes all tiles of the split apart as they arrive. By kSplittingWarps warps; `warp` of them.
+/// Converts all tiles of the split as they arrive. By kConvertingWarps warps; `warp` of them.
 template <typename S>
-SOFTCL_DEVICE void split_tiles(const StreamParams& p, const Ring<S>& ring, int tiles, int warp) {
+SOFTCL_DEVICE void convert_tiles(const StreamParams& p, const Ring<S>& ring, int tiles, int warp) {
   for (int i = 0; i < tiles; ++i) {
     ptx::mbarrier_wait("tile copied", ring.full(i), ring.parity(i));
-    split_tile<S>(ring.tile(i), p.queue_type, warp);
+    convert_tile<S>(ring.tile(i), p.queue_type, warp);
     ptx::fence_async_proxy();  // products read what each lane has written
     ptx::sync_warp();
-    if (lane_index() == 0) ptx::mbarrier_arrive(ring.apart(i));
+    if (lane_index() == 0) ptx::mbarrier_arrive(ring.converted(i));
   }
 }
 

@@ -11,8 +11,8 @@ namespace softcl::cuda {
 
 inline constexpr int kConsumers = 2 * kWarpgroup;
 inline constexpr int kHopperThreads = kConsumers + kWarpgroup;  // of the last, one thread works
-// Of numbers in two parts, the last warpgroup's other warps take tiles apart.
-inline constexpr int kSplittingWarps = 3;
+// Where numbers are converted, the last warpgroup's other warps do it.
+inline constexpr int kConvertingWarps = 3;
 
 // Named barriers; 0 is sync_threads'. A turn is warpgroup 0's or 1's, in this order.
 enum NamedBarrier : int {
@@ -23,13 +23,14 @@ enum NamedBarrier : int {
   kProductsTaken = 6,
 };
 
-/// kParts: 16-bit parts of a number, 2 of fp32.
-template <int kDimensions, Pairing kPairing, int kMeanRows, int kParts = 1>
+/// T: of which numbers the kernel multiplies, see kernel_type.
+template <int kDimensions, Pairing kPairing, int kMeanRows, typename T>
 struct HopperShape {
-  static constexpr int kDim = kDimensions, kNumParts = kParts;
-  // Of 65536 registers: 168 a thread at the start, then these.
-  static constexpr int kProducerRegisters = kNumParts == 2 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kNumParts == 2 ? 232 : 240;
+  using Number = T;
+  static constexpr int kDim = kDimensions, kNumParts = kParts<T>;
+  // Of 65536 registers: 168 a thread at the start, then these. Warps that convert want more.
+  static constexpr int kProducerRegisters = kHasMaximum<T> ? 40 : 24;
+  static constexpr int kConsumerRegisters = kHasMaximum<T> ? 232 : 240;
   static_assert(kWarpgroup * kProducerRegisters + kConsumers * kConsumerRegisters <= 65536, "");
   static constexpr bool kPair = kPairing == Pairing::kPaired;
   // Without means a warpgroup has registers for both rows of its samples.
@@ -51,7 +52,7 @@ struct HopperShape {
   static constexpr int kStagesAt = kRowTiles * kRowTileBytes;
   static constexpr int kSentAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kBarriersAt = kSentAt + kSentBytes;
-  static constexpr int kSharedBytes = kBarriersAt + (1 + kNumParts) * kStages * 8;
+  static constexpr int kSharedBytes = kBarriersAt + 3 * kStages * 8;
   static_assert(kSharedBytes <= 227 << 10, "a block has no more");
   static_assert(kStages * kStageBytes >= 2 * kRowTileBytes, "keys pass through, for the ranks");
   static constexpr float kMeanScale = kNumParts == 2 ? 1.0f / kPartScale : 1.0f;

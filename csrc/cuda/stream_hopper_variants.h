@@ -20,7 +20,7 @@ inline void launch_hopper_variant(const HopperParams& p, ElementType type, Pairi
     constexpr int kMeanRows = decltype(mean_constant)::value;
     const auto launch_type = [&](auto element) {
       using T = decltype(element);
-      using S = HopperShape<kDim, kPairing, kMeanRows, kParts<T>>;
+      using S = HopperShape<kDim, kPairing, kMeanRows, T>;
       const auto kernel = &stream_hopper_kernel<T, kDim, kPairing, kMeanRows>;
 #if defined(__CUDACC__)
       launch(kernel, grid, kHopperThreads, S::kSharedBytes, stream, p);

@@ -2,17 +2,11 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "stream_hopper_state.h"
 
 #if defined(SOFTCL_HAS_WARPGROUPS)
 
 namespace softcl::cuda {
-
-/// Its weights are fp16, and relative to a running maximum.
-template <typename T>
-inline constexpr bool kHasMaximum = !std::is_same_v<T, BFloat16>;
 
 /// Where the student's products with the same queue rows are, for z.mu.
 struct NoProducts {

@@ -14,13 +14,17 @@
 //     128   64          3        80 KB             128
 //     256   32          2        96 KB             128
 //
-// fp32 rows, and rows and queue of different types, are in two fp16 parts (rows.h), 22 bits: three
-// products for v.Q, high x high and the two with one low part, and three for the means, whose
-// weights are in two fp16 parts as well. Those leave fp16's range unless they are relative to a
-// running maximum: so they always are. Two bf16 parts would do without, but have 16 bits: an error
-// of 2e-5 in the gradient, where these have 1e-6. A tile holds the high parts, then the low ones,
-// together the bytes of its fp32 numbers: a thread copies 32 bytes of fp32 to where its eight high
-// and eight low parts will lie, and takes them apart in place. Twice the bytes:
+// Weights are of the type of the queue: 2^x in bf16, and in fp16, which 2^x would leave, relative
+// to a running maximum. bf16 is too coarse for some calls (kernel_type): for those a thread turns
+// the pieces of a tile that it has copied into fp16, in place, so that one product does where two
+// parts of bf16 weights would take two.
+//
+// fp32, of rows or of the queue, makes all of it two fp16 parts (rows.h), 22 bits: three products
+// for v.Q, high x high and the two with one low part, and three for the means, whose weights are in
+// two fp16 parts as well. Two bf16 parts have 16 bits: an error of 2e-5 in the gradient, where
+// these have 1e-6. A tile holds the high parts, then the low ones, together the bytes of its fp32
+// numbers: a thread copies 32 bytes of fp32 to where its eight high and eight low parts will lie,
+// and takes them apart in place. Twice the bytes:
 //
 //     64    64          3        80 KB             64
 //     128   32          2        96 KB             64      eight warps for dense labels
@@ -148,20 +152,8 @@ SOFTCL_DEVICE void visit_step(State<S>& state, const StreamParams& p, std::uint3
     }
   }
   if (p.maxima != nullptr) store_maxima(state, s, p, step);
-  if (S::kPair || p.softmax) {
-    if constexpr (kParts<T> == 2) {
-      add_all_weights<true>(state, s, p);
-    } else if (p.running_maximum) {
-      add_all_weights<true>(state, s, p);
-    } else {
-      add_all_weights<false>(state, s, p);
-    }
-  }
-  if constexpr (S::kMeanTiles > 0) {
-    const bool two_parts =
-        kParts<T> == 2 || (S::kPair && S::kMeanTiles == 2) || p.weight_parts == 2;
-    add_means<T, kDim>(state, s, tile, first, two_parts);
-  }
+  if (S::kPair || p.softmax) add_all_weights<kHasMaximum<T>>(state, s, p);
+  if constexpr (S::kMeanTiles > 0) add_means<T, kDim>(state, s, tile, first);
 }
 
 template <typename T, int kDim, Pairing kPairing, int kMeanRows>
@@ -189,12 +181,12 @@ __global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows, kParts<T>>::k
                                     p.rows[S::kPair ? r : 0], p.row_type, first_sample_of<S>(r),
                                     S::kTileSamples, p.num_rows, p.dim, p.aligned, p.normalize);
   }
-  if constexpr (kParts<T> == 2) {
+  if (converts<T>(p.row_type) && p.aligned && !p.normalize) {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    for (int r = 0; r < 2 && p.aligned && !p.normalize; ++r) {
-      split_rows<kDim, S::kThreads>(rows + r * S::kTileSamples * kDim * 2, S::kRowPartBytes,
-                                    p.row_type, S::kTileSamples);
+    for (int r = 0; r < 2; ++r) {
+      convert_rows<T, kDim, S::kThreads>(rows + r * S::kTileSamples * kDim * 2, S::kRowPartBytes,
+                                         p.row_type, S::kTileSamples);
     }
   }
   State<S> state;
@@ -206,10 +198,8 @@ __global__ void __launch_bounds__(Shape<kDim, kPairing, kMeanRows, kParts<T>>::k
   for (int tile = first_tile; tile < last_tile; ++tile) {
     ptx::cp_async_wait<S::kStages - 2>();
     const std::uint32_t here = stages + tile % S::kStages * S::kStageBytes;
-    if constexpr (kParts<T> == 2) {
-      if (p.aligned) {
-        split_rows<kDim, S::kThreads>(here, S::kTilePartBytes, p.queue_type, S::kTileRows);
-      }
+    if (converts<T>(p.queue_type) && p.aligned) {
+      convert_rows<T, kDim, S::kThreads>(here, S::kTilePartBytes, p.queue_type, S::kTileRows);
     }
     // This tile is there for all, and all have done with the one whose stage is filled next.
     ptx::sync_threads();

@@ -103,10 +103,8 @@ SOFTCL_DEVICE void store_positives(const StreamParams& p, std::uint32_t rows,
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    if constexpr (kParts<T> == 2 && !S::kPair) {
-      if (p.aligned && !p.normalize) {
-        split_rows<kDim, S::kThreads>(keys, low, p.row_type, S::kTileSamples);
-      }
+    if (!S::kPair && converts<T>(p.row_type) && p.aligned && !p.normalize) {
+      convert_rows<T, kDim, S::kThreads>(keys, low, p.row_type, S::kTileSamples);
     }
     ptx::sync_threads();
     float products[2][4] = {};

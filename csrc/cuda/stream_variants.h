@@ -51,7 +51,7 @@ inline void launch_variant(const StreamParams& p, Pairing pairing, int mean_rows
       launch(&stream_kernel<T, kDim, kPairing, kMeanRows>, grid, S::kThreads, S::kSharedBytes,
              stream, p);
     };
-    switch (kernel_type(p.row_type, p.queue_type)) {
+    switch (p.kernel_type) {
       case ElementType::kBFloat16:
         return launch_type(BFloat16());
       case ElementType::kFloat16:

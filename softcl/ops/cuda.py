@@ -2,20 +2,20 @@
 
     csrc/cuda/stream_kernel.h        one visit of the queue: softmax sums, chunk maxima
     csrc/cuda/stream_hopper_kernel.h the same on compute capability 9.0, where D is a multiple of 8,
-                                     and for bfloat16 temperatures are 0.023 or more, for float32
-                                     and mixed types D <= 128
+                                     and for float32 D <= 128
     csrc/cuda/soft_contrastive.cu    merge, exact neighbours, label rule, loss and gradient
     csrc/cuda/queue_statistics.cu    merge, exact neighbours
 
 Experimental: it has not yet run on a GPU, and backend="auto" does not choose it. The same sources,
 compiled for the CPU by ``tests/native/cuda``, run in the tests.
 
-Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Where both are of one
-16-bit type their own products are made; otherwise every number is taken in two 16-bit parts, at
-three products for one, with sums that are kept short, for tensor cores cut them off: in the
-emulation the gradient of float32 is off by at most 2e-6 (6e-6 where labels are clipped) for queues
-of up to 131,072 rows, beyond by a part that grows as the root of K. Nothing waits for the device,
-so a call can be captured in a CUDA graph.
+Rows and queue are bfloat16, float16 or float32, in any mix, with D <= 256. Numbers of 16 bits are
+multiplied as they are; bfloat16 is taken as float16 where labels are dense, the queue short or a
+temperature below 0.023, each tile in place, which a float16 queue saves. Where rows or queue are
+float32, every number is taken in two 16-bit parts, at three products for one, with sums that are
+kept short, for tensor cores cut them off: in the emulation the gradient of float32 is off by at
+most 2e-6 (6e-6 where labels are clipped) for queues of up to 131,072 rows, beyond by a part that
+grows as the root of K. Nothing waits for the device, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
