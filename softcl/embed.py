@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from softcl.command import CommandParser, carry_out, check_range, report_for
 from softcl.data import FORMATS, SPLITS, DataError, ImageSet, batches, center_view, load_dataset
-from softcl.data.image_set import printable
 from softcl.errors import ConfigError
 from softcl.evaluation.neighbors import near_duplicates, nearest_of_each
 from softcl.evaluation.table import check_suffix, write_table
@@ -160,16 +159,8 @@ def _identity(weights: Pretrained, images: ImageSet, options: argparse.Namespace
         digest.update(key.encode())
         digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     settings = [weights.arch, weights.image_size, weights.mean, weights.std, options.split]
-    digest.update(json.dumps([settings, images.name, len(images), names_of(images)]).encode())
+    digest.update(json.dumps([settings, images.name, len(images), images.names]).encode())
     return digest.hexdigest()
-
-
-def names_of(images: ImageSet) -> list[str]:
-    """The path of every image below its set's, or its number where pixels have no files."""
-    listing = getattr(images.images, "listing", None)
-    if listing is None:
-        return [str(number) for number in range(len(images))]
-    return [printable(name) for name in listing.files]
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -287,7 +278,7 @@ def _readable(images: ImageSet, indices: Tensor) -> Tensor:
 
 
 def _columns(images: ImageSet, scratch: Scratch) -> dict[str, Any]:
-    indices, names = scratch.indices(), names_of(images)
+    indices, names = scratch.indices(), images.names
     columns = {"features": scratch.rows(), "paths": [names[index] for index in indices]}
     if images.labels is not None:
         columns["labels"] = images.labels.cpu().numpy().astype(np.int64)[indices]

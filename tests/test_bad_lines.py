@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from softcl import doctor, embed, evaluate, export, report
+from softcl import doctor, embed, evaluate, export, finetune, report
 from softcl.methods import METHODS
 from softcl.train import __main__ as train
 from softcl.train.checkpoint import read_checkpoint, write_checkpoint
@@ -116,7 +116,8 @@ Command = Callable[[list[str]], int]
 
 def right_line(chance: random.Random) -> tuple[Command, list[str], dict[str, list[str]]]:
     """A command, arguments that it takes, and values that its flags may be given in their place."""
-    kind = chance.choice(["train"] * 6 + ["evaluate", "embed", "export", "report", "doctor"])
+    others = ["evaluate", "finetune", "embed", "export", "report", "doctor"]
+    kind = chance.choice(["train"] * 6 + others)
     if kind == "train":
         method = chance.choice(list(METHODS))
         line = ["--method", method, "--data", "images"]
@@ -137,6 +138,13 @@ def right_line(chance: random.Random) -> tuple[Command, list[str], dict[str, lis
         pools |= {"--temperature": FLOATS, "--lr": FLOATS, "--device": WORDS, "--network": WORDS}
         line = [chance.choice(["run", *PATHS]), "--limit", "8", "--epochs", "1", "--device", "cpu"]
         return evaluate.main, line, pools
+    if kind == "finetune":
+        pools = {"--data": PATHS, "--test-data": PATHS, "--labels": [*WORDS, *PATHS, "5%"]}
+        pools |= {flag: PATHS for flag in ("--out", "--save", "--write-labels", "--compare")}
+        pools |= {"--lr-head": FLOATS, "--lr-backbone": FLOATS, "--batch-size": INTS}
+        pools |= {"--image-size": INTS, "--seed": INTS, "--limit": INTS, "--arch": WORDS}
+        line = [chance.choice(["run", *PATHS]), "--data", "images", "--epochs", "1", "--no-random"]
+        return finetune.main, [*line, "--device", "cpu"], pools
     if kind == "embed":
         pools = {"--data": PATHS, "--out": [*PATHS, "x.npz", "x.txt"], "--split": WORDS}
         pools |= {flag: INTS for flag in ("--neighbors", "--image-size", "--batch-size")}

@@ -140,6 +140,7 @@ class ImageSet:
     notes:      lines worth printing about how the set was read
     data_format: how it is stored, a word of FORMATS
     files:      where `images` are centred squares, what cuts crops of the whole image files
+    listing:    of image files, their names
     """
 
     images: torch.Tensor | LazyImages
@@ -153,6 +154,7 @@ class ImageSet:
     notes: list[str] = field(default_factory=list)
     data_format: str = "folder"
     files: LazyImages | None = None
+    listing: Listing | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -165,6 +167,22 @@ class ImageSet:
     def size(self) -> tuple[int, int]:
         """(height, width) of the stored images."""
         return tuple(self.images.shape[-2:]) if self.resident else self.images.size
+
+    @property
+    def names(self) -> list[str]:
+        """The path of every image below its set's, or its number where pixels have no files."""
+        if self.listing is None:
+            return [str(number) for number in range(len(self))]
+        return [printable(name) for name in self.listing.files]
+
+    def only(self, places: torch.Tensor) -> ImageSet:
+        """The images of some places (n,), with their labels."""
+        listed = places.tolist()
+        images = self.images[places] if self.resident else self.images.only(listed)
+        files = None if self.files is None else self.files.only(listed)
+        listing = None if self.listing is None else self.listing.only(listed)
+        labels = None if self.labels is None else self.labels[places]
+        return replace(self, images=images, labels=labels, files=files, listing=listing)
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The images of `indices` (N,), on any device: uint8 (N, 3, H, W)."""
@@ -182,10 +200,7 @@ class ImageSet:
         """The set without the images that have no label; itself where all have one or none has."""
         if self.labels is None or bool((self.labels >= 0).all()):
             return self
-        places = (self.labels >= 0).nonzero().flatten()
-        images = self.images[places] if self.resident else self.images.only(places.tolist())
-        files = None if self.files is None else self.files.only(places.tolist())
-        return replace(self, images=images, labels=self.labels[places], files=files)
+        return self.only((self.labels >= 0).nonzero().flatten())
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Move a resident set's images; a set decoded on demand stays where it is. Returns self."""

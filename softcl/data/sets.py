@@ -343,6 +343,7 @@ def decoded(
         "notes": notes,
         "skipped": files.skipped,
         "files": None if whole else files,
+        "listing": files.listing,
     }
 
 
