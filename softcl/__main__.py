@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("softcl.train.__main__", "train a backbone without labels"),
     "evaluate": ("softcl.evaluate", "measure a backbone on labelled images"),
     "finetune": ("softcl.finetune", "train a whole backbone on few labels"),
+    "detect": ("softcl.detect", "train a detector on a backbone"),
     "embed": ("softcl.embed", "write the features of images, and their neighbours"),
     "export": ("softcl.export", "write a backbone for other programs"),
     "report": ("softcl.report", "compare runs on one page"),

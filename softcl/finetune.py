@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import itertools
 import json
 import math
@@ -47,6 +46,7 @@ from softcl.evaluation.subsets import choose, hold_out, read_amount
 from softcl.files import check_target, replace_file, user_path
 from softcl.nn import build_backbone
 from softcl.nn.pretrained import Pretrained
+from softcl.nn.weights import IMAGENET
 from softcl.train.checkpoint import NETWORKS
 from softcl.train.images import BatchFeed
 from softcl.train.parts import resolve_device
@@ -187,9 +187,7 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     """Train and judge each network, print line by line, and return everything."""
     device = resolve_device(options.device)
     starts = [options.spec, *(options.compare or [])]
-    if options.spec == RANDOM and options.arch is None:
-        raise ConfigError("arch", "", f"is needed: {RANDOM} names no backbone")
-    first = _load(options.spec, options)
+    first = load_weights(options.spec, options.image_size, options)
     task = prepare(first, options, device)
     if not options.no_random and RANDOM not in starts:
         starts.append(RANDOM)
@@ -211,7 +209,9 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     }
     for spec in starts:
         started = time.perf_counter()
-        weights = first if spec == options.spec else _load(spec, options, first)
+        weights = first
+        if spec != options.spec:
+            weights = load_weights(spec, first.image_size, options, like=first)
         found = best_rates(weights, task) if options.sweep else {"rates": rates}
         network = build_network(weights, task)
         losses = train(network, task, found["rates"])
@@ -224,21 +224,34 @@ def finetune(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _load(spec: str, options: argparse.Namespace, like: Pretrained | None = None) -> Pretrained:
-    """A backbone with the weights of a spec; of further ones as the first."""
-    arch = options.arch if like is None else like.arch
-    size = options.image_size if like is None else like.image_size
+def load_weights(
+    spec: str, image_size: int | None, options: argparse.Namespace, like: Pretrained | None = None
+) -> Pretrained:
+    """The backbone of a command whose SPEC may be "random".
+
+    Args:
+        options: with arch, network and seed.
+        like: what a random backbone is to be like; None for --arch.
+
+    Raises:
+        ConfigError: nothing names the backbone, or it cannot take images of this size.
+        WeightsError: the weights cannot be read.
+    """
+    arch, size = options.arch, image_size
+    if like is not None:
+        arch, size = like.arch, like.image_size
     if spec != RANDOM:
         return load_pretrained(spec, size, arch, network=options.network)
+    if arch is None:
+        raise ConfigError("arch", "", f"is needed: {RANDOM} names no backbone")
     torch.manual_seed(derived_seed(options.seed, "init"))
+    size = size or 224
     try:
-        backbone = build_backbone(arch, size or 224)
+        backbone = build_backbone(arch, size)
     except ValueError as error:
         raise ConfigError("arch", arch, str(error)) from error
-    if like is not None:
-        return dataclasses.replace(like, spec=spec, backbone=backbone)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Pretrained(spec, backbone, arch, size or 224, mean, std, "", 0, (), (), ())
+    mean, std = IMAGENET if like is None else (like.mean, like.std)
+    return Pretrained(spec, backbone, arch, size, mean, std, "", 0, (), (), ())
 
 
 def prepare(weights: Pretrained, options: argparse.Namespace, device: torch.device) -> Task:

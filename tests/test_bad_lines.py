@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from softcl import doctor, embed, evaluate, export, finetune, report
+from softcl import detect, doctor, embed, evaluate, export, finetune, report
 from softcl.methods import METHODS
 from softcl.train import __main__ as train
 from softcl.train.checkpoint import read_checkpoint, write_checkpoint
@@ -116,7 +116,7 @@ Command = Callable[[list[str]], int]
 
 def right_line(chance: random.Random) -> tuple[Command, list[str], dict[str, list[str]]]:
     """A command, arguments that it takes, and values that its flags may be given in their place."""
-    others = ["evaluate", "finetune", "embed", "export", "report", "doctor"]
+    others = ["evaluate", "finetune", "detect", "embed", "export", "report", "doctor"]
     kind = chance.choice(["train"] * 6 + others)
     if kind == "train":
         method = chance.choice(list(METHODS))
@@ -145,6 +145,12 @@ def right_line(chance: random.Random) -> tuple[Command, list[str], dict[str, lis
         pools |= {"--image-size": INTS, "--seed": INTS, "--limit": INTS, "--arch": WORDS}
         line = [chance.choice(["run", *PATHS]), "--data", "images", "--epochs", "1", "--no-random"]
         return finetune.main, [*line, "--device", "cpu"], pools
+    if kind == "detect":
+        pools = {"--data": PATHS, "--out": PATHS, "--task": WORDS, "--arch": WORDS}
+        pools |= {f: INTS for f in ("--epochs", "--batch-size", "--image-size", "--seed")}
+        pools |= {"--lr": FLOATS, "--channels": INTS, "--regions": INTS, "--workers": INTS}
+        line = [chance.choice(["random", "run", *PATHS]), "--data", chance.choice(PATHS)]
+        return detect.main, [*line, "--out", "found", "--device", "cpu"], pools
     if kind == "embed":
         pools = {"--data": PATHS, "--out": [*PATHS, "x.npz", "x.txt"], "--split": WORDS}
         pools |= {flag: INTS for flag in ("--neighbors", "--image-size", "--batch-size")}
