@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from softcl.data import sets
+from softcl.data.cache import Cache
 from softcl.data.decode import ORIENTATION, LazyImages, pillow
 from softcl.data.image_set import STATISTICS, ImageSet, Listing
 from softcl.errors import DataError
@@ -183,7 +184,7 @@ def _read_dataset(data: Any, image_size: int | None, workers: int) -> ImageSet:
         first = (str(error).splitlines() or [""])[0]
         why = first if isinstance(error, DataError) else f"{type(error).__name__}: {first}"
         raise DataError(f"{name}: item 0 cannot be read: {why}") from error
-    content = sets.decoded(listing, "all", image_size, None, workers)
+    content = sets.decoded(listing, "all", image_size, None, workers, Cache("off"))
     if not isinstance(content["images"], LazyImages):  # every item was read
         kept = sorted(items.labels)
         labels = [(listed or items.labels)[place] for place in kept]

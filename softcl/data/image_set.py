@@ -94,6 +94,13 @@ class Listing:
         """What an image decoder reads: a path, or a file in memory."""
         return self.root / self.files[index] if self.read is None else self.read(self.places[index])
 
+    def paths(self) -> list[str]:
+        """The files on the disk that its images lie in."""
+        if self.places is None:
+            root = os.fspath(self.root)
+            return [os.path.join(root, name) for name in self.files]
+        return list(dict.fromkeys(os.fspath(place[0]) for place in self.places))
+
     def only(self, positions: Sequence[int]) -> Listing:
         """The same set without all images but those at `positions`."""
         columns = {}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from softcl.data import arrays, decode, folder, packed
+from softcl.data.cache import Cache, read_pixels
 from softcl.data.depth import White, scale_of
 from softcl.data.image_set import STATISTICS, Arrays, ImageSet, Listing, printable
 from softcl.data.shapes import load_shapes
@@ -222,6 +223,7 @@ def load_dataset(
     workers: int | None = None,
     data_format: str = "auto",
     whole: bool = False,
+    cache: str | Path | None = None,
 ) -> ImageSet:
     """The data set that `spec` names.
 
@@ -237,6 +239,7 @@ def load_dataset(
     workers       threads that decode; default the cores, at most 16; 0 for the caller's own alone
     data_format   a word of FORMATS
     whole         take all of an undivided set of image files for "test", where a tenth is held out
+    cache         folder in which what was decoded is kept; default the user's; "off": none
 
     Raises DataError, one line that names the path, where the data cannot be read; ImportError,
     naming the extra, without pillow.
@@ -254,19 +257,20 @@ def load_dataset(
     if generated:
         return load_shapes(spec, split)
     stored = READERS[found.format]
+    kept = Cache(cache)
     if stored.lists:
         listing = stored.read(found.place)
         known = listing.statistics
         if whole and split == "test" and not is_divided(listing.parts):
             split = "all"
-        content = decoded(listing, split, image_size, memory_limit, workers)
+        content = decoded(listing, split, image_size, memory_limit, workers, kept)
     else:
         pixels = stored.read(found.place, split)
         known = pixels.statistics
         content = {**pixels._asdict(), "images": torch.from_numpy(pixels.images)}
     content["statistics"] = known or known_statistics(root)
     content["mean"], content["std"] = STATISTICS[content["statistics"]]
-    content["notes"] = [*found.notes, *content["notes"]]
+    content["notes"] = [*found.notes, *content["notes"], *kept.notes]
     if content["labels"] is not None:
         content["labels"] = torch.as_tensor(content["labels"])
     name = f"{printable(spec)} ({split})"
@@ -316,6 +320,7 @@ def decoded(
     requested: int | None,
     memory_limit: int | None,
     workers: int | None,
+    cache: Cache,
 ) -> dict[str, Any]:
     """What an `ImageSet` has of a split: its images, decoded now where they fit in memory.
 
@@ -337,7 +342,7 @@ def decoded(
     limit = _default_memory_limit() if memory_limit is None else memory_limit
     fits = len(files) * 3 * size[0] * size[1] <= limit
     return {
-        "images": files.read_all() if fits else files,
+        "images": read_pixels(files, cache) if fits else files,
         "labels": files.listing.labels,
         "classes": chosen.classes,
         "notes": notes,

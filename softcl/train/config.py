@@ -93,6 +93,8 @@ class TrainConfig:
         help="random crops of the whole image files (default), or of their centred squares")
     workers: int | None = setting(_DATA, at_least=0, at_most=256, may_change=True,
         help="threads that decode images (default: one per core, at most 16); 0: none")
+    cache: str | None = setting(_DATA, may_change=True, metavar="FOLDER",
+        help="where decoded images are kept (default: the user's cache folder), or off")
 
     arch: str | None = setting(_MODEL, metavar="NAME",
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")
