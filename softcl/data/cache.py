@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from softcl.data.image_set import printable
-from softcl.data.walk import Progress
+from softcl.data.walk import Progress, stamp
 from softcl.files import cache_folder, replace_file
 
 if TYPE_CHECKING:
@@ -56,18 +56,8 @@ class Entry(NamedTuple):
 
 
 def stamps(paths: Iterable[str]) -> np.ndarray:
-    """Size, time of change and time of the status of each file, (n, 3) int64; -1 of what is not.
-
-    A program can set the time of change back, as unpackers do, but not the other one.
-    """
-    found = []
-    for path in paths:
-        try:
-            status = os.stat(path)
-            found += (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        except OSError:
-            found += (-1, -1, -1)
-    return np.array(found, np.int64).reshape(-1, 3)
+    """`walk.stamp` of each file, (n, 3) int64."""
+    return np.array([stamp(path) for path in paths], np.int64).reshape(-1, 3)
 
 
 class Cache:

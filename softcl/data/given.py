@@ -20,6 +20,7 @@ import torch
 
 from softcl.data import sets
 from softcl.data.cache import Cache
+from softcl.data.columns import Names, Words
 from softcl.data.decode import ORIENTATION, LazyImages, pillow
 from softcl.data.image_set import STATISTICS, ImageSet, Listing
 from softcl.errors import DataError
@@ -172,11 +173,12 @@ def _read_dataset(data: Any, image_size: int | None, workers: int) -> ImageSet:
         listed = None
     listing = Listing(
         root=Path(name),
-        files=[f"item {index}" for index in range(count)],
-        parts=[""] * count,
-        labels=[None] * count if listed is None else listed,
-        places=list(range(count)),
-        read=items.open,
+        files=Names.of(f"item {index}" for index in range(count)),
+        parts=Words([""], np.zeros(count, np.int32)),
+        labels=Words.of([None] * count if listed is None else listed),
+        containers=[Path(name)],
+        places=np.arange(count)[:, None] * [0, 1, 0],
+        read=lambda _, index, __: items.open(index),
     )
     try:
         items.open(0)  # what is wrong with all of them is said in its own words

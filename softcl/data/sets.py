@@ -154,7 +154,9 @@ def _place(root: Path, stored: Format, deep: bool) -> Path | None:
         for group in stored.signs:
             if all(any(f.is_file() for f in part.glob(pattern)) for pattern in group):
                 return root if stored.container else part
-    return root if deep and stored.container and walk(root, stored.suffixes, Counter()) else None
+    if deep and stored.container:
+        return root if any(True for _ in walk(root, stored.suffixes, Counter())) else None
+    return None
 
 
 def _lone_folder(root: Path) -> Path | None:
@@ -261,7 +263,7 @@ def load_dataset(
     if stored.lists:
         listing = stored.read(found.place)
         known = listing.statistics
-        if whole and split == "test" and not is_divided(listing.parts):
+        if whole and split == "test" and not is_divided(listing.parts.values):
             split = "all"
         content = decoded(listing, split, image_size, memory_limit, workers, kept)
     else:
