@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 import torch
 from run_comparison import assert_same_run
 
-from softcl.data import ImageSet, cache, decode, load_dataset
+from softcl.data import ImageSet, cache, columns, decode, load_dataset, packed
+from softcl.data import folder as folder_format
 from softcl.data.cache import Cache, Entry, stamps
 from softcl.evaluation.knn import KNN
 from softcl.train.__main__ import main
@@ -153,6 +156,92 @@ def test_what_could_not_be_read_for_the_moment_is_tried_again(images, tmp_path, 
     assert len(read(images, tmp_path / "kept")) == 128
 
 
+# ------------------------------------------------------------------------------------------ listing
+
+
+def tar_of(folder: Path, shards: int, each: int) -> Path:
+    """Shards of one-colour images; label and colour tell which one it is."""
+    folder.mkdir()
+    for shard in range(shards):
+        with tarfile.open(folder / f"train-{shard:02d}.tar", "w") as archive:
+            for number in range(each):
+                place = shard * each + number
+                color = (place % 256, place // 256, 7)
+                file = io.BytesIO()
+                Image.new("RGB", (4, 4), color).save(file, "PPM")
+                for suffix, data in (("ppm", file.getvalue()), ("cls", b"%d" % (place % 10))):
+                    member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def fails(*_, **__):
+    raise AssertionError("read again")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_kept_listing_is_the_same(kind, images, tmp_path, monkeypatch):
+    if kind == "tar":
+        images = tar_of(tmp_path / "shards", 3, 20)
+    fresh = read(images, "off", memory_limit=0)
+    read(images, tmp_path / "kept", memory_limit=0)
+    monkeypatch.setattr(packed, "_containers", fails)
+    monkeypatch.setattr(folder_format, "walk", fails)
+    found = read(images, tmp_path / "kept", memory_limit=0)
+    rows = torch.arange(len(fresh))
+    assert torch.equal(fresh.batch(rows), found.batch(rows))
+    assert torch.equal(fresh.labels, found.labels) and fresh.classes == found.classes
+    assert list(fresh.images.listing.files) == list(found.images.listing.files)
+
+
+@pytest.mark.parametrize("change", ["folder", "table", "shard", "shards", "link"])
+def test_a_listing_that_changed_is_made_again(change, images, tmp_path):
+    kept = tmp_path / "kept"
+    rows = "file_name,label\ntrain/class0/003.png,1\ntrain/class0/004.png,2\n"
+    if change in ("shard", "shards"):
+        images = tar_of(tmp_path / "shards", 2, 4)
+    if change == "table":
+        (images / "metadata.csv").write_text(rows)
+    if change == "link":
+        (images / "train" / "class0" / "link.png").symlink_to(tmp_path / "target.png")
+    read(images, kept, memory_limit=0)
+    if change == "folder":
+        shutil.copytree(images / "train" / "class0", images / "train" / "new" / "below")
+    elif change == "table":
+        (images / "metadata.csv").write_text(rows.replace("004", "005"))
+    elif change == "link":
+        shutil.copy(images / "train" / "class0" / "003.png", tmp_path / "target.png")
+    elif change == "shards":
+        shutil.copy(images / "train-00.tar", images / "train-02.tar")
+    else:
+        other = tar_of(tmp_path / "other", 2, 5)
+        (images / "train-01.tar").write_bytes((other / "train-01.tar").read_bytes())
+    again, fresh = read(images, kept, memory_limit=0), read(images, "off", memory_limit=0)
+    assert list(again.images.listing.files) == list(fresh.images.listing.files)
+    assert torch.equal(again.labels, fresh.labels) and again.notes == fresh.notes
+
+
+def test_the_same_folder_by_another_relative_path(images, tmp_path, monkeypatch):
+    for place in (images.parent, images, images / "train"):
+        monkeypatch.chdir(place)
+        found = read(Path(os.path.relpath(images)), tmp_path / "kept", memory_limit=0)
+        assert len(found.batch(torch.arange(4))) == 4 and not found.skipped
+
+
+def test_columns_hold_any_names_and_few_bytes():
+    names = ["a", "", "é" * 300, "\udcff.png", "b/c"]
+    column = columns.Names.of(names)
+    assert list(column) == names and [column[i] for i in range(5)] == names
+    taken = column.take(np.array([3, 1, 3]))
+    assert list(taken) == [names[3], names[1], names[3]] and len(taken) == 3
+    joined = columns.Names.joined([column, columns.Names.of(()), columns.Names.of(["z"])])
+    assert list(joined) == [*names, "z"]
+    words = columns.Words.joined([columns.Words.of(["x", None, "x"]), columns.Words.of([3, None])])
+    assert list(words) == ["x", None, "x", 3, None] and words.values == ["x", None, 3]
+    assert list(words.take(np.array([4, 0]))) == [None, "x"]
+
+
 # ------------------------------------------------------------------------------------- never wrong
 
 
@@ -200,29 +289,28 @@ def made(value: int, paths: list[str]) -> Entry:
 
 
 def test_fifty_kills_while_writing(tmp_path):
-    """Whatever is found afterwards is whole."""
-    source, seen = tmp_path / "source", 0
+    """A writer that dies, each time some bytes further, leaves nothing or all of it."""
+    source = tmp_path / "source"
     source.write_bytes(b"x")
-    paths = [str(source)]
+    paths, store = [str(source)], Cache(tmp_path / "kept")
+
+    def get(make) -> Entry:
+        return store.get("index", 0, make, lambda meta: paths)
+
     for number in range(50):
         child = os.fork()
         if child == 0:
-            store = Cache(tmp_path / "kept")
-            while True:  # each time as if it were made for the first time
-                for path in entries(store.folder, "index"):
-                    path.unlink()
-                store.get("index", 0, lambda n=number: made(n, paths), lambda meta: paths)
-        time.sleep(0.004 + number % 10 / 1000)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        store = Cache(tmp_path / "kept")
-        entry = store.get("index", 0, lambda: made(-1, paths), lambda meta: paths)
-        assert (entry.arrays["rows"] == entry.meta["value"]).all() and not store.notes
-        seen += entry.meta["value"] == number
-        assert entry.meta["value"] in (number, -1)
-        for path in entries(store.folder, "index"):
-            path.unlink()
-    assert seen  # some were killed after they had written
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # kills at so many bytes of the file
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100 + 8200 * number, resource.RLIM_INFINITY))
+            get(lambda: made(1, paths))
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        entry = get(lambda: made(2, paths)._replace(stamps=None))
+        whole = os.WIFEXITED(status)
+        assert whole or os.WTERMSIG(status) == signal.SIGXFSZ
+        assert (entry.arrays["rows"] == (1 if whole else 2)).all() and not store.notes
+    assert whole  # the last one
 
 
 def test_of_two_at_a_time_one_makes_it(tmp_path):

@@ -1,4 +1,4 @@
-"""What was read of image files, kept for the next start: decoded pixels.
+"""What was read of image files, kept for the next start; `kept` says what.
 
 An entry is one file: numbers of fixed size, a header in JSON, then arrays, which processes map into
 memory and share. It has the sizes and times of the files that it was made of, and holds only while
@@ -20,17 +20,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from softcl.data.image_set import printable
 from softcl.data.walk import Progress, stamp
 from softcl.files import cache_folder, replace_file
-
-if TYPE_CHECKING:
-    from softcl.data.decode import LazyImages
 
 LIMIT = 32 * 2**30  # bytes of all entries; those that were not used for longest go first
 SETTLED = 2.0  # seconds since a file's last change, less than which a disk's clock may not show
@@ -242,45 +238,3 @@ def _parse(content: np.ndarray, key: str) -> Entry:
         arrays[name] = content[start:stop].view(np.ndarray).view(dtype).reshape(shape)
         start = stop + -stop % _ALIGN
     return Entry(header["meta"], arrays, arrays.pop("stamps"))
-
-
-# ------------------------------------------------------------------------------------------ pixels
-
-
-def read_pixels(files: LazyImages, cache: Cache) -> torch.Tensor:
-    """All images that can be read, uint8 (M, 3, H, W), decoded once; the others leave the listing.
-
-    The tensor may be mapped from the disk: what is written into it stays this process's own.
-    """
-    listing = files.listing
-    paths = listing.paths()
-    names = "\n".join(listing.files).encode("utf-8", "surrogateescape")
-    key = {
-        "root": os.path.abspath(listing.root),
-        "files": hashlib.sha256(names).hexdigest(),
-        "size": files.size,
-        "white": files.white,
-        "decoder": _decoder(),
-    }
-
-    def make() -> Entry:
-        before = stamps(paths)
-        images, kept = files.read_all()
-        found = {"images": images.numpy(), "kept": kept}
-        return Entry({"skipped": files.skipped}, found, None if files.may_pass else before)
-
-    entry = cache.get("pixels", key, make, lambda meta: paths)
-    files.skipped[:] = entry.meta["skipped"]
-    files.keep(entry.arrays["kept"])
-    return torch.from_numpy(entry.arrays["images"])
-
-
-def _decoder() -> list[str]:
-    """What decides about the pixels of a file: our code, and the libraries below it."""
-    from PIL import __version__, features
-
-    from softcl.data import decode, depth
-
-    code = b"".join(Path(module.__file__).read_bytes() for module in (decode, depth))
-    libraries = [f"{name} {features.version(name)}" for name in features.get_supported()]
-    return [hashlib.sha256(code).hexdigest(), f"Pillow {__version__}", *libraries]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Triple = tuple[float, float, float]
 Stamp = tuple[int, int, int]
+Reader = Callable[[Path, int, int], BinaryIO]
 LONGEST = 300  # characters of a path in a message
 
 
@@ -93,7 +94,7 @@ class Listing:
     lost: dict[str, int] = field(default_factory=dict)
     containers: list[Path] = field(default_factory=list)
     places: np.ndarray | None = None
-    read: Callable[[Path, int, int], BinaryIO] | None = None
+    read: Reader | None = None
     statistics: str | None = None
     why_unlabelled: str = ""
     sources: dict[str, Stamp] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import os
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 from softcl.data.columns import Names, Words
 from softcl.data.decode import suffixes
 from softcl.data.folder import LABEL_KEYS
-from softcl.data.image_set import Listing, Stamp, printable
+from softcl.data.image_set import Listing, Reader, Stamp, printable
 from softcl.data.splits import Label, as_label, part_in
 from softcl.data.walk import Progress, is_ignored, stamp, suffix_of, walk
 from softcl.errors import DataError
@@ -69,7 +69,10 @@ def _fill(listing: Listing, images: Iterable[_Images], what: str) -> None:
         places.append(np.insert(rows, 0, number, axis=1))
         count += len(rows)
         progress.tick(count)
-    listing.files, listing.places = Names.joined(files), np.concatenate(places)
+    listing.files = Names.joined(files)
+    files.clear()  # one copy of a column at a time
+    listing.places = np.concatenate(places)
+    places.clear()
     listing.parts, listing.labels = Words.joined(parts), Words.joined(labels)
 
 
@@ -93,7 +96,6 @@ def list_tar(place: Place) -> Listing:
         DataError: a shard is compressed or no tar file, or there are no images.
     """
     listing = _containers(place, ".tar")
-    listing.read = read_member
     listing.why_unlabelled = f"no class in .cls or .json (looked for {', '.join(LABEL_KEYS)})"
     cut: dict[Path, int] = {}
     largest = 0
@@ -121,7 +123,12 @@ def list_tar(place: Place) -> Listing:
     return listing
 
 
-def read_member(shard: Path, offset: int, length: int) -> BinaryIO:
+def tar_reader() -> Reader:
+    """What reads a member of a shard by its offset and length."""
+    return _read_member
+
+
+def _read_member(shard: Path, offset: int, length: int) -> BinaryIO:
     with open(shard, "rb") as file:
         file.seek(offset)
         return io.BytesIO(file.read(length))
@@ -213,12 +220,12 @@ def list_parquet(place: Place) -> Listing:
         DataError: pyarrow is absent, a file is damaged or has no column of images.
     """
     listing = _containers(place, ".parquet")
-    listing.read = parquet_reader()
+    parquet = _parquet()
 
     def images() -> Iterator[_Images]:
         for table in listing.containers:
             try:
-                file = _parquet().ParquetFile(table)
+                file = parquet.ParquetFile(table)
                 _image_column(table, file.schema_arrow)
                 groups = [
                     file.metadata.row_group(group).num_rows
@@ -250,7 +257,7 @@ def _parquet() -> Any:
     return parquet
 
 
-def parquet_reader() -> Callable[[Path, int, int], BinaryIO]:
+def parquet_reader() -> Reader:
     """What reads a row of a group of a table, and holds the last few groups."""
     parquet, lock = _parquet(), threading.Lock()
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from softcl.data import arrays, decode, folder, packed
-from softcl.data.cache import Cache, read_pixels
+from softcl.data.cache import Cache
 from softcl.data.depth import White, scale_of
-from softcl.data.image_set import STATISTICS, Arrays, ImageSet, Listing, printable
+from softcl.data.image_set import STATISTICS, Arrays, ImageSet, Listing, Reader, printable
+from softcl.data.kept import read_listing, read_pixels
 from softcl.data.shapes import load_shapes
 from softcl.data.splits import WORDS, choose, is_divided
 from softcl.data.walk import counted, described, is_ignored, suffix_of, walk
@@ -49,6 +50,7 @@ class Format:
     container: a folder is read with all that lies below it, and several files may be named by a
                pattern; else the folder that has the signs is read
     unlabeled: whether it has the splits of UNLABELED, the last of which is meant for training
+    reader:    of images that lie in larger files: makes what reads one from there
     """
 
     read: Callable[[Any], Listing] | Callable[[Any, str], Arrays]
@@ -57,6 +59,7 @@ class Format:
     container: bool = False
     unlabeled: bool = False
     lists: bool = False
+    reader: Callable[[], Reader] | None = None
 
 
 # In the order in which they are tried.
@@ -65,8 +68,22 @@ READERS: dict[str, Format] = {
     "stl10": Format(arrays.read_stl10, arrays.STL10_SIGNS, unlabeled=True),
     "idx": Format(arrays.read_idx, arrays.IDX_SIGNS),
     "tiny-imagenet": Format(folder.list_tiny_imagenet, folder.TINY_SIGNS, lists=True),
-    "tar": Format(packed.list_tar, (("*.tar",),), (".tar",), container=True, lists=True),
-    "parquet": Format(packed.list_parquet, (("*.parquet",),), (".parquet",), True, lists=True),
+    "tar": Format(
+        packed.list_tar,
+        (("*.tar",),),
+        (".tar",),
+        container=True,
+        lists=True,
+        reader=packed.tar_reader,
+    ),
+    "parquet": Format(
+        packed.list_parquet,
+        (("*.parquet",),),
+        (".parquet",),
+        container=True,
+        lists=True,
+        reader=packed.parquet_reader,
+    ),
     "numpy": Format(arrays.read_numpy, arrays.NUMPY_SIGNS, (".npz", ".npy")),
     "folder": Format(folder.list_folder, ((),), container=True, lists=True),
 }
@@ -261,7 +278,8 @@ def load_dataset(
     stored = READERS[found.format]
     kept = Cache(cache)
     if stored.lists:
-        listing = stored.read(found.place)
+        listing = read_listing(stored.read, found.place, kept)
+        listing.read = stored.reader and stored.reader()
         known = listing.statistics
         if whole and split == "test" and not is_divided(listing.parts.values):
             split = "all"
