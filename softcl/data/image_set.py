@@ -77,6 +77,7 @@ class Listing:
     lost:       "file: reason" of what is missing from a file that holds images, and of how many
     containers: the files that images lie in, if they are no files of their own
     places:     then int64 (n, 3): in which of the containers each lies, and two numbers for `read`
+    unit:       how many columns of `places` name what is best read in one go, a shard; 0 for none
     read:       from a container and the two numbers to the bytes of an image file
     statistics: the row of STATISTICS that the set is known to need, or None
     why_unlabelled: what to say where no image has a label
@@ -94,6 +95,7 @@ class Listing:
     lost: dict[str, int] = field(default_factory=dict)
     containers: list[Path] = field(default_factory=list)
     places: np.ndarray | None = None
+    unit: int = 0
     read: Reader | None = None
     statistics: str | None = None
     why_unlabelled: str = ""
@@ -112,6 +114,13 @@ class Listing:
             root = os.fspath(self.root)
             return [os.path.join(root, name) for name in self.files]
         return [os.fspath(self.containers[place]) for place in np.unique(self.places[:, 0])]
+
+    def shards(self) -> tuple[int, ...] | None:
+        """The first image of each of its shards; None where it has none."""
+        if not self.unit:
+            return None
+        units = self.places[:, : self.unit]
+        return (0, *(np.flatnonzero((units[1:] != units[:-1]).any(1)) + 1).tolist())
 
     def only(self, places: Sequence[int] | np.ndarray) -> Listing:
         """The same set without all images but those at `places`."""
@@ -163,6 +172,7 @@ class ImageSet:
     data_format: how it is stored, a word of FORMATS
     files:      where `images` are centred squares, what cuts crops of the whole image files
     listing:    of image files, their names
+    shards:     the first image of each larger file, or part of one, where a run reads one at a time
     """
 
     images: torch.Tensor | LazyImages
@@ -177,6 +187,7 @@ class ImageSet:
     data_format: str = "folder"
     files: LazyImages | None = None
     listing: Listing | None = None
+    shards: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -204,7 +215,9 @@ class ImageSet:
         files = None if self.files is None else self.files.only(listed)
         listing = None if self.listing is None else self.listing.only(listed)
         labels = None if self.labels is None else self.labels[places]
-        return replace(self, images=images, labels=labels, files=files, listing=listing)
+        return replace(
+            self, images=images, labels=labels, files=files, listing=listing, shards=None
+        )
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The images of `indices` (N,), on any device: uint8 (N, 3, H, W)."""

@@ -20,7 +20,8 @@ from softcl.data.cache import Cache, Entry, stamps
 from softcl.data.columns import Names, Words
 from softcl.data.image_set import Listing
 
-_WORDS = ("names", "notes", "lost", "statistics", "why_unlabelled")  # of a listing, as they are
+# Of a listing, as they are.
+_WORDS = ("names", "notes", "lost", "unit", "statistics", "why_unlabelled")
 
 
 def read_listing(

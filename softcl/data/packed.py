@@ -24,13 +24,14 @@ from softcl.data.decode import suffixes
 from softcl.data.folder import LABEL_KEYS
 from softcl.data.image_set import Listing, Reader, Stamp, printable
 from softcl.data.splits import Label, as_label, part_in
+from softcl.data.stream import LANES
 from softcl.data.walk import Progress, is_ignored, stamp, suffix_of, walk
 from softcl.errors import DataError
 
 Place = Path | Sequence[Path]  # a file or a folder; or the files that a pattern names
 
 
-def _containers(place: Place, kind: str) -> Listing:
+def _containers(place: Place, kind: str, unit: int) -> Listing:
     """A listing of the files of one kind that are read, and of no images yet."""
     left_out: Counter[str] = Counter()
     sources: dict[str, Stamp] = {}
@@ -44,7 +45,14 @@ def _containers(place: Place, kind: str) -> Listing:
     sources |= {os.fspath(file): stamp(file) for file in files}
     none = Words.of(())
     return Listing(
-        base, Names.of(()), none, none, left_out=left_out, containers=files, sources=sources
+        base,
+        Names.of(()),
+        none,
+        none,
+        left_out=left_out,
+        containers=files,
+        unit=unit,
+        sources=sources,
     )
 
 
@@ -95,7 +103,7 @@ def list_tar(place: Place) -> Listing:
     Raises:
         DataError: a shard is compressed or no tar file, or there are no images.
     """
-    listing = _containers(place, ".tar")
+    listing = _containers(place, ".tar", 1)
     listing.why_unlabelled = f"no class in .cls or .json (looked for {', '.join(LABEL_KEYS)})"
     cut: dict[Path, int] = {}
     largest = 0
@@ -202,7 +210,7 @@ def _label(data: bytes, extension: str) -> Label:
 # ----------------------------------------------------------------------------------------- parquet
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
-_GROUPS_HELD = 8
+_GROUPS_HELD = 2 * LANES  # as many as --shuffle shards reads at a time
 
 
 def list_parquet(place: Place) -> Listing:
@@ -219,7 +227,7 @@ def list_parquet(place: Place) -> Listing:
     Raises:
         DataError: pyarrow is absent, a file is damaged or has no column of images.
     """
-    listing = _containers(place, ".parquet")
+    listing = _containers(place, ".parquet", 2)  # by row groups
     parquet = _parquet()
 
     def images() -> Iterator[_Images]:

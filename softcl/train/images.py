@@ -99,6 +99,11 @@ def _training_images(
             bank = load_dataset(config.data, "train", **own, **labelled)
     if config.whole_images is False:
         train.files = None
+    if config.shuffle == "shards":
+        train.shards = None if train.listing is None else train.listing.shards()
+        if train.shards is None:
+            reason = "there are none: these images are neither in tar nor in parquet files"
+            raise ConfigError("shuffle", config.shuffle, reason)
     return train, bank
 
 
@@ -248,7 +253,8 @@ class BatchFeed:
     def _wanted(self, step: int) -> Tensor | CropOrder:
         """The images of a step that this process reads, (N / W,) int64, or crops of them."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        batch = batch_indices(len(self.images), self.batch_size, self.seed, epoch, within)
+        size, shards = len(self.images), self.images.shards or ()
+        batch = batch_indices(size, self.batch_size, self.seed, epoch, within, shards)
         indices = batch[self.world.rank :: self.world.size]
         if self.images.files is None:
             return indices
