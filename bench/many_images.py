@@ -115,7 +115,7 @@ def start(options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - began
     size = len(images)
     print(f"{size} images listed in {seconds:.2f} s, {(peak.most - before) / size:.0f} bytes/image")
-    for name, shards in (("exact", ()), ("shards", images.shards)):
+    for name, shards in (("exact", ()), ("shards", images.listing.shards())):
         began = time.perf_counter()
         for step in range(min(options.steps, size // BATCH)):
             check(images, batch_indices(size, BATCH, 0, 0, step, shards))

@@ -10,6 +10,7 @@ import signal
 import tarfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -229,15 +230,39 @@ def test_the_same_folder_by_another_relative_path(images, tmp_path, monkeypatch)
         assert len(found.batch(torch.arange(4))) == 4 and not found.skipped
 
 
-def test_columns_hold_any_names_and_few_bytes():
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_listing_takes_few_bytes_an_image(kind, tmp_path):
+    """Of sets of two sizes the difference: the rest is the same for all."""
+
+    def most(shards: int) -> int:
+        root = tar_of(tmp_path / f"{shards}", shards, 500)
+        if kind == "folder":
+            for shard in root.glob("*.tar"):
+                (root / "images" / shard.stem).mkdir(parents=True)
+                for number in range(500):
+                    (root / "images" / shard.stem / f"{number:05d}.ppm").touch()
+            root = root / "images"
+        list_them = packed.list_tar if kind == "tar" else folder_format.list_folder
+        tracemalloc.start()
+        listing = list_them(root)
+        taken = listing.only(np.arange(0, len(listing.files), 2))
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 2 * len(taken.files) == len(listing.files) == 500 * shards
+        return used
+
+    most(1)
+    assert (most(9) - most(3)) / 3000 < 150
+
+
+def test_columns_hold_any_names_and_words():
     names = ["a", "", "é" * 300, "\udcff.png", "b/c"]
     column = columns.Names.of(names)
     assert list(column) == names and [column[i] for i in range(5)] == names
     taken = column.take(np.array([3, 1, 3]))
     assert list(taken) == [names[3], names[1], names[3]] and len(taken) == 3
-    joined = columns.Names.joined([column, columns.Names.of(()), columns.Names.of(["z"])])
-    assert list(joined) == [*names, "z"]
-    words = columns.Words.joined([columns.Words.of(["x", None, "x"]), columns.Words.of([3, None])])
+    assert list(columns.Names.of(())) == [] and list(columns.Words.of(())) == []
+    words = columns.Words.of(["x", None, "x", 3, None])
     assert list(words) == ["x", None, "x", 3, None] and words.values == ["x", None, 3]
     assert list(words.take(np.array([4, 0]))) == [None, "x"]
 

@@ -29,14 +29,9 @@ class Names(Sequence[str]):
             encoded = name.encode(*_CODE)
             text += encoded
             lengths.append(len(encoded))
-        sizes = np.frombuffer(lengths, np.int32) if lengths else np.zeros(0, np.int32)
-        return cls(np.frombuffer(text, np.uint8), _starts(sizes), sizes)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Names]) -> Names:
-        """All names of several columns, none of which was thinned."""
-        sizes = np.concatenate([part.lengths for part in parts])
-        return cls(np.concatenate([part.text for part in parts]), _starts(sizes), sizes)
+        sizes = np.array(lengths, np.int32)
+        starts = np.cumsum(sizes, dtype=np.int64) - sizes
+        return cls(np.frombuffer(text, np.uint8), starts, sizes)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -52,10 +47,6 @@ class Names(Sequence[str]):
 
     def take(self, places: np.ndarray) -> Names:
         return Names(self.text, self.starts[places], self.lengths[places])
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
 class Words(Sequence[Any]):
@@ -75,16 +66,7 @@ class Words(Sequence[Any]):
             return words
         known: dict[Any, int] = {}
         codes = array.array("i", (known.setdefault(word, len(known)) for word in words))
-        return cls(list(known), np.frombuffer(codes, np.int32) if codes else np.zeros(0, np.int32))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Words]) -> Words:
-        known: dict[Any, int] = {}
-        codes = []
-        for part in parts:
-            numbers = [known.setdefault(value, len(known)) for value in part.values]
-            codes.append(np.array(numbers, np.int32)[part.codes])
-        return cls(list(known), np.concatenate(codes))
+        return cls(list(known), np.array(codes, np.int32))
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -6,6 +6,7 @@ webdataset and Hugging Face's datasets give streams, whose order depends on the 
 
 from __future__ import annotations
 
+import array
 import functools
 import io
 import json
@@ -66,22 +67,26 @@ class _Images(NamedTuple):
 
 def _fill(listing: Listing, images: Iterable[_Images], what: str) -> None:
     """Complete a listing with the images of each of its containers, in their order."""
-    progress, count = Progress(f"listing the {what} of {printable(listing.root)}: images"), 0
-    files, parts, labels, places = [], [], [], []
-    for number, (container, found) in enumerate(zip(listing.containers, images, strict=True)):
-        part = part_in(container.relative_to(listing.root).as_posix())
-        rows = np.array(found.places, np.int64).reshape(-1, 2)
-        files.append(Names.of(f"{printable(container.name)}{name}" for name in found.names))
-        parts.append(Words([part], np.zeros(len(rows), np.int32)))
-        labels.append(Words.of(found.labels))
-        places.append(np.insert(rows, 0, number, axis=1))
-        count += len(rows)
-        progress.tick(count)
-    listing.files = Names.joined(files)
-    files.clear()  # one copy of a column at a time
-    listing.places = np.concatenate(places)
-    places.clear()
-    listing.parts, listing.labels = Words.joined(parts), Words.joined(labels)
+    progress = Progress(f"listing the {what} of {printable(listing.root)}: images")
+    known_parts: dict[str, int] = {}
+    known_labels: dict[Label, int] = {}
+    parts, labels, places = array.array("i"), array.array("i"), array.array("q")
+
+    def names() -> Iterator[str]:
+        for number, (container, found) in enumerate(zip(listing.containers, images, strict=True)):
+            part = part_in(container.relative_to(listing.root).as_posix())
+            code = known_parts.setdefault(part, len(known_parts))
+            for name, label, place in zip(*found, strict=True):
+                parts.append(code)
+                labels.append(known_labels.setdefault(label, len(known_labels)))
+                places.extend((number, *place))
+                yield f"{printable(container.name)}{name}"
+            progress.tick(len(parts))
+
+    listing.files = Names.of(names())
+    listing.parts = Words(list(known_parts), np.array(parts, np.int32))
+    listing.labels = Words(list(known_labels), np.array(labels, np.int32))
+    listing.places = np.array(places, np.int64).reshape(-1, 3)
 
 
 # --------------------------------------------------------------------------------------- tar shards
