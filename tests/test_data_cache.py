@@ -18,7 +18,7 @@ import pytest
 import torch
 from run_comparison import assert_same_run
 
-from softcl.data import ImageSet, cache, columns, decode, load_dataset, packed
+from softcl.data import ImageSet, batch_indices, cache, columns, decode, load_dataset, packed
 from softcl.data import folder as folder_format
 from softcl.data.cache import Cache, Entry, stamps
 from softcl.evaluation.knn import KNN
@@ -223,6 +223,13 @@ def test_a_listing_that_changed_is_made_again(change, images, tmp_path):
     assert torch.equal(again.labels, fresh.labels) and again.notes == fresh.notes
 
 
+def test_a_listing_that_names_no_sources_is_not_kept(images, tmp_path, monkeypatch):
+    real = folder_format.walk
+    monkeypatch.setattr(folder_format, "walk", lambda *given: real(*given[:4]))
+    read(images, tmp_path / "kept", memory_limit=0)
+    assert not entries(tmp_path / "kept", "index")
+
+
 def test_the_same_folder_by_another_relative_path(images, tmp_path, monkeypatch):
     for place in (images.parent, images, images / "train"):
         monkeypatch.chdir(place)
@@ -253,6 +260,28 @@ def test_a_listing_takes_few_bytes_an_image(kind, tmp_path):
 
     most(1)
     assert (most(9) - most(3)) / 3000 < 150
+
+
+def test_groups_of_parquet_rows_are_shards(tmp_path, monkeypatch):
+    """In their order each group is read once or little more; in an exact one nearly every time."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PPM")
+    table = pyarrow.table({"image": [file.getvalue()] * 1000})
+    for number in range(2):
+        parquet.write_table(table, tmp_path / f"train-{number}.parquet", row_group_size=20)
+    found = read(tmp_path, tmp_path / "kept", memory_limit=0, workers=0)
+    found = read(tmp_path, tmp_path / "kept", memory_limit=0, workers=0)
+    assert found.listing.shards() == tuple(range(0, 2000, 20))
+    calls, real = [], parquet.ParquetFile.read_row_group
+    counted = lambda self, *given, **more: calls.append(1) or real(self, *given, **more)  # noqa: E731
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    found.batch(batch_indices(2000, 2000, 0, 0, 0, found.listing.shards()))
+    assert 80 < len(calls) < 150  # a few are still held
+    calls.clear()
+    found.batch(batch_indices(2000, 2000, 0, 0, 0))
+    assert len(calls) > 1500
 
 
 def test_columns_hold_any_names_and_words():

@@ -26,7 +26,7 @@ import numpy as np
 
 from softcl.data.image_set import printable
 from softcl.data.walk import Progress, stamp
-from softcl.files import cache_folder, replace_file
+from softcl.files import cache_folder, open_file, replace_file
 
 LIMIT = 32 * 2**30  # bytes of all entries; those that were not used for longest go first
 SETTLED = 2.0  # seconds since a file's last change, less than which a disk's clock may not show
@@ -122,7 +122,8 @@ class Cache:
     def _read(self, file: Path, key: str, sources: Callable) -> Entry | None:
         """An entry that is undamaged and holds, or None."""
         try:
-            content = np.memmap(file, np.uint8, "c")  # shared until somebody writes to it
+            with open_file(file) as stream:  # shared until somebody writes into it
+                content = np.memmap(stream, np.uint8, "c")
             entry = _parse(content, key)
         except (FileNotFoundError, NotADirectoryError):
             return None

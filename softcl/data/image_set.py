@@ -82,7 +82,7 @@ class Listing:
     statistics: the row of STATISTICS that the set is known to need, or None
     why_unlabelled: what to say where no image has a label
     sources:    what the listing depends on, by path: `walk.stamp` of folders, containers and tables
-                from before they were read
+                from before they were read; without any it is not kept
     """
 
     root: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_listing(
         "read": read.__name__,
         "place": [(os.fspath(path), os.path.abspath(path)) for path in paths],
         "suffixes": sorted(decode.suffixes()),
-        "code": _code(columns, folder, packed, walk),
+        "code": _code(sys.modules[read.__module__], columns, folder, packed, walk),
     }
     entry = cache.get("index", key, lambda: _entry(read(place)), lambda meta: meta["sources"])
     return _listing(entry)
@@ -61,7 +62,8 @@ def _entry(listing: Listing) -> Entry:
     }
     if listing.places is not None:
         arrays["places"] = listing.places
-    return Entry(meta, arrays, np.array(list(listing.sources.values()), np.int64))
+    sources = list(listing.sources.values())
+    return Entry(meta, arrays, np.array(sources, np.int64) if sources else None)
 
 
 def _listing(entry: Entry) -> Listing:
