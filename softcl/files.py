@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,10 +81,23 @@ def check_folder(path: Path) -> None:
         temporary.unlink()
 
 
+def cache_folder() -> Path:
+    """Where softcl keeps what it can make again; ``XDG_CACHE_HOME`` moves it.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softcl"
+
+
 def replace_file(
-    path: Path, data: bytes, before_replacing: Callable[[], None] | None = None
+    path: Path,
+    data: bytes | Sequence[bytes | memoryview],
+    before_replacing: Callable[[], None] | None = None,
 ) -> None:
-    """Put `data` under the name `path` so that a crash leaves the old file or the new one.
+    """Put `data`, or its parts one after the other, under the name `path`.
+
+    A crash leaves the old file or the new one.
 
     Flushes the file and, after the rename, the folder, without which the rename itself may be lost
     with the power. On failure the temporary file is removed and the old file is untouched.
@@ -100,7 +113,7 @@ def replace_file(
             with open(descriptor, "wb") as file:
                 if mode is not None:
                     os.fchmod(descriptor, mode)
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(descriptor)
             if before_replacing is not None:

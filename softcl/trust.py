@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from softcl.files import cache_folder
+
 SECONDS = 300.0  # that a trial may take: compilation included
 _verdicts: dict[str, str] = {}  # of this process: what was tried -> why it failed; "" if it did not
 
@@ -153,8 +155,7 @@ VERDICTS = "verdicts.json"
 
 
 def _file(name: str) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "softcl" / name
+    return cache_folder() / name
 
 
 def kept(name: str) -> dict[str, Any]:

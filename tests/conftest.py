@@ -16,6 +16,9 @@ LONG_FILES = """
 """.split()
 
 
+# What tests decode is kept nowhere but where a test says so.
+os.environ["SOFTCL_CACHE"] = "off"
+
 # Of tests/cuda_host.py: whichever test calls one of them first compiles the kernels in it.
 COMPILING = {"load_host_module", "find_check_program"}
 

@@ -280,7 +280,7 @@ def test_folders_may_be_nested_deeper_than_calls(tmp_path):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
-        found = walk.walk(tmp_path, {".png"}, Counter())
+        found = list(walk.walk(tmp_path, {".png"}, Counter()))
     finally:
         sys.setrecursionlimit(limit)
     assert len(found) == 5 and found[2][-1] == "deep.png"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcl.data import DataError, ImageSet, batch_indices, batches, load_dataset
-from softcl.data.stream import _epoch_order
+from softcl.data.stream import LANES, WINDOW, _epoch_order
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -51,6 +53,42 @@ def test_a_batch_is_a_pure_function_of_its_numbers():
 def test_the_order_is_written_down():
     # A run resumed elsewhere continues bit for bit only if the order is the same there.
     assert batch_indices(10, 10, 0, 0, 0).tolist() == [0, 7, 8, 2, 5, 9, 4, 6, 3, 1]
+
+
+def starts_of(lengths: list[int]) -> tuple[int, ...]:
+    return tuple(accumulate([0, *lengths[:-1]]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), epoch=st.integers(0, 9))
+def test_an_epoch_in_shards_visits_every_sample_once(lengths, epoch):
+    size, shards = sum(lengths), starts_of(lengths)
+    order = batch_indices(size, size, 3, epoch, 0, shards)
+    assert torch.equal(order.sort().values, torch.arange(size))
+    _epoch_order.cache_clear()
+    assert torch.equal(batch_indices(size, size, 3, epoch, 0, shards), order)
+
+
+def test_shards_are_read_nearly_from_front_to_back_and_few_at_a_time():
+    lengths = [2000 + 10 * number for number in range(40)]
+    size, shards = sum(lengths), starts_of(lengths)
+    order = batch_indices(size, size, 0, 0, 0, shards).numpy()
+    owner = np.searchsorted(shards, order, side="right") - 1
+    for start in range(0, size - 256, 997):
+        batch = owner[start : start + 256]
+        assert len(set(batch)) <= 2 * LANES
+        if start < size - LANES * 2000:  # of the last ones some lanes are done
+            assert np.bincount(batch).max() < 256 / 3
+    for shard, length in enumerate(lengths):
+        read = order[owner == shard] - shards[shard]
+        late = np.arange(length) - read  # against reading it in its order
+        assert np.abs(late).max() < WINDOW and np.abs(late).mean() > WINDOW / 10
+        # what is still to come lies at most a window before what was read
+        assert (np.maximum.accumulate(read) - read).max() <= WINDOW
+    other = batch_indices(size, size, 0, 1, 0, shards).numpy()
+    first, second = (dict.fromkeys(np.searchsorted(shards, x, "right")) for x in (order, other))
+    assert list(first) != list(second)  # shards in another order
+    assert batch_indices(10, 10, 0, 0, 0, (0, 4)).tolist() == [0, 5, 4, 2, 7, 8, 1, 6, 3, 9]
 
 
 def test_positions_are_uniform():

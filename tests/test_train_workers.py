@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 from run_comparison import assert_same_run
@@ -9,6 +10,7 @@ from run_comparison import assert_same_run
 from softcl.data import decode, sets
 from softcl.train.__main__ import main
 from softcl.train.checkpoint import read_checkpoint
+from softcl.train.folder import read_metrics
 
 STEPS = 8
 
@@ -42,3 +44,33 @@ def test_interrupted_at_every_step_with_no_worker_and_with_two(
     finally:
         for name, content in zip(names, stored, strict=True):
             (folder / name).write_bytes(content)
+
+
+def test_interrupted_in_an_order_of_shards(
+    flags: list[str], folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for part, count in (("train", 4), ("test", 1)):
+        files = sorted((folder / part).rglob("*.png"))
+        for number in range(count):
+            with tarfile.open(tmp_path / f"{part}-{number}.tar", "w") as shard:
+                for file in files[number::count]:
+                    name = f"{file.parent.name}-{file.name}"
+                    shard.add(file, name)
+                    (tmp_path / "label").write_text(file.parent.name)
+                    shard.add(tmp_path / "label", f"{name.partition('.')[0]}.cls")
+    flags = [*flags, "--data", str(tmp_path), "--knn-every", "0"]
+    assert main([*flags, "--out", "exact"]) == 0
+    shards = [*flags, "--shuffle", "shards"]
+    assert main([*shards, "--out", "whole"]) == 0  # in memory; then decoded on demand
+    monkeypatch.setattr(sets, "_default_memory_limit", lambda: 0)
+    assert main([*shards, "--out", "parts", "--workers", "2", "--max-steps", "3"]) == 0
+    for step in ("5", "8"):
+        assert main(["--resume", "parts", "--workers", "0", "--max-steps", step]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    losses = [
+        read_metrics(tmp_path / out / "metrics.jsonl")[0]["loss"] for out in ("exact", "whole")
+    ]
+    assert losses[0] != losses[1]
+    capsys.readouterr()
+    assert main([*flags, "--data", str(folder), "--shuffle", "shards", "--out", "none"]) == 2
+    assert "--shuffle shards: there are none" in capsys.readouterr().err

@@ -2,7 +2,8 @@
 
 An image's way: sets (which format a path has) -> folder, arrays or packed (the format's reader) ->
 splits (which images belong to a split, and their classes) ->
-decode -> stream (in which order, ahead of time) -> recipe (a view's parameters) -> views.
+decode -> stream (in which order, ahead of time) -> recipe (a view's parameters) -> views. What the
+readers list and what is decoded, kept and cache spare the next start.
 """
 
 from softcl.data.decode import contact_sheet

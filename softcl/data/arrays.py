@@ -339,8 +339,7 @@ def _paired(path: Path, arrays: Mapping[str, np.ndarray], split: str) -> Arrays:
     names = ", ".join(map(printable, list(shapes)[:8]))
     chosen = choose(path, split, parts, words, (), f"no array of them among {names}")
     images, notes = _chosen(path, list(pixels.values()), chosen.places)
-    numbers = None if chosen.labels is None else np.array(chosen.labels, np.int64)
-    return Arrays(images, numbers, chosen.classes, None, chosen.notes + notes)
+    return Arrays(images, chosen.labels, chosen.classes, None, chosen.notes + notes)
 
 
 def _chosen(

@@ -238,7 +238,8 @@ class LazyImages:
     """A listing's images, decoded when they are asked for by a pool of threads.
 
     A file that turns out unreadable is replaced by the next one of the same class, listed in
-    `skipped`; more than 1 % of them raise DataError.
+    `skipped`; more than 1 % of them raise DataError. `may_pass` tells whether any was unreadable
+    for a reason that may pass, the disk's or the memory's.
 
     Args:
         size: (height, width) of the centred part that `batch` gives.
@@ -252,6 +253,7 @@ class LazyImages:
         silence()
         self.listing, self.size, self.workers, self.white = listing, size, workers, white
         self.skipped: list[str] = []
+        self.may_pass = False
         self._broken: set[int] = set()
         self._lock = threading.Lock()
         self._map: Callable[..., Iterable] = map
@@ -278,6 +280,9 @@ class LazyImages:
         with self._lock:
             if index not in self._broken:
                 self._broken.add(index)
+                # Pillow's own errors of damaged files have no number.
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                    self.may_pass = True
                 text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)).splitlines()
                 reason = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
                 self.skipped.append(f"{printable(self.listing.files[index])}: {reason}")
@@ -320,8 +325,8 @@ class LazyImages:
         for done, _ in enumerate(self._map(function, range(len(indices)), indices)):
             tick(done)
 
-    def read_all(self) -> torch.Tensor:
-        """All images that can be read, uint8 (M, 3, H, W); the others leave the listing."""
+    def read_all(self) -> tuple[torch.Tensor, np.ndarray]:
+        """All images that can be read, uint8 (M, 3, H, W), and their places (M,); see `keep`."""
         images = torch.empty((len(self), 3, *self.size), dtype=torch.uint8)
         array = images.numpy()
 
@@ -336,12 +341,14 @@ class LazyImages:
         self._for_each(read, range(0, len(self), _CHUNK), lambda done: progress.tick(_CHUNK * done))
         self.skipped.sort()
         self._refuse_if_many()
-        if self._broken:
-            kept = [i for i in range(len(self)) if i not in self._broken]
-            self.listing = self.listing.only(kept)
-            self._broken.clear()
-            images = images[kept]
-        return images
+        kept = np.setdiff1d(np.arange(len(self)), list(self._broken))
+        return (images[kept] if self._broken else images), kept
+
+    def keep(self, places: np.ndarray) -> None:
+        """Leave all images but those at `places` out of the listing."""
+        if len(places) < len(self):
+            self.listing = self.listing.only(places)
+        self._broken.clear()
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Centred parts of the images of indices (N,): uint8 (N, 3, H, W), in that order."""

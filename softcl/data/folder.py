@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+from softcl.data.columns import Names, Words
 from softcl.data.decode import suffixes
-from softcl.data.image_set import Listing, printable
+from softcl.data.image_set import Listing, Stamp, printable
 from softcl.data.splits import TRAIN, WORDS, Label, as_label
-from softcl.data.walk import KINDS, counted, walk
+from softcl.data.walk import KINDS, counted, stamp, walk
 from softcl.errors import DataError
 
 TINY_SIGNS = (("val/val_annotations.txt",),)
@@ -19,7 +23,7 @@ LABEL_KEYS = ("label", "labels", "fine_label", "cls", "class", "target")
 # Hugging Face's two, and Tiny-ImageNet's.
 TABLES = ("metadata.csv", "metadata.jsonl", "val_annotations.txt")
 
-Names = tuple[str, ...]  # a path below the root
+Below = tuple[str, ...]  # a path below the root
 
 
 def list_folder(root: Path) -> Listing:
@@ -37,44 +41,56 @@ def list_folder(root: Path) -> Listing:
         reason = "not a folder" if root.exists() else "no such file or folder"
         raise DataError(f"{printable(root)}: {reason}")
     left_out: Counter[str] = Counter()
-    found = walk(root, suffixes(), left_out, TABLES)
-    paths = [path for path in found if path[-1] not in TABLES]
-    if not paths:
+    sources: dict[str, Stamp] = {}
+    lists: list[Below] = []  # paths of tables
+
+    def images() -> Iterator[str]:
+        for path in walk(root, suffixes(), left_out, TABLES, sources):
+            if path[-1] in TABLES:
+                lists.append(path)
+            else:
+                yield "/".join(path)
+
+    files = Names.of(images())
+    if not files:
         raise DataError(f"{printable(root)}: no images in this folder{_instead(left_out)}")
     notes: list[str] = []
-    tables = {
-        path[:-1]: table
-        for path in found
-        if path[-1] in TABLES and (table := _table(root.joinpath(*path), notes)) is not None
-    }
-    tops = {path[0] for path in paths if len(path) > 1}
+    tables = {}
+    for path in lists:
+        file = root.joinpath(*path)
+        sources[os.fspath(file)] = stamp(file)
+        table = _table(file, notes)
+        if table is not None:
+            tables[path[:-1]] = table
+    tops = {name.partition("/")[0] for name in files if "/" in name}
     parts = {WORDS[name.lower()] for name in tops if name.lower() in WORDS}
     divided = bool(parts) and (
         all(name.lower() in WORDS for name in tops) or (TRAIN in parts and len(parts) > 1)
     )
     level = int(divided)  # of the classes
 
-    def word(path: Names) -> Label:
+    def word(path: Below) -> Label:
         for place, table in tables.items():
             if path[: len(place)] == place:
                 return table.get(path[len(place) :])
         return path[level] if len(path) > level + 1 else None
 
-    def part(path: Names) -> str:
-        top = path[0] if divided and len(path) > 1 else ""
-        return WORDS.get(top.lower(), top)
+    def part(name: str) -> str:
+        top, slash, _ = name.partition("/")
+        return WORDS.get(top.lower(), top) if divided and slash else ""
 
-    labels = [word(path) for path in paths]
-    if len(set(labels) - {None}) < 2:
-        labels = [None] * len(paths)
+    labels = Words.of(word(tuple(name.split("/"))) for name in files)
+    if len(set(labels.values) - {None}) < 2:
+        labels = Words([None], np.zeros(len(files), np.int32))
     return Listing(
         root,
-        ["/".join(path) for path in paths],
-        [part(path) for path in paths],
+        files,
+        Words.of(part(name) for name in files),
         labels,
         notes=notes,
         left_out=left_out,
         why_unlabelled="fewer than two class subfolders",
+        sources=sources,
     )
 
 
@@ -94,7 +110,7 @@ def list_tiny_imagenet(root: Path) -> Listing:
     return listing
 
 
-def _table(file: Path, notes: list[str]) -> dict[Names, Label] | None:
+def _table(file: Path, notes: list[str]) -> dict[Below, Label] | None:
     """The labels in a table by the paths of the images, below the table's folder.
 
     None, with a note that says why, where it has none.

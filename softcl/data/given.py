@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from softcl.data import sets
+from softcl.data.cache import Cache
+from softcl.data.columns import Names, Words
 from softcl.data.decode import ORIENTATION, LazyImages, pillow
 from softcl.data.image_set import STATISTICS, ImageSet, Listing
 from softcl.errors import DataError
@@ -171,11 +173,12 @@ def _read_dataset(data: Any, image_size: int | None, workers: int) -> ImageSet:
         listed = None
     listing = Listing(
         root=Path(name),
-        files=[f"item {index}" for index in range(count)],
-        parts=[""] * count,
-        labels=[None] * count if listed is None else listed,
-        places=list(range(count)),
-        read=items.open,
+        files=Names.of(f"item {index}" for index in range(count)),
+        parts=Words([""], np.zeros(count, np.int32)),
+        labels=Words.of([None] * count if listed is None else listed),
+        containers=[Path(name)],
+        places=np.arange(count)[:, None] * [0, 1, 0],
+        read=lambda _, index, __: items.open(index),
     )
     try:
         items.open(0)  # what is wrong with all of them is said in its own words
@@ -183,7 +186,7 @@ def _read_dataset(data: Any, image_size: int | None, workers: int) -> ImageSet:
         first = (str(error).splitlines() or [""])[0]
         why = first if isinstance(error, DataError) else f"{type(error).__name__}: {first}"
         raise DataError(f"{name}: item 0 cannot be read: {why}") from error
-    content = sets.decoded(listing, "all", image_size, None, workers)
+    content = sets.decoded(listing, "all", image_size, None, workers, Cache("off"))
     if not isinstance(content["images"], LazyImages):  # every item was read
         kept = sorted(items.labels)
         labels = [(listed or items.labels)[place] for place in kept]

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
+from softcl.data.columns import Names, Words
 from softcl.data.recipe import Recipe
 from softcl.memory import moved
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from softcl.data.decode import LazyImages
 
 Triple = tuple[float, float, float]
+Stamp = tuple[int, int, int]
+Reader = Callable[[Path, int, int], BinaryIO]
 LONGEST = 300  # characters of a path in a message
 
 
@@ -66,41 +69,69 @@ class Listing:
     files:      their names, below `root`
     parts:      "train", "test" or "val", or "" where nothing says so; another folder's name where
                 the set is divided and they are in none of its parts
-    labels:     their classes as words or numbers, None where there is none
+    labels:     their classes as words or numbers, None where there is none; of a chosen split the
+                numbers, (n,) int64, or None
     names:      of the classes whose labels are numbers
     notes:      lines worth printing about how the set was read
     left_out:   how many other files there are of each kind
     lost:       "file: reason" of what is missing from a file that holds images, and of how many
-    places:     where each lies, for `read`, if the files are no files of their own
-    read:       from a place to the bytes of an image file
+    containers: the files that images lie in, if they are no files of their own
+    places:     then int64 (n, 3): in which of the containers each lies, and two numbers for `read`
+    unit:       how many columns of `places` name what is best read in one go, a shard; 0 for none
+    read:       from a container and the two numbers to the bytes of an image file
     statistics: the row of STATISTICS that the set is known to need, or None
     why_unlabelled: what to say where no image has a label
+    sources:    what the listing depends on, by path: `walk.stamp` of folders, containers and tables
+                from before they were read; without any it is not kept
     """
 
     root: Path
-    files: list[str]
-    parts: list[str]
-    labels: list[Any]
+    files: Names
+    parts: Words
+    labels: Words | np.ndarray | None
     names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     lost: dict[str, int] = field(default_factory=dict)
-    places: list[Any] | None = None
-    read: Callable[[Any], BinaryIO] | None = None
+    containers: list[Path] = field(default_factory=list)
+    places: np.ndarray | None = None
+    unit: int = 0
+    read: Reader | None = None
     statistics: str | None = None
     why_unlabelled: str = ""
+    sources: dict[str, Stamp] = field(default_factory=dict)
 
     def open(self, index: int) -> Path | BinaryIO:
         """What an image decoder reads: a path, or a file in memory."""
-        return self.root / self.files[index] if self.read is None else self.read(self.places[index])
+        if self.places is None:
+            return self.root / self.files[index]
+        container, *where = self.places[index].tolist()
+        return self.read(self.containers[container], *where)
 
-    def only(self, positions: Sequence[int]) -> Listing:
-        """The same set without all images but those at `positions`."""
-        columns = {}
-        for name in ("files", "parts", "labels", "places"):
-            values = getattr(self, name)
-            columns[name] = None if values is None else [values[place] for place in positions]
-        return replace(self, **columns)
+    def paths(self) -> list[str]:
+        """The files on the disk that its images lie in."""
+        if self.places is None:
+            root = os.fspath(self.root)
+            return [os.path.join(root, name) for name in self.files]
+        return [os.fspath(self.containers[place]) for place in np.unique(self.places[:, 0])]
+
+    def shards(self) -> tuple[int, ...] | None:
+        """The first image of each of its shards; None where it has none."""
+        if not self.unit:
+            return None
+        units = self.places[:, : self.unit]
+        return (0, *(np.flatnonzero((units[1:] != units[:-1]).any(1)) + 1).tolist())
+
+    def only(self, places: Sequence[int] | np.ndarray) -> Listing:
+        """The same set without all images but those at `places`."""
+        places = np.asarray(places, np.int64)
+        return replace(
+            self,
+            files=self.files.take(places),
+            parts=self.parts.take(places),
+            labels=None if self.labels is None else self.labels.take(places),
+            places=None if self.places is None else self.places[places],
+        )
 
 
 class Cut(NamedTuple):
@@ -141,6 +172,7 @@ class ImageSet:
     data_format: how it is stored, a word of FORMATS
     files:      where `images` are centred squares, what cuts crops of the whole image files
     listing:    of image files, their names
+    shards:     the first image of each larger file, or part of one, where a run reads one at a time
     """
 
     images: torch.Tensor | LazyImages
@@ -155,6 +187,7 @@ class ImageSet:
     data_format: str = "folder"
     files: LazyImages | None = None
     listing: Listing | None = None
+    shards: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -182,7 +215,9 @@ class ImageSet:
         files = None if self.files is None else self.files.only(listed)
         listing = None if self.listing is None else self.listing.only(listed)
         labels = None if self.labels is None else self.labels[places]
-        return replace(self, images=images, labels=labels, files=files, listing=listing)
+        return replace(
+            self, images=images, labels=labels, files=files, listing=listing, shards=None
+        )
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """The images of `indices` (N,), on any device: uint8 (N, 3, H, W)."""

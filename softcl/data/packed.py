@@ -6,6 +6,7 @@ webdataset and Hugging Face's datasets give streams, whose order depends on the 
 
 from __future__ import annotations
 
+import array
 import functools
 import io
 import json
@@ -13,31 +14,79 @@ import os
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
+from softcl.data.columns import Names, Words
 from softcl.data.decode import suffixes
 from softcl.data.folder import LABEL_KEYS
-from softcl.data.image_set import Listing, printable
+from softcl.data.image_set import Listing, Reader, Stamp, printable
 from softcl.data.splits import Label, as_label, part_in
-from softcl.data.walk import Progress, is_ignored, suffix_of, walk
+from softcl.data.stream import LANES
+from softcl.data.walk import Progress, is_ignored, stamp, suffix_of, walk
 from softcl.errors import DataError
 
 Place = Path | Sequence[Path]  # a file or a folder; or the files that a pattern names
 
 
-def _containers(place: Place, kind: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
-    """The folder, and the files of one kind that are read."""
+def _containers(place: Place, kind: str, unit: int) -> Listing:
+    """A listing of the files of one kind that are read, and of no images yet."""
+    left_out: Counter[str] = Counter()
+    sources: dict[str, Stamp] = {}
     if not isinstance(place, Path):
-        return Path(os.path.commonpath([file.parent for file in place])), list(place)
-    if place.is_file():
-        return place.parent, [place]
-    return place, [place.joinpath(*names) for names in walk(place, (kind,), left_out)]
+        base, files = Path(os.path.commonpath([file.parent for file in place])), list(place)
+    elif place.is_file():
+        base, files = place.parent, [place]
+    else:
+        paths = walk(place, (kind,), left_out, sources=sources)
+        base, files = place, [place.joinpath(*names) for names in paths]
+    sources |= {os.fspath(file): stamp(file) for file in files}
+    none = Words.of(())
+    return Listing(
+        base,
+        Names.of(()),
+        none,
+        none,
+        left_out=left_out,
+        containers=files,
+        unit=unit,
+        sources=sources,
+    )
 
 
-def _part_of(file: Path, base: Path) -> str:
-    return part_in(file.relative_to(base).as_posix())
+class _Images(NamedTuple):
+    """The images of one container: name, label, and the two numbers that say where it lies."""
+
+    names: list[str]
+    labels: list[Label]
+    places: list[tuple[int, int]]
+
+
+def _fill(listing: Listing, images: Iterable[_Images], what: str) -> None:
+    """Complete a listing with the images of each of its containers, in their order."""
+    progress = Progress(f"listing the {what} of {printable(listing.root)}: images")
+    known_parts: dict[str, int] = {}
+    known_labels: dict[Label, int] = {}
+    parts, labels, places = array.array("i"), array.array("i"), array.array("q")
+
+    def names() -> Iterator[str]:
+        for number, (container, found) in enumerate(zip(listing.containers, images, strict=True)):
+            part = part_in(container.relative_to(listing.root).as_posix())
+            code = known_parts.setdefault(part, len(known_parts))
+            for name, label, place in zip(*found, strict=True):
+                parts.append(code)
+                labels.append(known_labels.setdefault(label, len(known_labels)))
+                places.extend((number, *place))
+                yield f"{printable(container.name)}{name}"
+            progress.tick(len(parts))
+
+    listing.files = Names.of(names())
+    listing.parts = Words(list(known_parts), np.array(parts, np.int32))
+    listing.labels = Words(list(known_labels), np.array(labels, np.int32))
+    listing.places = np.array(places, np.int64).reshape(-1, 3)
 
 
 # --------------------------------------------------------------------------------------- tar shards
@@ -59,48 +108,47 @@ def list_tar(place: Place) -> Listing:
     Raises:
         DataError: a shard is compressed or no tar file, or there are no images.
     """
-    left_out: Counter[str] = Counter()
-    base, shards = _containers(place, ".tar", left_out)
-    listing = Listing(base, [], [], [], left_out=left_out, places=[], read=_read_member)
+    listing = _containers(place, ".tar", 1)
     listing.why_unlabelled = f"no class in .cls or .json (looked for {', '.join(LABEL_KEYS)})"
-    progress = Progress(f"listing the shards of {printable(base)}", len(shards))
     cut: dict[Path, int] = {}
     largest = 0
-    for number, shard in enumerate(shards):
-        progress.tick(number)
-        samples, whole = _samples(shard, left_out)
-        for name, where, label in samples:
-            listing.files.append(f"{printable(shard.name)}/{name}")
-            listing.places.append((shard, *where))
-            listing.labels.append(label)
-        listing.parts += [_part_of(shard, base)] * len(samples)
-        if whole:
-            largest = max(largest, len(samples))
-        else:
-            cut[shard] = len(samples)
+
+    def images() -> Iterator[_Images]:
+        nonlocal largest
+        for shard in listing.containers:
+            samples, whole = _samples(shard, listing.left_out)
+            if whole:
+                largest = max(largest, len(samples.names))
+            else:
+                cut[shard] = len(samples.names)
+            yield samples
+
+    _fill(listing, images(), "shards")
+    base = printable(listing.root)
     if not listing.files:
-        raise DataError(f"{printable(base)}: no images in its {len(shards)} tar file(s)")
+        raise DataError(f"{base}: no images in its {len(listing.containers)} tar file(s)")
     for shard, count in cut.items():
         line = f"{printable(shard.name)}: cut short after {count} images"
         if not largest:
-            raise DataError(f"{printable(base)}: {line}, and nothing says how many are lost")
+            raise DataError(f"{base}: {line}, and nothing says how many are lost")
         lost = max(largest - count, 1)
         listing.lost[f"{line}, about {lost} are lost"] = lost
     return listing
 
 
-def _read_member(place: tuple[Path, int, int]) -> BinaryIO:
-    shard, offset, length = place
+def tar_reader() -> Reader:
+    """What reads a member of a shard by its offset and length."""
+    return _read_member
+
+
+def _read_member(shard: Path, offset: int, length: int) -> BinaryIO:
     with open(shard, "rb") as file:
         file.seek(offset)
         return io.BytesIO(file.read(length))
 
 
-_Samples = list[tuple[str, tuple[int, int], Label]]
-
-
-def _samples(shard: Path, left_out: Counter[str]) -> tuple[_Samples, bool]:
-    """(name, (offset, length), label) of each image of a shard, in its order; whether it is whole.
+def _samples(shard: Path, left_out: Counter[str]) -> tuple[_Images, bool]:
+    """The images of a shard in its order, with offset and length; whether it is whole.
 
     tarfile is trusted with nothing but the headers: members may claim any size, and what it raises
     for a hostile file is anything.
@@ -110,7 +158,8 @@ def _samples(shard: Path, left_out: Counter[str]) -> tuple[_Samples, bool]:
     size, end, reason = os.path.getsize(shard), 0, ""
     try:
         with tarfile.open(shard, "r:") as archive, open(shard, "rb") as file:
-            for member in archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # it would hold them all
                 if member.offset_data < end or member.size < 0:
                     raise tarfile.ReadError("its members overlap")
                 names = member.name.split("/")
@@ -147,8 +196,10 @@ def _samples(shard: Path, left_out: Counter[str]) -> tuple[_Samples, bool]:
         )
     if reason and labels and (last := next(reversed(images))) not in labels:
         del images[last]  # its label was in what is missing
-    found = [(name, where, labels.get(key)) for key, (name, where) in images.items()]
-    return found, not reason
+    names = [f"/{name}" for name, _ in images.values()]
+    return _Images(
+        names, list(map(labels.get, images)), [at for _, at in images.values()]
+    ), not reason
 
 
 def _label(data: bytes, extension: str) -> Label:
@@ -164,7 +215,7 @@ def _label(data: bytes, extension: str) -> Label:
 # ----------------------------------------------------------------------------------------- parquet
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png")
-_GROUPS_HELD = 8
+_GROUPS_HELD = 2 * LANES  # as many as --shuffle shards reads at a time
 
 
 def list_parquet(place: Place) -> Listing:
@@ -181,55 +232,63 @@ def list_parquet(place: Place) -> Listing:
     Raises:
         DataError: pyarrow is absent, a file is damaged or has no column of images.
     """
+    listing = _containers(place, ".parquet", 2)  # by row groups
+    parquet = _parquet()
+
+    def images() -> Iterator[_Images]:
+        for table in listing.containers:
+            try:
+                file = parquet.ParquetFile(table)
+                _image_column(table, file.schema_arrow)
+                groups = [
+                    file.metadata.row_group(group).num_rows
+                    for group in range(file.metadata.num_row_groups)
+                ]
+                labels, names = _parquet_labels(file)
+            except (OSError, ValueError) as error:  # pyarrow's own errors derive from ValueError
+                reason = " ".join(str(error).split())
+                raise DataError(f"{printable(table)}: cannot read: {reason}") from error
+            rows = [(group, row) for group, count in enumerate(groups) for row in range(count)]
+            listing.names = listing.names or names
+            words = ", ".join(file.schema_arrow.names)
+            listing.why_unlabelled = (
+                f"none in columns {words} (looked for numbers or words in {', '.join(LABEL_KEYS)})"
+            )
+            yield _Images([f", row {place}" for place in range(len(rows))], labels, rows)
+
+    _fill(listing, images(), "tables")
+    if not listing.files:
+        raise DataError(f"{printable(listing.root)}: its parquet files have no rows")
+    return listing
+
+
+def _parquet() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError("reading parquet files needs pyarrow: pip install pyarrow") from error
-    lock = threading.Lock()
+    return parquet
+
+
+def parquet_reader() -> Reader:
+    """What reads a row of a group of a table, and holds the last few groups."""
+    parquet, lock = _parquet(), threading.Lock()
 
     @functools.lru_cache(_GROUPS_HELD)
-    def group_of(table: Path, group: int, column: str) -> Any:
-        return parquet.ParquetFile(table).read_row_group(group, columns=[column]).column(column)
+    def group_of(table: Path, group: int) -> Any:
+        file = parquet.ParquetFile(table)
+        column = _image_column(table, file.schema_arrow)
+        return file.read_row_group(group, columns=[column]).column(column)
 
-    def read(place: tuple[Path, int, str, int]) -> BinaryIO:
-        *group, row = place
+    def read(table: Path, group: int, row: int) -> BinaryIO:
         with lock:
-            value = group_of(*group)[row].as_py()
+            value = group_of(table, group)[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ValueError("no bytes in this row")
         return io.BytesIO(data)
 
-    left_out: Counter[str] = Counter()
-    base, tables = _containers(place, ".parquet", left_out)
-    listing = Listing(base, [], [], [], left_out=left_out, places=[], read=read)
-    progress = Progress(f"listing the tables of {printable(base)}", len(tables))
-    for number, table in enumerate(tables):
-        progress.tick(number)
-        try:
-            file = parquet.ParquetFile(table)
-            column = _image_column(table, file.schema_arrow)
-            groups = [
-                file.metadata.row_group(group).num_rows
-                for group in range(file.metadata.num_row_groups)
-            ]
-            labels, names = _parquet_labels(file)
-        except (OSError, ValueError) as error:  # pyarrow's own errors derive from ValueError
-            reason = " ".join(str(error).split())
-            raise DataError(f"{printable(table)}: cannot read: {reason}") from error
-        rows = [(group, row) for group, count in enumerate(groups) for row in range(count)]
-        listing.files += [f"{printable(table.name)}, row {place}" for place in range(len(rows))]
-        listing.places += [(table, group, column, row) for group, row in rows]
-        listing.parts += [_part_of(table, base)] * len(rows)
-        listing.labels += labels
-        listing.names = listing.names or names
-        columns = ", ".join(file.schema_arrow.names)
-        listing.why_unlabelled = (
-            f"none in columns {columns} (looked for numbers or words in {', '.join(LABEL_KEYS)})"
-        )
-    if not listing.files:
-        raise DataError(f"{printable(base)}: its parquet files have no rows")
-    return listing
+    return read
 
 
 def _parquet_labels(file: Any) -> tuple[list[Label], list[str]]:

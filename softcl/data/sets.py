@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from softcl.data import arrays, decode, folder, packed
+from softcl.data.cache import Cache
 from softcl.data.depth import White, scale_of
-from softcl.data.image_set import STATISTICS, Arrays, ImageSet, Listing, printable
+from softcl.data.image_set import STATISTICS, Arrays, ImageSet, Listing, Reader, printable
+from softcl.data.kept import read_listing, read_pixels
 from softcl.data.shapes import load_shapes
 from softcl.data.splits import WORDS, choose, is_divided
 from softcl.data.walk import counted, described, is_ignored, suffix_of, walk
@@ -48,6 +50,7 @@ class Format:
     container: a folder is read with all that lies below it, and several files may be named by a
                pattern; else the folder that has the signs is read
     unlabeled: whether it has the splits of UNLABELED, the last of which is meant for training
+    reader:    of images that lie in larger files: makes what reads one from there
     """
 
     read: Callable[[Any], Listing] | Callable[[Any, str], Arrays]
@@ -56,6 +59,7 @@ class Format:
     container: bool = False
     unlabeled: bool = False
     lists: bool = False
+    reader: Callable[[], Reader] | None = None
 
 
 # In the order in which they are tried.
@@ -64,8 +68,22 @@ READERS: dict[str, Format] = {
     "stl10": Format(arrays.read_stl10, arrays.STL10_SIGNS, unlabeled=True),
     "idx": Format(arrays.read_idx, arrays.IDX_SIGNS),
     "tiny-imagenet": Format(folder.list_tiny_imagenet, folder.TINY_SIGNS, lists=True),
-    "tar": Format(packed.list_tar, (("*.tar",),), (".tar",), container=True, lists=True),
-    "parquet": Format(packed.list_parquet, (("*.parquet",),), (".parquet",), True, lists=True),
+    "tar": Format(
+        packed.list_tar,
+        (("*.tar",),),
+        (".tar",),
+        container=True,
+        lists=True,
+        reader=packed.tar_reader,
+    ),
+    "parquet": Format(
+        packed.list_parquet,
+        (("*.parquet",),),
+        (".parquet",),
+        container=True,
+        lists=True,
+        reader=packed.parquet_reader,
+    ),
     "numpy": Format(arrays.read_numpy, arrays.NUMPY_SIGNS, (".npz", ".npy")),
     "folder": Format(folder.list_folder, ((),), container=True, lists=True),
 }
@@ -153,7 +171,9 @@ def _place(root: Path, stored: Format, deep: bool) -> Path | None:
         for group in stored.signs:
             if all(any(f.is_file() for f in part.glob(pattern)) for pattern in group):
                 return root if stored.container else part
-    return root if deep and stored.container and walk(root, stored.suffixes, Counter()) else None
+    if deep and stored.container:
+        return root if any(True for _ in walk(root, stored.suffixes, Counter())) else None
+    return None
 
 
 def _lone_folder(root: Path) -> Path | None:
@@ -222,6 +242,7 @@ def load_dataset(
     workers: int | None = None,
     data_format: str = "auto",
     whole: bool = False,
+    cache: str | Path | None = None,
 ) -> ImageSet:
     """The data set that `spec` names.
 
@@ -237,6 +258,7 @@ def load_dataset(
     workers       threads that decode; default the cores, at most 16; 0 for the caller's own alone
     data_format   a word of FORMATS
     whole         take all of an undivided set of image files for "test", where a tenth is held out
+    cache         folder in which what was decoded is kept; default the user's; "off": none
 
     Raises DataError, one line that names the path, where the data cannot be read; ImportError,
     naming the extra, without pillow.
@@ -254,19 +276,21 @@ def load_dataset(
     if generated:
         return load_shapes(spec, split)
     stored = READERS[found.format]
+    kept = Cache(cache)
     if stored.lists:
-        listing = stored.read(found.place)
+        listing = read_listing(stored.read, found.place, kept)
+        listing.read = stored.reader and stored.reader()
         known = listing.statistics
-        if whole and split == "test" and not is_divided(listing.parts):
+        if whole and split == "test" and not is_divided(listing.parts.values):
             split = "all"
-        content = decoded(listing, split, image_size, memory_limit, workers)
+        content = decoded(listing, split, image_size, memory_limit, workers, kept)
     else:
         pixels = stored.read(found.place, split)
         known = pixels.statistics
         content = {**pixels._asdict(), "images": torch.from_numpy(pixels.images)}
     content["statistics"] = known or known_statistics(root)
     content["mean"], content["std"] = STATISTICS[content["statistics"]]
-    content["notes"] = [*found.notes, *content["notes"]]
+    content["notes"] = [*found.notes, *content["notes"], *kept.notes]
     if content["labels"] is not None:
         content["labels"] = torch.as_tensor(content["labels"])
     name = f"{printable(spec)} ({split})"
@@ -316,6 +340,7 @@ def decoded(
     requested: int | None,
     memory_limit: int | None,
     workers: int | None,
+    cache: Cache,
 ) -> dict[str, Any]:
     """What an `ImageSet` has of a split: its images, decoded now where they fit in memory.
 
@@ -337,7 +362,7 @@ def decoded(
     limit = _default_memory_limit() if memory_limit is None else memory_limit
     fits = len(files) * 3 * size[0] * size[1] <= limit
     return {
-        "images": files.read_all() if fits else files,
+        "images": read_pixels(files, cache) if fits else files,
         "labels": files.listing.labels,
         "classes": chosen.classes,
         "notes": notes,

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from softcl.data.columns import Words
 from softcl.data.image_set import printable
 from softcl.errors import DataError
 
@@ -61,14 +64,14 @@ def as_label(value: object) -> Label:
 class Choice:
     """The images of a split.
 
-    places:  among all of the set
+    places:  among all of the set, (n,) int64
     labels:  a number for each, -1 where it has none; or None where none has one
     classes: their names, by number
     notes:   what was left out, and what has no label
     """
 
-    places: list[int]
-    labels: list[int] | None
+    places: np.ndarray
+    labels: np.ndarray | None
     classes: list[str]
     notes: list[str]
 
@@ -95,16 +98,25 @@ def choose(
     Raises:
         DataError: the split has no images.
     """
+    parts, labels = Words.of(parts), Words.of(labels)
+    width = len(labels.values)
     counts: dict[str, Counter[Label]] = {}
-    for part, label in zip(parts, labels, strict=True):
-        counts.setdefault(part, Counter())[label] += 1
+    pairs, numbers = np.unique(
+        parts.codes.astype(np.int64) * width + labels.codes, return_counts=True
+    )
+    for pair, count in zip(pairs.tolist(), numbers.tolist(), strict=True):
+        part, label = parts.values[pair // width], labels.values[pair % width]
+        counts.setdefault(part, Counter())[label] = count
     notes: list[str] = []
     divided = is_divided(counts)
     test = _test_part(root, split, counts, notes) if divided else None
     used = [part for part in (TRAIN, test) if part in counts] if divided else list(counts)
     wanted = {"train": [TRAIN], "test": [test], "all": used}[split] if divided else used
-    places = [place for part in wanted for place, own in enumerate(parts) if own == part]
-    if not places:
+    codes = [parts.values.index(part) for part in wanted if part in counts]
+    places = np.concatenate(
+        [np.zeros(0, np.int64), *(np.flatnonzero(parts.codes == c) for c in codes)]
+    )
+    if not len(places):
         called = "train" if split == "train" else "test or val"
         raise DataError(f"{printable(root)}: no part called {called}, asked for split {split!r}")
     if divided and split != "test":
@@ -112,16 +124,17 @@ def choose(
             where = f"{printable(part)}/" if part else "files that name no part"
             notes.append(f"left out: {counts[part].total()} images of {where}")
     number, classes = _numbered((label for part in used for label in counts[part]), names)
-    found = [number[labels[place]] for place in places]
-    missing = found.count(-1)
+    table = np.array([number.get(label, -1) for label in labels.values], np.int64)
+    found = table[labels.codes[places]]
+    missing = int((found < 0).sum())
     if missing == len(found):
         notes += [f"no labels: {why_unlabelled}"] * bool(why_unlabelled)
     elif missing:
         notes.append(f"{missing} of {len(found)} images have no label")
     if not divided and split != "all":
         kept = _held_out(root, split, found, notes)
-        places, found = [places[i] for i in kept], [found[i] for i in kept]
-    if all(label < 0 for label in found):
+        places, found = places[kept], found[kept]
+    if (found < 0).all():
         return Choice(places, None, [], notes)
     return Choice(places, found, classes, notes)
 
@@ -177,21 +190,20 @@ def _numbered(labels: Iterable[Label], names: Sequence[str]) -> tuple[dict[Label
     return number | {label: i for i, label in enumerate(ordered)}, [str(label) for label in ordered]
 
 
-def _held_out(root: Path, split: str, labels: Sequence[int], notes: list[str]) -> list[int]:
+def _held_out(root: Path, split: str, labels: np.ndarray, notes: list[str]) -> np.ndarray:
     """The places of an undivided set that belong to "train" or "test"."""
-    if all(label < 0 for label in labels):
+    if (labels < 0).all():
         if split == "train":
-            return list(range(len(labels)))
+            return np.arange(len(labels))
         reason = "no part called test or val, and no labels to hold images out by"
         raise DataError(f"{printable(root)}: {reason}")
-    seen: Counter[int] = Counter()
-    kept = []
-    for place, label in enumerate(labels):
-        seen[label] += 1
-        held = label >= 0 and seen[label] % HOLD_OUT == 0
-        if held == (split == "test"):
-            kept.append(place)
-    if not kept:
+    order = np.argsort(labels, kind="stable")
+    _, first, lengths = np.unique(labels[order], return_index=True, return_counts=True)
+    place_in_class = np.empty_like(order)
+    place_in_class[order] = np.arange(len(labels)) - np.repeat(first, lengths)
+    held = (labels >= 0) & (place_in_class % HOLD_OUT == HOLD_OUT - 1)
+    kept = np.flatnonzero(held == (split == "test"))
+    if not len(kept):
         raise DataError(f"{printable(root)}: too few images for split {split!r}")
     notes.append(f"no part called test or val: every {HOLD_OUT}th image of a class is held out")
     return kept

@@ -20,6 +20,7 @@ from softcl.data.image_set import ImageSet, Pixels, Wanted
 from softcl.memory import moved, pinned
 
 AHEAD = 2  # batches that are decoded before they are asked for
+LANES, WINDOW = 8, 512  # shards that are read at a time, and images of each that are mixed
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -52,20 +53,49 @@ def words(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+def _epoch_order(
+    num_samples: int, seed: int, epoch: int, shards: tuple[int, ...] = ()
+) -> torch.Tensor:
     # Sorting by 64-bit random keys is an unbiased shuffle that needs no library's generator, so the
     # order stays the same across torch and numpy versions. Cached: steps of one epoch share it.
     keys = words(mix(seed, epoch), num_samples)[0]
+    if shards:
+        keys = _in_lanes(keys, shards, words(mix(seed, epoch, 1), len(shards))[0])
     return torch.from_numpy(np.argsort(keys, kind="stable"))
 
 
+def _in_lanes(keys: np.ndarray, shards: tuple[int, ...], shard_keys: np.ndarray) -> np.ndarray:
+    """Keys to sort by so that LANES shards at a time are read from front to back, mixed.
+
+    Shards in random order are put behind each other in LANES lanes, each into the one that is the
+    shortest so far. An image comes as late as its place in its lane says, and up to WINDOW places,
+    or an average shard, later.
+    """
+    ends = [*shards[1:], len(keys)]
+    result, lengths = np.empty(len(keys)), np.zeros(LANES)
+    for shard in np.argsort(shard_keys, kind="stable"):
+        start, stop = shards[shard], ends[shard]
+        lane = lengths.argmin()
+        result[start:stop] = lengths[lane] + np.arange(stop - start)
+        lengths[lane] += stop - start
+    window = min(WINDOW, len(keys) / len(shards))
+    return result + keys * (window / 2.0**64)
+
+
 def batch_indices(
-    num_samples: int, batch_size: int, seed: int, epoch: int, step: int
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    step: int,
+    shards: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Indices (batch_size,) int64 of batch number `step` of an epoch.
 
     Every epoch is a fresh permutation of range(num_samples), cut into num_samples // batch_size
     batches; the samples left over are dropped in that epoch. `seed` is any integer (modulo 2^64).
+    With `shards`, the first index of each, it is one in which shards are read nearly from front to
+    back, LANES at a time.
 
     Raises ValueError where no such batch exists.
     """
@@ -81,7 +111,7 @@ def batch_indices(
         raise ValueError(f"epoch must be at least 0, got {epoch}")
     if not 0 <= step < steps:
         raise ValueError(f"step must be in [0, {steps}), got {step}")
-    order = _epoch_order(num_samples, seed, epoch)
+    order = _epoch_order(num_samples, seed, epoch, shards)
     return order[step * batch_size : (step + 1) * batch_size].clone()
 
 

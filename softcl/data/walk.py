@@ -6,13 +6,15 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from softcl.data.image_set import printable
+from softcl.data.image_set import Stamp, printable
 from softcl.errors import DataError
 
 FIRST_SECONDS, MORE_SECONDS = 3.0, 10.0  # until the first line about a slow set, and the next ones
+
+GONE, NEVER = (-1, -1, -1), (-2, -2, -2)  # in place of a stamp; the latter equals none
 
 # What systems and tools leave beside data, in lower case; names that start with a dot are too.
 _IGNORED = frozenset(
@@ -67,47 +69,82 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def stamp(path: str | Path) -> Stamp:
+    """Size, time of change and time of the status of a file or a folder; GONE if it is not there.
+
+    A program can set the time of change back, as unpackers do, but not the other one.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return GONE
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def walk(
-    root: Path, suffixes: Collection[str], left_out: Counter[str], names: Collection[str] = ()
-) -> list[tuple[str, ...]]:
-    """Paths of the files below a folder as tuples of names, sorted; links are followed.
+    root: Path,
+    suffixes: Collection[str],
+    left_out: Counter[str],
+    names: Collection[str] = (),
+    sources: dict[str, Stamp] | None = None,
+) -> Iterator[tuple[str, ...]]:
+    """Paths of the files below a folder as tuples of names, in sorted order; links are followed.
 
     Args:
         suffixes, names: what is wanted, in lower case.
         left_out: other files are counted in it, by their suffix or by what they are.
+        sources: gets the stamp of each folder; of `root` NEVER where links to files say nothing
+            about changes of what they lead to.
 
     Raises:
         DataError: a folder cannot be read.
     """
-    found: list[tuple[str, ...]] = []
-    progress = Progress(f"listing {printable(root)}")
-    waiting: list[tuple[str, tuple[str, ...], tuple]] = [(os.fspath(root), (), ())]
+    sources = {} if sources is None else sources
+    start = os.fspath(root)
+    progress, count = Progress(f"listing {printable(root)}"), 0
+    # Of each open folder: its path, its names, those of the folders above it, what is left of it.
+    Open = tuple[str, tuple[str, ...], tuple, Iterator[tuple[str, bool]]]
+
+    def opened(folder: str, prefix: tuple[str, ...], above: tuple) -> list[Open]:
+        sources[folder] = stamp(folder)
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link back to a folder that contains it
+            return []
+        found = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_ignored(entry.name):
+                    continue
+                kind = _kind(entry)
+                if entry.is_symlink() and kind != "folder":
+                    sources[start] = NEVER
+                if kind == "folder":
+                    found.append((entry.name, True))
+                elif kind != "file":
+                    left_out[kind] += 1
+                elif suffix_of(entry.name) in suffixes or entry.name in names:
+                    found.append((entry.name, False))
+                else:
+                    left_out[suffix_of(entry.name) or "without a suffix"] += 1
+        return [(folder, prefix, (*above, here), iter(sorted(found)))]
+
     try:
+        waiting = opened(start, (), ())
         while waiting:
-            folder, prefix, above = waiting.pop()
-            status = os.stat(folder)
-            here = (status.st_dev, status.st_ino)
-            if here in above:  # a link back to a folder that contains it
-                continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if is_ignored(entry.name):
-                        continue
-                    path = (*prefix, entry.name)
-                    kind = _kind(entry)
-                    if kind == "folder":
-                        waiting.append((entry.path, path, (*above, here)))
-                    elif kind != "file":
-                        left_out[kind] += 1
-                    elif suffix_of(entry.name) in suffixes or entry.name in names:
-                        found.append(path)
-                    else:
-                        left_out[suffix_of(entry.name) or "without a suffix"] += 1
-            progress.tick(len(found))
+            folder, prefix, above, rest = waiting[-1]
+            for name, is_folder in rest:
+                if is_folder:
+                    waiting += opened(os.path.join(folder, name), (*prefix, name), above)
+                    break
+                count += 1
+                yield (*prefix, name)
+            else:
+                waiting.pop()
+            progress.tick(count)
     except OSError as error:
         place = printable(error.filename or root)
         raise DataError(f"{place}: {error.strerror or error}") from error
-    return sorted(found)
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -8,6 +8,7 @@ by bank is made; a bank that is not on the queries' device comes there in pieces
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ TEMPERATURE = 0.1
 NUM_NEIGHBORS = 200
 BANK_LIMIT = 100_000  # larger sets are thinned evenly: the bank's features stay in memory
 QUERY_LIMIT = 10_000
-PIXEL_QUERY_LIMIT = 2_000  # pixels have many more dimensions than features
+PIXEL_BANK_LIMIT, PIXEL_QUERY_LIMIT = 10_000, 2_000  # of many more dimensions than features
 PURITY_NEIGHBORS = 10
 _PIECE = 1024  # queries per call
 BANK_PIECE = 1 << 18  # rows of the bank per call
@@ -197,12 +198,9 @@ class KNN:
         queries = extract(self.queries, self.query_indices, function, **given)
         return queries, extract(self.bank, self.bank_indices, function, **given)
 
-    def accuracy(self, queries: Tensor, bank: Tensor, places: Tensor | None = None) -> float:
-        """Share of the queries (of those at `places`) whose class the vote finds, in [0, 1]."""
-        indices = self.query_indices
-        if places is not None:
-            queries, indices = queries[places], indices[places]
-        labels = self.queries.labels[indices].to(self.device)
+    def accuracy(self, queries: Tensor, bank: Tensor) -> float:
+        """Share of the queries whose class the vote finds, in [0, 1]."""
+        labels = self.queries.labels[self.query_indices].to(self.device)
         bank_labels = self.bank.labels[self.bank_indices].to(self.device)
         predictions = knn_predict(
             queries, bank, bank_labels, len(self.bank.classes), num_neighbors=self.num_neighbors
@@ -224,7 +222,17 @@ class KNN:
     def pixel_accuracy(self) -> float:
         """The accuracy where the features are the normalised pixels.
 
-        Of images reduced to 32 pixels a side, and of at most PIXEL_QUERY_LIMIT queries.
+        Of images reduced to 32 pixels a side; of at most PIXEL_QUERY_LIMIT queries, against at most
+        PIXEL_BANK_LIMIT images of the bank.
         """
-        rows = self.features(lambda images: images.flatten(1), min(self.size, _PIXELS))
-        return self.accuracy(*rows, thinned(len(self.query_indices), PIXEL_QUERY_LIMIT))
+        few = copy.copy(self)
+        few.bank_indices = _thinned(self.bank_indices, PIXEL_BANK_LIMIT)
+        few.query_indices = _thinned(self.query_indices, PIXEL_QUERY_LIMIT)
+        few.num_neighbors = min(self.num_neighbors, len(few.bank_indices))
+        return few.accuracy(
+            *few.features(lambda images: images.flatten(1), min(self.size, _PIXELS))
+        )
+
+
+def _thinned(indices: Tensor, limit: int) -> Tensor:
+    return indices[thinned(len(indices), limit)]

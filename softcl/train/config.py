@@ -91,8 +91,12 @@ class TrainConfig:
         help="side of the views in pixels (default: the images' own; STL-10: 64)")
     whole_images: bool | None = setting(_DATA,
         help="random crops of the whole image files (default), or of their centred squares")
+    shuffle: str = setting(_DATA, "exact", metavar="NAME", choices=("exact", "shards"),
+        help="exact, or shards: tar and parquet files a few at a time, as a slow disk needs it")
     workers: int | None = setting(_DATA, at_least=0, at_most=256, may_change=True,
         help="threads that decode images (default: one per core, at most 16); 0: none")
+    cache: str | None = setting(_DATA, may_change=True, metavar="FOLDER",
+        help="where decoded images are kept (default: the user's cache folder), or off")
 
     arch: str | None = setting(_MODEL, metavar="NAME",
         help="backbone: resnet_tiny, resnet18, resnet50 or any other timm name")

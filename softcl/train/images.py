@@ -52,12 +52,14 @@ def load_images(
     if config.image_size is None:  # to be stored in one size with the training images
         options["image_size"] = train.size[1]
     bank = bank.labelled()
-    own = {"data_format": config.data_format}
+    own = {"data_format": config.data_format, "cache": config.cache}
     if given.eval_data is not None:
         queries = image_set_of(given.eval_data, **options)
     elif config.eval_data is not None:
         with from_flag("eval_data"):
-            queries = load_dataset(config.eval_data, "test", whole=True, **options)
+            queries = load_dataset(
+                config.eval_data, "test", whole=True, cache=config.cache, **options
+            )
     elif given.data is not None:
         return train, bank, bank, "every tenth training image (no eval_data was given)"
     else:
@@ -77,7 +79,7 @@ def _training_images(
     config: TrainConfig, given: Given, options: dict[str, int | None]
 ) -> tuple[ImageSet, ImageSet]:
     """The training set, and the bank of the evaluation."""
-    own = {"data_format": config.data_format}
+    own = {"data_format": config.data_format, "cache": config.cache}
     if given.data is not None:
         for name, usual in (("split", None), ("data_format", "auto")):
             if getattr(config, name) != usual:
@@ -97,6 +99,11 @@ def _training_images(
             bank = load_dataset(config.data, "train", **own, **labelled)
     if config.whole_images is False:
         train.files = None
+    if config.shuffle == "shards":
+        train.shards = None if train.listing is None else train.listing.shards()
+        if train.shards is None:
+            reason = "there are none: these images are neither in tar nor in parquet files"
+            raise ConfigError("shuffle", config.shuffle, reason)
     return train, bank
 
 
@@ -246,7 +253,8 @@ class BatchFeed:
     def _wanted(self, step: int) -> Tensor | CropOrder:
         """The images of a step that this process reads, (N / W,) int64, or crops of them."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        batch = batch_indices(len(self.images), self.batch_size, self.seed, epoch, within)
+        size, shards = len(self.images), self.images.shards or ()
+        batch = batch_indices(size, self.batch_size, self.seed, epoch, within, shards)
         indices = batch[self.world.rank :: self.world.size]
         if self.images.files is None:
             return indices
