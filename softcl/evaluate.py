@@ -8,29 +8,53 @@ its newest checkpoint) or a checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softcl.command import CommandParser, carry_out, check_path, check_range, from_flag
-from softcl.data import FORMATS, DataError, ImageSet, load_dataset
+from softcl.data import FORMATS, VIEWS, DataError, ImageSet, Recipe, load_dataset
+from softcl.data.views import PaddedCrop, RecipeTransform
+from softcl.errors import ConfigError
 from softcl.evaluation.features import extract, sampled
-from softcl.evaluation.knn import BANK_PIECE, NUM_NEIGHBORS, TEMPERATURE, knn_predict
-from softcl.evaluation.probe import EPOCHS, RATE, TOLERANCE, Labelled, lbfgs_probe, sgd_probe
+from softcl.evaluation.knn import (
+    BANK_PIECE,
+    DISTANCES,
+    NUM_NEIGHBORS,
+    TEMPERATURE,
+    knn_predict,
+)
+from softcl.evaluation.probe import (
+    ASCL,
+    BATCH,
+    EPOCHS,
+    PROTOCOLS,
+    TOLERANCE,
+    Batches,
+    Labelled,
+    describe_tops,
+    lbfgs_probe,
+    sgd_probe,
+    top_accuracies,
+)
 from softcl.evaluation.retrieval import retrieval_precision
 from softcl.files import check_target, replace_file, user_path
 from softcl.ops.call import COLDEST, HOTTEST
 from softcl.train.checkpoint import NETWORKS, Stored, features_of, load_backbone
+from softcl.train.images import labelled_views
 from softcl.train.parts import resolve_device
 
 MEASURES = ("knn", "lbfgs", "sgd", "retrieval")
 PROG = "softcl.evaluate"
 CROP_SHARE, CROPPED_FROM = 0.875, 224  # as papers evaluate on ImageNet
+RESIZED = Recipe(scale=(0.08, 1.0), jitter=0.0, grayscale=0.0, blur=0.0)  # torchvision's own
 
 
 def build_parser() -> CommandParser:
@@ -52,12 +76,17 @@ def build_parser() -> CommandParser:
         f"(default: {CROP_SHARE} from {CROPPED_FROM} px on: Resize 256, CenterCrop 224; else 1)")
     add("--knn-k", type=int, default=NUM_NEIGHBORS, metavar="N",
         help=f"neighbours that vote (default: {NUM_NEIGHBORS})")
+    add("--knn-distance", choices=DISTANCES, default="cosine", metavar="NAME",
+        help="cosine, or euclidean of raw features, each with one vote (default: cosine)")
     add("--temperature", type=float, default=TEMPERATURE, metavar="X",
-        help=f"of the vote (default: {TEMPERATURE})")
+        help=f"of the vote by cosines (default: {TEMPERATURE})")
+    add("--protocol", choices=PROTOCOLS, metavar="NAME",
+        help="of the SGD probe: ascl, moco or sce, with that source's views in every epoch "
+        "(default: ascl's numbers, on whole images)")
+    add("--stored", action="store_true", help="with --protocol: whole images, computed once")
     add("--epochs", type=int, default=EPOCHS, metavar="N",
         help=f"of the SGD probe (default: {EPOCHS})")
-    add("--lr", type=float, default=RATE, metavar="X",
-        help=f"of the SGD probe (default: {RATE:g})")
+    add("--lr", type=float, metavar="X", help="of the SGD probe (default: the protocol's)")
     add("--limit", type=int, metavar="N", help="use at most so many images of each set")
     add("--seed", type=int, default=0, metavar="N", help="of the probes (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
@@ -101,7 +130,10 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None:
             check_range(name, value, at_least=bound, at_most=most.get(name))
     check_range("temperature", options.temperature, at_least=COLDEST, at_most=HOTTEST)
-    check_range("lr", options.lr, above=0.0)
+    if options.lr is not None:
+        check_range("lr", options.lr, above=0.0)
+    if options.stored and options.protocol is None:
+        raise ConfigError("stored", "", "goes with --protocol")
     if options.crop_share is not None:
         check_range("crop_share", options.crop_share, at_least=0.1, at_most=1.0)
     for name in ("data", "test_data", "out"):
@@ -122,7 +154,7 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
     print(f"train      {train.describe()}")
     print(f"test       {test.describe()}")
     started = time.perf_counter()
-    backbone = features_of(stored.backbone, device)
+    backbone = features_of(stored.backbone, device).eval()
     parts = []
     for images in (train, test):
         indices = sampled(len(images), options.limit or len(images))
@@ -141,7 +173,11 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
     }
     for name in options.measure or MEASURES:
         started = time.perf_counter()
-        found = measure(name, *parts, len(train.classes), options)
+        if name == "sgd" and options.protocol is not None and not options.stored:
+            learned = augmented(train, backbone, size, device, options)
+        else:
+            learned = parts[0]
+        found = measure(name, learned, parts[1], len(train.classes), options)
         found["seconds"] = time.perf_counter() - started
         results[name] = found
         print(describe(name, found), flush=True)
@@ -181,30 +217,65 @@ def _check_labels(images: ImageSet, flag: str) -> None:
         raise DataError(f"{images.name}: no labels: use {flag} to name labelled images")
 
 
+def augmented(
+    images: ImageSet,
+    backbone: nn.Module,
+    size: int,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> Batches:
+    """The features of the protocol's views, anew in every epoch."""
+    if options.limit is not None:
+        images = images.only(sampled(len(images), options.limit))
+    batch = min(BATCH, len(images))
+    if PROTOCOLS[options.protocol].view == "padded":
+        images = dataclasses.replace(images, files=None)  # whole images
+        view = PaddedCrop(size, images.mean, images.std)
+    else:
+        view = RecipeTransform(VIEWS["weak"], RESIZED, size, images.mean, images.std)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        per_epoch = len(images) // batch
+        steps = (epoch * per_epoch, (epoch + 1) * per_epoch)
+        for views, labels in labelled_views(images, view, batch, options.seed, device, *steps):
+            with torch.no_grad():
+                rows = backbone(views).float()
+            yield rows, labels
+
+    return batches
+
+
 def measure(
-    name: str, train: Labelled, test: Labelled, classes: int, options: argparse.Namespace
+    name: str, train: Labelled | Batches, test: Labelled, classes: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One of MEASURES."""
     if name == "sgd":
         settings = {"seed": options.seed, "epochs": options.epochs, "rate": options.lr}
-        return sgd_probe(train, test, classes, **settings)
+        protocol = ASCL if options.protocol is None else PROTOCOLS[options.protocol]
+        found = sgd_probe(train, test, classes, protocol=protocol, **settings)
+        return found | {"protocol": options.protocol, "stored": isinstance(train, Labelled)}
     if name == "lbfgs":
         return lbfgs_probe(train, test, classes, seed=options.seed)
-    bank, queries = unit(train.rows), unit(test.rows)
+    euclidean = name == "knn" and options.knn_distance == "euclidean"
+    bank, queries = (part.rows if euclidean else unit(part.rows) for part in (train, test))
     if name == "retrieval":
         return retrieval_precision(queries, test.labels, bank, train.labels)
     k = min(options.knn_k, len(bank))
-    predicted = knn_predict(
+    ranked = knn_predict(
         queries,
         bank,
         train.labels,
         classes,
         num_neighbors=k,
         temperature=options.temperature,
+        top=min(5, classes),
+        distance=options.knn_distance,
         bank_piece=BANK_PIECE,
     )
-    top1 = float((predicted == test.labels).float().mean())
-    return {"top1": top1, "num_neighbors": k, "temperature": options.temperature}
+    found = {**top_accuracies(ranked, test.labels, classes), "num_neighbors": k}
+    if euclidean:
+        return found | {"distance": "euclidean"}
+    return found | {"temperature": options.temperature}
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -218,13 +289,12 @@ def describe(name: str, found: dict[str, Any]) -> str:
         shares = (f"@{k.rpartition('_')[2]} {v:.1%}" for k, v in found.items() if k != "seconds")
         return f"retrieval  precision {', '.join(shares)}, {seconds}"
     if name == "knn":
-        return (
-            f"k-NN       top-1 {found['top1']:.2%} with {found['num_neighbors']} votes, {seconds}"
-        )
+        votes = f"with {found['num_neighbors']} votes" + " by distance" * ("distance" in found)
+        return f"k-NN       {describe_tops(found)} {votes}, {seconds}"
     train = f"train {found['train_top1']:.2%}"
     if name == "sgd":
         best = f"best {found['best_top1']:.2%} at epoch {found['best_epoch']}"
-        return f"linear     SGD top-1 {found['top1']:.2%} ({best}; {train}), {seconds}"
+        return f"linear     SGD {describe_tops(found)} ({best}; {train}), {seconds}"
     penalty = f"penalty {found['penalty']:g}"
     if found["excess"] > TOLERANCE:
         penalty += f", not converged: objective within {found['excess']:.0e}"

@@ -34,21 +34,21 @@ from softcl.data import (
     VIEWS,
     DataError,
     ImageSet,
-    Recipe,
-    batch_indices,
     center_view,
     load_dataset,
 )
-from softcl.data.views import RecipeTransform, make_view
+from softcl.data.views import RecipeTransform
 from softcl.errors import ConfigError, RunError
+from softcl.evaluate import CROP_SHARE, CROPPED_FROM, RESIZED
 from softcl.evaluation.features import central, eval_mode, sampled
+from softcl.evaluation.probe import describe_tops, top_accuracies
 from softcl.evaluation.subsets import choose, hold_out, read_amount
 from softcl.files import check_target, replace_file, user_path
 from softcl.nn import build_backbone
 from softcl.nn.pretrained import Pretrained
 from softcl.nn.weights import IMAGENET
 from softcl.train.checkpoint import NETWORKS
-from softcl.train.images import BatchFeed
+from softcl.train.images import labelled_views
 from softcl.train.parts import resolve_device
 from softcl.train.step import derived_seed
 from softcl.train.weights import load_pretrained
@@ -57,7 +57,6 @@ PROG = "softcl.finetune"
 RANDOM = "random"
 EPOCHS, STEPS, BATCH, DROPS, DROP = 20, 1000, 256, (0.6, 0.8), 0.2
 SWEPT_RATES, SWEPT_EPOCHS, HELD_OUT = (0.005, 0.01, 0.02, 0.05, 0.1), (30, 50), 0.2
-VIEW = Recipe(scale=(0.08, 1.0), jitter=0.0, grayscale=0.0, blur=0.0)
 _PIECE = 256  # test images in a pass
 
 
@@ -261,7 +260,7 @@ def prepare(weights: Pretrained, options: argparse.Namespace, device: torch.devi
         DataError: one cannot be read, has no labels, or the classes differ.
     """
     size = weights.image_size
-    share = options.crop_share or (0.875 if size >= 224 else 1.0)
+    share = options.crop_share or (CROP_SHARE if size >= CROPPED_FROM else 1.0)
     # Images that are cropped are stored larger, so that nothing is enlarged afterwards.
     given = {"image_size": round(size / share), "workers": options.workers}
     given["data_format"] = options.data_format
@@ -332,9 +331,7 @@ def train(network: Network, task: Task, rates: Rates) -> list[float]:
         RunError: it is not finite any more.
     """
     images, size, batch = task.train, task.size, task.batch_size
-    view = RecipeTransform(VIEWS["weak"], VIEW, size, images.mean, images.std)
-    feed = BatchFeed(images, batch, task.seed, task.device, views={"view": view})
-    labels = images.labels.to(task.device)
+    view = RecipeTransform(VIEWS["weak"], RESIZED, size, images.mean, images.std)
     groups = [
         {"params": list(network.backbone.parameters()), "lr": rates.backbone},
         {"params": list(network.head.parameters()), "lr": rates.head},
@@ -344,14 +341,11 @@ def train(network: Network, task: Task, rates: Rates) -> list[float]:
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=DROP)
     network.train()
     total, losses = torch.zeros((), device=task.device), []
-    per_epoch = feed.steps_per_epoch
-    for step, pixels in enumerate(feed.batches(0, rates.epochs * per_epoch)):
+    per_epoch = len(images) // batch
+    steps = labelled_views(images, view, batch, task.seed, task.device, 0, rates.epochs * per_epoch)
+    for step, (views, labels) in enumerate(steps):
         epoch, within = divmod(step, per_epoch)
-        wanted = batch_indices(len(images), batch, task.seed, epoch, within)
-        generator = torch.Generator().manual_seed(derived_seed(task.seed, step, "view"))
-        views = make_view({"view": view}, "view", pixels, generator)
-        views = views.contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(network(views), labels[wanted.to(labels.device)])
+        loss = F.cross_entropy(network(views), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -369,18 +363,14 @@ def train(network: Network, task: Task, rates: Rates) -> list[float]:
 @torch.no_grad()
 def judge(network: Network, images: ImageSet, task: Task) -> dict[str, float]:
     """top1 of images seen whole, and top5 where there are more than five classes."""
-    count, hits = len(images), torch.zeros(2, dtype=torch.int64, device=task.device)
-    k = min(5, len(images.classes))
+    ranked, k = [], min(5, len(images.classes))
     with eval_mode(network):
-        for part in torch.arange(count).split(_PIECE):
+        for part in torch.arange(len(images)).split(_PIECE):
             pixels = central(images.batch(part), task.crop_share).to(task.device)
             views = center_view(pixels, task.size, images.mean, images.std)
             scores = network(views.contiguous(memory_format=torch.channels_last))
-            wanted = images.labels[part].to(task.device)
-            found = scores.topk(k, dim=1).indices == wanted[:, None]
-            hits += torch.stack([found[:, 0].sum(), found.any(1).sum()])
-    top1, top5 = (hits.double() / count).tolist()
-    return {"top1": top1, "top5": top5} if len(images.classes) > 5 else {"top1": top1}
+            ranked.append(scores.topk(k, dim=1).indices)
+    return top_accuracies(torch.cat(ranked), images.labels.to(task.device), len(images.classes))
 
 
 def best_rates(weights: Pretrained, task: Task) -> dict[str, Any]:
@@ -413,7 +403,7 @@ def best_rates(weights: Pretrained, task: Task) -> dict[str, Any]:
 
 def describe(spec: str, found: dict[str, Any]) -> str:
     """A line of results."""
-    words = [f"{'-'.join((k[:3], k[3:]))} {found[k]:.2%}" for k in ("top1", "top5") if k in found]
+    words = [describe_tops(found)]
     rates = found["rates"]
     words.append(f"{rates['epochs']} epochs, rates {rates['backbone']:g} and {rates['head']:g}")
     return f"{spec}: {', '.join(words)}, {found['seconds']:.0f} s"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from softcl import finetune
-from softcl.data import ImageSet, load_dataset, make_shapes
+from softcl.data import ImageSet, batch_indices, load_dataset, make_shapes
 from softcl.errors import DataError
 from softcl.evaluation.subsets import choose, hold_out, read_amount
 from softcl.finetune import Rates, Task, main
@@ -100,24 +100,27 @@ def test_steps_are_those_of_sgd_with_two_rates(monkeypatch, one_thread):
     """Against the recipe written out: Nesterov momentum, no decay, rates divided by 5 twice."""
     task = small_task(20)
     seen = []
-    real = finetune.make_view
+    real = finetune.labelled_views
 
     def kept(*arguments):
-        seen.append(real(*arguments))
-        return seen[-1]
+        for views, labels in real(*arguments):
+            seen.append((views, labels))
+            yield views, labels
 
-    monkeypatch.setattr(finetune, "make_view", kept)
+    monkeypatch.setattr(finetune, "labelled_views", kept)
     torch.manual_seed(0)
     network = finetune.Network(Tiny(), 10)
     start = {name: value.clone().double() for name, value in network.state_dict().items()}
-    order = [finetune.batch_indices(40, 20, 0, *divmod(step, 2)) for step in range(10)]
+    order = [batch_indices(40, 20, 0, *divmod(step, 2)) for step in range(10)]
     finetune.train(network, task, Rates(0.3, 0.7, epochs=5))
     values = {name: value.requires_grad_() for name, value in start.items()}
     momentum = {name: 0.0 for name in values}
     for step, indices in enumerate(order):
-        x = seen[step].double().mean((2, 3)) @ values["backbone.layer.weight"].T
+        views, labels = seen[step]
+        assert torch.equal(labels, task.train.labels[indices])
+        x = views.double().mean((2, 3)) @ values["backbone.layer.weight"].T
         scores = (x + values["backbone.layer.bias"]) @ values["head.weight"].T + values["head.bias"]
-        loss = F.cross_entropy(scores, task.train.labels[indices])
+        loss = F.cross_entropy(scores, labels)
         gradients = torch.autograd.grad(loss, list(values.values()))
         drop = 0.2 ** ((step // 2 >= 3) + (step // 2 >= 4))
         with torch.no_grad():

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from softcl import native, trust
 from softcl.data.image_set import Triple
@@ -166,6 +167,35 @@ class RecipeTransform:
             images, self.side, self.mean, self.std, generator,
             recipe=self.recipe, cropped=cropped, kernel=self.kernel,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PaddedCrop:
+    """Crops of the images' own size, out of images padded by black, and flips: the usual
+    augmentation of supervised training on small images. Of whole images alone.
+
+    Attributes:
+        side: of the view, in pixels, to which the crop is resized.
+        mean, std: of the normalisation.
+        padding: pixels at each border.
+    """
+
+    side: int
+    mean: Triple
+    std: Triple
+    padding: int = 4
+
+    def __call__(self, images: Tensor, generator: torch.Generator | Share) -> Tensor:
+        _check(images, self.side)
+        count, _, height, width = images.shape
+        numbers = uniforms(count, 3, generator, images.device)
+        places = (numbers[:, :2] * (2 * self.padding + 1)).floor()
+        crop = torch.tensor([height, width], dtype=torch.float32, device=numbers.device)
+        mirror = (numbers[:, 2:] < 0.5).float()
+        table = torch.cat([places, crop.expand(count, 2), mirror], dim=1)
+        table = F.pad(table, (0, len(COLUMNS) - table.shape[1])).to(images.device)
+        padded = F.pad(images, (self.padding,) * 4)
+        return render(padded, table, self.side, self.mean, self.std, colors=False)
 
 
 def make_view(

@@ -3,12 +3,14 @@
 The vote of the nearest neighbours (Wu et al., arXiv 1805.01978, as ASCL's code does it): a labelled
 bank of unit rows, cosines with a query, the k largest, each voting for its class with weight
 exp(cosine / temperature). `softcl.queue_statistics` finds the k largest, so no matrix of queries
-by bank is made; a bank that is not on the queries' device comes there in pieces.
+by bank is made; a bank that is not on the queries' device comes there in pieces. Or each of the k
+nearest by Euclidean distance has one vote, as W-MSE counts them (arXiv 2007.06346).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,8 @@ PIXEL_BANK_LIMIT, PIXEL_QUERY_LIMIT = 10_000, 2_000  # of many more dimensions t
 PURITY_NEIGHBORS = 10
 _PIECE = 1024  # queries per call
 BANK_PIECE = 1 << 18  # rows of the bank per call
+DISTANCES = ("cosine", "euclidean")
+_DISTANCE_PIECE = 1 << 14  # rows of the bank whose distances are held at a time
 _PIXELS = 32  # side to which images are reduced before their pixels are compared
 
 
@@ -51,15 +55,59 @@ def nearest_rows(
     num_neighbors = check_whole("num_neighbors", num_neighbors, len(bank), "the bank's {} rows")
     bank_piece = check_whole("bank_piece", bank_piece)
     temperature = check_positive("temperature", temperature)
+
+    def search(rows: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = queue_statistics(
+            rows, piece, temperature, num_neighbors=k, sums=False, backend=backend
+        )
+        return found.neighbor_logits, found.neighbor_indices
+
+    return _search_in_pieces(queries, bank, num_neighbors, bank_piece, search)
+
+
+@torch.no_grad()
+def euclidean_neighbors(
+    queries: Tensor,  # (N, F)
+    bank: Tensor,  # (M, F), on any device
+    num_neighbors: int,
+) -> tuple[Tensor, Tensor]:
+    """The nearest rows of the bank by |q - b|: distances (N, k), ascending; rows (N, k).
+
+    Equal distances go by lowest row. Rows need no norm; distances are of float64.
+
+    Raises:
+        TypeError, ValueError: an argument is unusable; the message names it and its value.
+    """
+    check_vectors("queries", queries, "bank", bank)
+    num_neighbors = check_whole("num_neighbors", num_neighbors, len(bank), "the bank's {} rows")
+
+    def search(rows: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        # |b|^2 - 2 q.b orders as |q - b| does; negative, so that the largest are the nearest.
+        rows, piece = rows.double(), piece.double()
+        closeness = 2 * rows @ piece.T - piece.square().sum(1)
+        closeness, order = closeness.sort(dim=1, descending=True, stable=True)
+        return closeness[:, :k], order[:, :k]
+
+    closeness, rows = _search_in_pieces(queries, bank, num_neighbors, _DISTANCE_PIECE, search)
+    squares = queries.double().square().sum(1, keepdim=True) - closeness
+    return squares.clamp(min=0.0).sqrt(), rows
+
+
+def _search_in_pieces(
+    queries: Tensor,
+    bank: Tensor,
+    num_neighbors: int,
+    bank_piece: int,
+    search: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """The k best of each piece of the bank, merged into the k best of all."""
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in queries.split(_PIECE)]
     for start in range(0, len(bank), bank_piece):
         piece = bank[start : start + bank_piece].to(queries.device)
         k = min(num_neighbors, len(piece))
         for place, rows in enumerate(queries.split(_PIECE)):
-            found = queue_statistics(
-                rows, piece, temperature, num_neighbors=k, sums=False, backend=backend
-            )
-            kept[place].append((found.neighbor_logits, found.neighbor_indices + start))
+            logits, indices = search(rows, piece, k)
+            kept[place].append((logits, indices + start))
     results = []
     for parts in kept:
         logits = torch.cat([logits for logits, _ in parts], dim=1)
@@ -117,10 +165,11 @@ def knn_predict(
     num_neighbors: int | None = None,
     temperature: float = TEMPERATURE,
     top: int | None = None,
+    distance: str = "cosine",
     bank_piece: int = BANK_PIECE,
     backend: str = "auto",
 ) -> Tensor:
-    """Predicted classes by the weighted vote of the nearest rows of the bank.
+    """Predicted classes by the vote of the nearest rows of the bank.
 
         predicted = knn_predict(features, bank, bank_labels, 10)                  # (N,)
         ranked = knn_predict(features, bank, bank_labels, 1000, top=5)            # (N, 5)
@@ -131,6 +180,8 @@ def knn_predict(
         num_neighbors: k, the rows that vote; None for 200, or all of a smaller bank.
         temperature: a neighbour's vote is exp(cosine / temperature).
         top: how many classes to return for each row; None for the best alone.
+        distance: "cosine", or "euclidean" of rows of any norm, each of which has one vote (no
+            temperature, no operator).
         bank_piece: rows of the bank per call of the operator.
         backend: of the operator.
 
@@ -148,14 +199,20 @@ def knn_predict(
         top = check_whole("top", top, num_classes, "num_classes={}")
     if num_neighbors is None:
         num_neighbors = min(NUM_NEIGHBORS, len(bank))
-    logits, rows = nearest_rows(
-        features,
-        bank,
-        num_neighbors,
-        temperature=temperature,
-        bank_piece=bank_piece,
-        backend=backend,
-    )
+    if distance == "euclidean":
+        distances, rows = euclidean_neighbors(features, bank, num_neighbors)
+        logits = torch.zeros_like(distances)
+    elif distance == "cosine":
+        logits, rows = nearest_rows(
+            features,
+            bank,
+            num_neighbors,
+            temperature=temperature,
+            bank_piece=bank_piece,
+            backend=backend,
+        )
+    else:
+        raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
     return _voted(logits, bank_labels.to(rows.device)[rows], num_classes, top)
 
 

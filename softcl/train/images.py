@@ -25,7 +25,7 @@ from softcl.data import (
 )
 from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE
-from softcl.data.views import Images, RecipeTransform, Transform
+from softcl.data.views import Images, RecipeTransform, Transform, make_view
 from softcl.distributed import ALONE, World
 from softcl.errors import ConfigError
 from softcl.methods import Method, View
@@ -218,6 +218,29 @@ def crop_order(
 
 
 # -------------------------------------------------------------------------------------- batches
+
+
+def labelled_views(
+    images: ImageSet,
+    view: Transform,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    start: int,
+    stop: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views (N, 3, S, S) and labels (N,) of the steps start .. stop - 1, for supervised training.
+
+    A pure function of the seed and the step, as all that a run sees.
+    """
+    feed = BatchFeed(images, batch_size, seed, device, views={"view": view})
+    for step, pixels in enumerate(feed.batches(start, stop), start):
+        epoch, within = divmod(step, feed.steps_per_epoch)
+        indices = batch_indices(len(images), batch_size, seed, epoch, within)
+        generator = torch.Generator().manual_seed(derived_seed(seed, step, "view"))
+        made = make_view({"view": view}, "view", pixels, generator)
+        made = made.contiguous(memory_format=torch.channels_last)
+        yield made, images.labels[indices.to(images.labels.device)].to(device)
 
 
 class BatchFeed:
