@@ -14,6 +14,7 @@ given         objects of Python's in place of settings
 folder        what is on disk, who may write there, how a run goes on
 checkpoint    how it gets there whole
 parallel      what changes among several processes, and how they stop
+online        a classifier beside the run
 optim         the optimisers, and what changes by plan from step to step
 """
 

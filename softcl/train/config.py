@@ -178,6 +178,8 @@ class TrainConfig:
         help="epochs between k-NN evaluations (default: five a run); 0: only at the end")
     knn_k: int | None = setting(_EVAL, at_least=1, at_most=4096, may_change=True,
         help="neighbours that vote (default: 200, or fewer on a small set)")
+    online_probe: bool = setting(_EVAL, False,
+        help="train a linear classifier beside the run, on detached features; needs labels")
     show_views: int | None = setting(_EVAL, at_least=1, at_most=256, may_change=True,
         help="write views.png: so many images and what the networks see of them")
     log: str | None = setting(_EVAL, may_change=True, metavar="NAME", choices=LOGGERS,

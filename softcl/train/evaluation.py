@@ -14,6 +14,7 @@ from softcl.evaluation.quality import RANKME_LIMIT, alignment, rankme, uniformit
 from softcl.evaluation.recalibration import recalibrated
 from softcl.train.folder import numbers_of
 from softcl.train.images import crop_order
+from softcl.train.online import OnlineProbe
 from softcl.train.parts import Parts
 from softcl.train.pictures import choose_queries, nearest
 from softcl.train.step import derived_seed, query_spread
@@ -35,24 +36,28 @@ class Evaluation:
         chooses: the measure by which the best checkpoint is chosen, a key of NAMES.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.knn = parts, parts.knn
+    def __init__(self, parts: Parts, probe: OnlineProbe | None = None) -> None:
+        self.parts, self.knn, self.probe = parts, parts.knn, probe
         self.chooses = "knn_top1" if self.knn.labelled else "rankme"
         self._sample = sampled(len(self.knn.bank_indices), RANKME_LIMIT)
 
-    def rows(self, encoder: nn.Module) -> tuple[Rows, float]:
-        """Unit rows of the queries and of the bank, and RankMe."""
+    def rows(self, encoder: nn.Module) -> tuple[Rows, dict[str, float]]:
+        """Unit rows of the queries and of the bank; RankMe, and what the online probe reaches."""
+        knn = self.knn
         with eval_mode(encoder):
-            queries, bank = self.knn.features(encoder.features, normalize=False)
-        rank = rankme(bank[self._sample.to(bank.device)])
-        return (F.normalize(queries, dim=1), F.normalize(bank, dim=1)), rank
+            queries, bank = knn.features(encoder.features, normalize=False)
+        found = {"rankme": rankme(bank[self._sample.to(bank.device)])}
+        if self.probe is not None and knn.labelled:
+            labels = knn.queries.labels[knn.query_indices].to(queries.device)
+            found["probe_top1"] = self.probe.accuracy(queries, labels)
+        return (F.normalize(queries, dim=1), F.normalize(bank, dim=1)), found
 
     def measure(self, encoder: nn.Module) -> tuple[dict[str, Any], Rows | None]:
         """The numbers of a row of metrics.jsonl; with labels also the rows that they come from."""
         knn = self.knn
         if knn.labelled:
-            rows, rank = self.rows(encoder)
-            found = {"knn_top1": knn.accuracy(*rows), "knn_purity": knn.purity(*rows)}
+            rows, found = self.rows(encoder)
+            found |= {"knn_top1": knn.accuracy(*rows), "knn_purity": knn.purity(*rows)}
             spread = query_spread(rows[0])
         else:  # no more images than RankMe takes
             indices = knn.bank_indices[self._sample]
@@ -60,10 +65,9 @@ class Evaluation:
                 bank = extract(
                     knn.bank, indices, encoder.features, knn.size, knn.device, normalize=False
                 )
-            rows, rank, found, spread = None, rankme(bank), {}, query_spread(bank)
+            rows, found, spread = None, {"rankme": rankme(bank)}, query_spread(bank)
         first, second = self.view_rows(encoder)
         found |= {
-            "rankme": rank,
             "alignment": alignment(first, second),
             "uniformity": (uniformity(first) + uniformity(second)) / 2,
             "feature_spread": float(spread),
@@ -81,13 +85,14 @@ class Evaluation:
         knn, pretrained = self.knn, self.parts.pretrained is not None
         random = untrained_encoder(self.parts.config, knn.device) if pretrained else student
         with recalibrated(random, knn.bank, knn.size, knn.device):
-            rows, rank = self.rows(random)
-        found = {"num_neighbors": knn.num_neighbors, "untrained_rankme": rank}
+            rows, measured = self.rows(random)
+        found = {"num_neighbors": knn.num_neighbors, "untrained_rankme": measured["rankme"]}
         if knn.labelled:
             found["untrained"] = knn.accuracy(*rows)
             found["pixels"] = knn.pixel_accuracy()
         if pretrained:
-            rows, found["pretrained_rankme"] = self.rows(student)
+            rows, measured = self.rows(student)
+            found["pretrained_rankme"] = measured["rankme"]
             if knn.labelled:
                 found["pretrained"] = knn.accuracy(*rows)
         nearest_ones = nearest(rows[0][choose_queries(knn).to(knn.device)], rows[1])
@@ -138,6 +143,7 @@ class Evaluation:
 def describe_quality(numbers: dict[str, Any]) -> str:
     """The numbers in words, for the line of an epoch."""
     words = [f"k-NN {numbers['knn_top1']:.1%}"] if "knn_top1" in numbers else []
+    words += [f"probe {numbers['probe_top1']:.1%}"] if "probe_top1" in numbers else []
     words.append(f"RankMe {numbers['rankme']:.1f}")
     words.append(f"alignment {numbers['alignment']:.3f}")
     words.append(f"uniformity {numbers['uniformity']:.2f}")

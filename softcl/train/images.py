@@ -28,6 +28,7 @@ from softcl.data.recipe import CROP_COLUMNS, RECIPE
 from softcl.data.views import Images, RecipeTransform, Transform, make_view
 from softcl.distributed import ALONE, World
 from softcl.errors import ConfigError
+from softcl.memory import moved
 from softcl.methods import Method, View
 from softcl.train.config import TrainConfig
 from softcl.train.defaults import default_size
@@ -234,13 +235,12 @@ def labelled_views(
     A pure function of the seed and the step, as all that a run sees.
     """
     feed = BatchFeed(images, batch_size, seed, device, views={"view": view})
+    labels = images.labels.to(device)
     for step, pixels in enumerate(feed.batches(start, stop), start):
-        epoch, within = divmod(step, feed.steps_per_epoch)
-        indices = batch_indices(len(images), batch_size, seed, epoch, within)
         generator = torch.Generator().manual_seed(derived_seed(seed, step, "view"))
         made = make_view({"view": view}, "view", pixels, generator)
         made = made.contiguous(memory_format=torch.channels_last)
-        yield made, images.labels[indices.to(images.labels.device)].to(device)
+        yield made, labels[moved(feed.indices(step), device)]
 
 
 class BatchFeed:
@@ -273,12 +273,16 @@ class BatchFeed:
         self.steps_per_epoch = len(images) // batch_size
         self.waited = 0.0
 
-    def _wanted(self, step: int) -> Tensor | CropOrder:
-        """The images of a step that this process reads, (N / W,) int64, or crops of them."""
+    def indices(self, step: int) -> Tensor:
+        """The images of a step that this process reads, (N / W,) int64."""
         epoch, within = divmod(step, self.steps_per_epoch)
         size, shards = len(self.images), self.images.shards or ()
         batch = batch_indices(size, self.batch_size, self.seed, epoch, within, shards)
-        indices = batch[self.world.rank :: self.world.size]
+        return batch[self.world.rank :: self.world.size]
+
+    def _wanted(self, step: int) -> Tensor | CropOrder:
+        """The same, or crops of them."""
+        indices = self.indices(step)
         if self.images.files is None:
             return indices
         return crop_order(indices, self.views, self.seed, step, self.world)

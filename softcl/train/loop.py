@@ -39,6 +39,7 @@ from softcl.train.log import (
     record,
     versions,
 )
+from softcl.train.online import OnlineProbe
 from softcl.train.parallel import StopVote, average_buffers
 from softcl.train.parts import Parts
 from softcl.train.pictures import choose_queries, draw_neighbors, draw_views, nearest
@@ -66,13 +67,17 @@ class Loop:
     def __init__(self, parts: Parts, path: Path, folder: RunFolder | None) -> None:
         self.parts, self.path, self.folder = parts, path, folder
         self.state, self.knn, self.backend = parts.state, parts.knn, parts.backend
-        self.evaluation = Evaluation(parts)
         self.world, self.feed = parts.world, parts.feed
         self.config = config = parts.config.changed(out=str(path), overwrite=None, resume=None)
         self.progress = PlainProgress(None) if folder is None else make_progress()
         self.log = None if folder is None else MetricsLog(folder, config.to_dict())
         self.meter = Meter(config.log_every, config.batch_size)
         self.total_steps = config.epochs * self.feed.steps_per_epoch
+        self.probe = None
+        if config.online_probe:
+            about = (parts.images, self.total_steps, config.seed, self.knn.device)
+            self.probe = OnlineProbe(self.state, *about)
+        self.evaluation = Evaluation(parts, self.probe)
         self.method, self.final_temperatures = self.state.method, config.final_temperatures
         self.baselines: dict[str, Any] = {}
         self.accuracy: float | None = None
@@ -212,6 +217,8 @@ class Loop:
             if "finite" not in str(error):  # the operator's word for such rows
                 raise
             raise self._diverged(f"step {state.step + 1} failed ({error})") from error
+        if self.probe is not None:
+            self.probe.step(self.feed.indices(state.step - 1))
         try:
             self.meter.add(state.step, measures)
         except Diverged as error:
@@ -308,6 +315,7 @@ class Loop:
         result = {
             "step": self.state.step,
             "knn_top1": self.accuracy,
+            "probe_top1": self.quality.get("probe_top1"),
             **{name: self.quality.get(name) for name in ("rankme", "alignment", "uniformity")},
             "best": self.best_value,
             "best_step": self.best_step,
@@ -389,6 +397,8 @@ class Loop:
             "seconds": self.seconds(),
             "versions": versions(),
         }
+        if self.probe is not None:
+            content["online_probe"] = self.probe.state_dict()
         self.world.on_main_process(lambda: self._write(content))
         self.saved_step = self.state.step
         self.meter.skip(time.perf_counter() - started)
@@ -407,6 +417,8 @@ class Loop:
         """
         try:
             self.state.load_state_dict(content)
+            if self.probe is not None:
+                self.probe.load_state_dict(content["online_probe"])
             self.best_value, self.best_step = content["best"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())

@@ -38,6 +38,7 @@ from softcl.train.images import (
     view_side,
 )
 from softcl.train.loggers import check_logger
+from softcl.train.online import check_online_probe
 from softcl.train.optim import build_optimizer
 from softcl.train.parallel import (
     average_gradients,
@@ -122,6 +123,7 @@ def assemble(
     # Processes may take differently long, from disks of their own.
     images, bank, queries, evaluation = world.together(lambda: load_images(config, given))
     check_same_images(images, config.data, world)
+    check_online_probe(config, images)
     given_dim = config.numbers.get("projection_dim")
     config, method, defaults = fill(config, images, view_side(images, config))
     config = settle_speed(config, method, device)
