@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import glob
 import itertools
 import os
@@ -88,6 +89,8 @@ READERS: dict[str, Format] = {
     "folder": Format(folder.list_folder, ((),), container=True, lists=True),
 }
 FORMATS = ("auto", "shapes", *READERS)
+_PATTERNS = {one for stored in READERS.values() for group in stored.signs for one in group}
+_SIGN = re.compile("|".join(map(fnmatch.translate, filter(glob.has_magic, sorted(_PATTERNS)))))
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,11 @@ def find_format(spec: str | Path, wanted: str = "auto") -> Found:
         raise DataError(f"{printable(root)}: {_no_set(root)}")
     inner = root
     while True:
+        signs = _signs_in(inner)
         for name, stored in formats.items():
             if name == "folder":
                 continue
-            place = _place(inner, stored, deep=wanted == name)
+            place = _place(inner, stored, signs, deep=wanted == name)
             if place is not None:
                 return Found(name, place)
         lone = _lone_folder(inner)
@@ -161,15 +165,34 @@ def _no_set(file: Path) -> str:
     return f"not a folder, and no file of a set. Read are {READ}"
 
 
-def _place(root: Path, stored: Format, deep: bool) -> Path | None:
-    """What the format's reader takes of a folder, or None if it is nothing of it."""
+def _signs_in(root: Path) -> dict[Path, list[str]]:
+    """Of a folder and of the first ones in it the names that patterns of READERS fit.
+
+    Found once for all patterns: a folder may hold a million names.
+    """
     try:
-        below = [Path(e.path) for e in os.scandir(root) if not is_ignored(e.name) and e.is_dir()]
+        with os.scandir(root) as entries:
+            below = [Path(e.path) for e in entries if e.is_dir() and not is_ignored(e.name)]
     except OSError:  # the reader of folders says what is wrong
         below = []
+    found = {}
     for part in [root, *sorted(below)[:50]]:
+        try:
+            found[part] = [name for name in os.listdir(part) if _SIGN.match(name)]
+        except OSError:
+            found[part] = []
+    return found
+
+
+def _place(root: Path, stored: Format, signs: dict[Path, list[str]], deep: bool) -> Path | None:
+    """What the format's reader takes of a folder, or None if it is nothing of it."""
+    for part, names in signs.items():
         for group in stored.signs:
-            if all(any(f.is_file() for f in part.glob(pattern)) for pattern in group):
+            fitting = [
+                fnmatch.filter(names, pattern) if glob.has_magic(pattern) else [pattern]
+                for pattern in group
+            ]
+            if all(any((part / name).is_file() for name in some) for some in fitting):
                 return root if stored.container else part
     if deep and stored.container:
         return root if any(True for _ in walk(root, stored.suffixes, Counter())) else None
@@ -179,9 +202,12 @@ def _place(root: Path, stored: Format, deep: bool) -> Path | None:
 def _lone_folder(root: Path) -> Path | None:
     """The only entry of a folder, if it is another folder and no part of a set."""
     try:
-        entries = [entry for entry in os.scandir(root) if not is_ignored(entry.name)]
-        if len(entries) == 1 and entries[0].is_dir() and entries[0].name.lower() not in WORDS:
-            return root / entries[0].name
+        with os.scandir(root) as entries:
+            seen = (entry for entry in entries if not is_ignored(entry.name))
+            first, second = next(seen, None), next(seen, None)
+            alone = first is not None and second is None
+            if alone and first.is_dir() and first.name.lower() not in WORDS:
+                return root / first.name
     except OSError:
         pass
     return None
