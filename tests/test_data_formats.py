@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from softcl.data import DataError, load_dataset, sets
+from softcl.data import DataError, formats, load_dataset, sets
 from softcl.data.arrays import load_pickle
+from softcl.data.formats import FORMATS, READERS, Format
 from softcl.data.image_set import Arrays
-from softcl.data.sets import FORMATS, READERS, training_split
+from softcl.data.sets import training_split
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -370,8 +371,9 @@ def test_a_new_format_is_a_reader_and_a_line(tmp_path, monkeypatch):
     def read_numpy(folder: Path, split: str) -> Arrays:
         return Arrays(np.load(folder / f"{split}.npy"), None, [], "imagenet")
 
-    line = {"raw": sets.Format(read_numpy, (("train.npy", "test.npy"),))}
-    monkeypatch.setattr(sets, "READERS", line | sets.READERS)
+    stored = Format(read_numpy, (("train.npy", "test.npy"),))
+    monkeypatch.setattr(formats, "READERS", {"raw": stored, **READERS})
+    monkeypatch.setattr(sets, "READERS", formats.READERS)
     for seed, split in enumerate(("train", "test")):
         np.save(tmp_path / f"{split}.npy", pixels(3, 8, seed))
     check(tmp_path, "test", pixels(3, 8, 1), None, "raw")

@@ -30,6 +30,7 @@ from softcl.files import cache_folder, open_file, replace_file
 
 LIMIT = 32 * 2**30  # bytes of all entries; those that were not used for longest go first
 SETTLED = 2.0  # seconds since a file's last change, less than which a disk's clock may not show
+PATIENCE = 3600.0  # seconds that another process may take to make an entry
 _DAY = 86400.0
 _START = struct.Struct("<16sQQ")  # what it is, the checksum of the rest, the header's length
 _SIGN = b"softcl cache 1\r\n"
@@ -146,9 +147,9 @@ class Cache:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
-            while not lock.is_locked:
+            while not lock.is_locked and time.monotonic() - start < PATIENCE:
                 with contextlib.suppress(Timeout):
-                    lock.acquire(timeout=1.0)
+                    lock.acquire(timeout=min(PATIENCE, 1.0))
                 waiting.tick(int(time.monotonic() - start))
         except (OSError, NotImplementedError) as error:
             self._note("nothing is kept", error)
