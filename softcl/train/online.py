@@ -1,9 +1,9 @@
 """A linear classifier that is trained beside a run (--online-probe), and changes nothing of it.
 
-It learns from the features that the student's backbone makes of its first view of a batch; they are
-detached, so that no gradient of it reaches the backbone. SGD with momentum 0.9, no weight decay, and a rate of 0.1
-that falls along a half cosine to 0, as solo-learn trains its own beside every method. Methods that
-mix images keep their labels, which are then of the first of two images.
+It learns from the features that the student's backbone makes of its first view of a batch; they
+are detached, so that no gradient of it reaches the backbone. SGD with momentum 0.9, no weight
+decay, and a rate of 0.1 that falls along a half cosine to 0, as solo-learn trains its own beside
+every method. Methods that mix images keep their labels, which are then of the first of two images.
 """
 
 from __future__ import annotations
