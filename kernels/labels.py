@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .numerics import load_rows
-from .sums import FP16_TOP, IN_FP16
+from .queue_tile import IN_FP16
+from .sums import FP16_TOP
 
 # The logit of the positive's entry in the teacher's softmax: there is none, 0, or that of t.t.
 NO_ENTRY = tl.constexpr(0)

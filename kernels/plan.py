@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import stream, sums
-from .tiles import Tile, find_tile
+from . import queue_tile, stream
+from .tiles import WIDEST_KEPT, Tile, find_tile
 
 LOG2_E = math.log2(math.e)
 
@@ -73,7 +73,7 @@ class Work:
     @property
     def heavy(self) -> bool:
         """A maximum, columns that take no part, tiles that are not full: each takes registers."""
-        maximum = self.cold or self.mean and weights_of(self) == sums.IN_FP16.value
+        maximum = self.cold or self.mean and weights_of(self) == queue_tile.IN_FP16.value
         return maximum or self.excluded or self.K % 128 != 0
 
     @property
@@ -155,7 +155,8 @@ def make_plan(
     # Up to 64 numbers of a row in each thread, half of that where anything is cut into parts.
     block_d = max(16, 1 << (work.D - 1).bit_length())
     # Pieces are for what a tile holds in registers: a queue taken apart, means beside the sums.
-    piece = block_d // (tile.pieces if queue_parts > 1 or apart else 1)
+    kept = work.D <= WIDEST_KEPT
+    piece = block_d // (tile.pieces if queue_parts > 1 or apart or not kept else 1)
     numbers = 32 * tile.num_warps * (64 if row_parts == queue_parts == 1 else 32)
     config = stream.Config(
         D=work.D,
@@ -166,6 +167,7 @@ def make_plan(
         BLOCK_D=block_d,
         PIECE=piece,
         PIECES=-(-work.D // piece),
+        KEPT=kept,
         LAYOUT=layout.value,
         NUM_STAGES=tile.num_stages,
         HAS_KEY=work.has_key,
@@ -178,7 +180,7 @@ def make_plan(
         STUDENT=work.teacher_mean,
         MAXIMA=work.num_neighbors > 0,
         RANKS=work.ranks,
-        RUNNING_MAX=work.cold or weights == sums.IN_FP16.value and (work.mean or stacked),
+        RUNNING_MAX=work.cold or weights == queue_tile.IN_FP16.value and (work.mean or stacked),
         ROWS_AT_ONCE=min(tile.block_n, max(1, numbers // block_d)),
         ROW_PARTS=1 if work.native_fp16 else row_parts,
         QUEUE_PARTS=queue_parts,
@@ -222,9 +224,9 @@ def weights_of(work: Work) -> int:
     bf16, which would be two bf16 parts. fp32 rows take three parts, which hold a weight exactly.
     """
     if work.row_dtype == torch.float32:
-        return sums.IN_PARTS.value
+        return queue_tile.IN_PARTS.value
     exact = work.kind == "dense" or not work.has_key or work.queue_dtype != torch.bfloat16
-    return sums.IN_FP16.value if exact else sums.IN_BF16.value
+    return queue_tile.IN_FP16.value if exact else queue_tile.IN_BF16.value
 
 
 def chunking(K: int, num_neighbors: int, block_k: int, sum_groups: int) -> tuple[int, int]:

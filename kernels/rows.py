@@ -1,4 +1,4 @@
-"""The rows of a streaming program: made ready once, kept for its whole life.
+"""The rows of a streaming program: made ready once, kept for its whole life, or loaded by pieces.
 
 Rows that are 16 bits wide and already of unit norm are taken as they are. Others go through global
 memory, divided by their norms and cut into bf16 parts (numerics.py), by the program itself.
@@ -41,35 +41,53 @@ def prepare_rows(rows_ptr, unit_ptr, parts_ptr, part_stride, N, C: tl.constexpr)
 
 
 @triton.jit
-def columns(piece: tl.constexpr, C: tl.constexpr):
+def columns(piece, C: tl.constexpr):
     """The columns (PIECE,) of one piece of D."""
     return piece * C.PIECE + tl.arange(0, C.PIECE)
 
 
 @triton.jit
-def row_operand(pointers, n_mask, part_stride, C: tl.constexpr):
-    """Rows as a left operand, by pieces (M, PIECE), the first one at ``pointers``: three
-    bf16 parts of each, or one if they are 16 bits wide.
+def load_piece(pointers, n_mask, part_stride, piece, C: tl.constexpr):
+    """One piece of the rows (M, PIECE), at ``pointers``: three bf16 parts, or one if they are 16
+    bits wide.
 
-    On their way to shared memory they pass through registers. The barriers keep the parts from
+    Kept rows pass through registers on their way to shared memory. The barriers keep the parts from
     doing so all at once, which would spill them.
     """
-    rows = ()
-    for piece in tl.static_range(C.PIECES):
-        mask = n_mask[:, None] & (columns(piece, C) < C.D)[None, :]
-        x0 = tl.load(pointers, mask=mask, other=0.0)
-        x1 = x0
-        x2 = x0
-        if C.ROW_PARTS > 1:
+    mask = n_mask[:, None] & (columns(piece, C) < C.D)[None, :]
+    x0 = tl.load(pointers, mask=mask, other=0.0)
+    x1 = x0
+    x2 = x0
+    if C.ROW_PARTS > 1:
+        if C.KEPT:
             tl.debug_barrier()
-            x1 = tl.load(pointers + part_stride, mask=mask, other=0.0)
+        x1 = tl.load(pointers + part_stride, mask=mask, other=0.0)
+        if C.KEPT:
             tl.debug_barrier()
-        if C.ROW_PARTS > 2:
-            x2 = tl.load(pointers + 2 * part_stride, mask=mask, other=0.0)
+    if C.ROW_PARTS > 2:
+        x2 = tl.load(pointers + 2 * part_stride, mask=mask, other=0.0)
+        if C.KEPT:
             tl.debug_barrier()
-        rows += ((x0, x1, x2),)
-        pointers += C.PIECE
-    return rows
+    return x0, x1, x2
+
+
+@triton.jit
+def row_operand(pointers, n_mask, part_stride, C: tl.constexpr):
+    """Rows as a left operand, the first piece at ``pointers``: all pieces, or where they are."""
+    if C.KEPT:
+        rows = ()
+        for piece in tl.static_range(C.PIECES):
+            rows += (load_piece(pointers, n_mask, part_stride, piece, C),)
+            pointers += C.PIECE
+        return rows
+    else:
+        return pointers, n_mask, part_stride
+
+
+@triton.jit
+def row_piece(rows, piece, C: tl.constexpr):
+    """One piece of rows that are not kept."""
+    return load_piece(rows[0] + piece * C.PIECE, rows[1], rows[2], piece, C)
 
 
 @triton.jit

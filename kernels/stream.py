@@ -16,10 +16,12 @@ part of the queue. A program keeps its rows and its (rows, D) sums for its whole
                both products, eight rows of each in turn (sums.pair_products): for large D
 
 Where the table says so a tile comes in pieces of D, each loaded, taken apart and multiplied by
-itself, and the sums (rows, D) are kept in the same pieces.
+itself, and the sums (rows, D) are kept in the same pieces. For D > 512 rows and tile have no room
+beside the sums (KEPT is false): every product loads its pieces itself.
 
 Traffic: K D elements of queue per row block, from L2; rows and sums once; with maxima four bytes
-per row and chunk. Nothing of size N x K is written.
+per row and chunk. Not KEPT: twice the queue for its two products, and the rows once for every tile.
+Nothing of size N x K is written.
 
 Chunks. The columns of an accumulator that one thread holds (numerics.fold) make four chunks of each
 of the CHUNK_GROUPS column groups of a tile, over TILES_PER_CHUNK consecutive tiles.
@@ -33,9 +35,10 @@ import triton
 import triton.language as tl
 
 from .launch import launch as launch_kernel
-from .numerics import fold_max, fold_sum, multiply_parts, parts, transposed, unfold_sum, widen
-from .rows import columns, positive_cosines, prepare_rows, row_operand
-from .sums import IN_FP16, SLOTS, add_tile, no_sums, store_sums
+from .numerics import fold_max, fold_sum, multiply_parts, unfold_sum
+from .queue_tile import load_tile, queue_operands
+from .rows import columns, positive_cosines, prepare_rows, row_operand, row_piece
+from .sums import SLOTS, add_tile, no_sums, store_sums
 
 SINGLE = tl.constexpr(0)
 PAIRED = tl.constexpr(1)
@@ -57,6 +60,7 @@ class Config(NamedTuple):
     BLOCK_D: int  # D rounded up to a power of two
     PIECE: int  # columns of D that are loaded, multiplied and added together
     PIECES: int  # that D takes
+    KEPT: bool  # rows and tile stay on the chip; without, every product loads its pieces
     LAYOUT: int
     NUM_STAGES: int
     HAS_KEY: bool  # there are teacher rows, visited here or not
@@ -84,19 +88,6 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def queue_operands(raw, C: tl.constexpr):
-    """A loaded tile as the right operands of the second product and of the first, in parts."""
-    q = (raw, raw, raw)
-    if C.QUEUE_PARTS > 1 and not C.NATIVE_FP16:
-        q = parts(widen(raw), C.QUEUE_PARTS)
-    if C.WEIGHTS == IN_FP16 and C.FIRST_MEAN:
-        half = widen(raw).to(tl.float16)
-        return (half, half, half), transposed(q)
-    else:
-        return q, transposed(q)
-
-
-@triton.jit
 def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
     """``cosines`` (M, BLOCK_K) with the products of one piece of D added."""
     TILE_PARTS: tl.constexpr = 1 if C.NATIVE_FP16 else C.QUEUE_PARTS
@@ -104,36 +95,26 @@ def add_cosines(cosines, rows, q_transposed, C: tl.constexpr):
 
 
 @triton.jit
-def load_tile(queue_ptr, tile, piece: tl.constexpr, K, C: tl.constexpr):
-    """One piece of the queue rows of one tile (BLOCK_K, PIECE), zeros outside the queue."""
-    k = tl.arange(0, C.BLOCK_K)
-    queue_ptr += tl.cast(tile, tl.int64) * (C.BLOCK_K * C.D) + piece * C.PIECE
-    pointers = queue_ptr + (k[:, None] * C.D + columns(0, C)[None, :])
-    in_queue = (tile * C.BLOCK_K + k < K)[:, None]
-    in_row = (columns(piece, C) < C.D)[None, :]
-    FULL: tl.constexpr = (piece + 1) * C.PIECE <= C.D
-    if C.RAGGED and not FULL:
-        return tl.load(pointers, mask=in_queue & in_row, other=0.0)
-    elif C.RAGGED:
-        return tl.load(pointers, mask=in_queue, other=0.0)
-    elif not FULL:
-        return tl.load(pointers, mask=in_row, other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
 def first_products(first, second, queue_ptr, tile, K, M: tl.constexpr, C: tl.constexpr):
-    """The tile's pieces for the second product, and the cosines (M, BLOCK_K) of both operands."""
+    """The tile for the second product, and the cosines (M, BLOCK_K) of both operands."""
     cosines = tl.zeros([M, C.BLOCK_K], tl.float32)
     teacher_cosines = cosines
     q = ()
-    for piece in tl.static_range(C.PIECES):
-        q_piece, q_transposed = queue_operands(load_tile(queue_ptr, tile, piece, K, C), C)
-        cosines = add_cosines(cosines, first[piece], q_transposed, C)
-        if C.LAYOUT == PAIRED:
-            teacher_cosines = add_cosines(teacher_cosines, second[piece], q_transposed, C)
-        q += (q_piece,)
+    if C.KEPT:
+        for piece in tl.static_range(C.PIECES):
+            q_piece, q_transposed = queue_operands(load_tile(queue_ptr, tile, piece, K, C), C)
+            cosines = add_cosines(cosines, first[piece], q_transposed, C)
+            if C.LAYOUT == PAIRED:
+                teacher_cosines = add_cosines(teacher_cosines, second[piece], q_transposed, C)
+            q += (q_piece,)
+    else:
+        for piece in tl.range(0, C.PIECES, num_stages=C.NUM_STAGES):
+            _, q_transposed = queue_operands(load_tile(queue_ptr, tile, piece, K, C), C)
+            cosines = add_cosines(cosines, row_piece(first, piece, C), q_transposed, C)
+            if C.LAYOUT == PAIRED:
+                rows = row_piece(second, piece, C)
+                teacher_cosines = add_cosines(teacher_cosines, rows, q_transposed, C)
+        q = (queue_ptr, tile, K)
     if C.LAYOUT != PAIRED:
         teacher_cosines = cosines
     return q, cosines, teacher_cosines
@@ -143,7 +124,7 @@ def first_products(first, second, queue_ptr, tile, K, M: tl.constexpr, C: tl.con
 def visit_tile(
     state,
     tile,
-    first,  # operand of the first tile of rows
+    first,  # operand of the first tile of rows, rows.row_operand
     second,  # of the second, read if PAIRED
     first_scale,
     second_scale,
@@ -277,7 +258,7 @@ def stream_kernel(
     )
     start = split * tiles_per_split
     end = tl.minimum(start + tiles_per_split, tl.cdiv(K, C.BLOCK_K))
-    for tile in tl.range(start, end, num_stages=C.NUM_STAGES):
+    for tile in tl.range(start, end, num_stages=C.NUM_STAGES if C.KEPT else 1):
         state = visit_tile(
             state, tile, first, second, scale, second_scale, is_second, positive, excluded,
             queue_ptr, K, maxima_ptr, maxima_offsets, maxima_mask[:, None, None], C,

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .numerics import INTERPRET, cut, fold_sum, multiply_parts, parts, unfold_sum
+from .queue_tile import IN_BF16, IN_FP16, IN_PARTS, mean_operand
 from .rows import columns
 
 # Slots of the buffer of partial sums (splits, SLOTS, rows).
@@ -38,11 +39,6 @@ SLOTS = tl.constexpr(5)
 
 # Below every logit, and finite: the difference of two of them must not be NaN.
 LOWEST = tl.constexpr(-1e30)
-
-# How weights enter the second product: in one fp16 part, in one bf16 part, in three bf16 parts.
-IN_FP16 = tl.constexpr(0)
-IN_BF16 = tl.constexpr(1)
-IN_PARTS = tl.constexpr(2)
 
 # log2 of the largest weight in fp16, which keeps 11 bits of all down to 2^-29 of it.
 FP16_TOP = tl.constexpr(15.0)
@@ -97,7 +93,7 @@ def add_tile(
     student_cosines,  # (M, BLOCK_K) z.Q, read if STUDENT
     is_teacher,  # (M, 1), read in a stacked tile if STUDENT
     scale,  # x = scale v.Q
-    q,  # the tile, each piece of D in parts (BLOCK_K, PIECE), fp16 or bf16 as the weights are
+    q,  # the tile for the second product, as queue_tile.mean_operand takes it
     MEAN: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
@@ -144,7 +140,8 @@ def add_tile(
             cut_sum += fold_sum(cut(weights), C.SUM_GROUPS)
         means = ()
         for piece in tl.static_range(C.PIECES):
-            mean = multiply_parts(w, q[piece], mean_sum[piece], WEIGHT_PARTS, C.MEAN_PARTS, C.APART)
+            operand = mean_operand(q, piece, C)
+            mean = multiply_parts(w, operand, mean_sum[piece], WEIGHT_PARTS, C.MEAN_PARTS, C.APART)
             means += (landed(mean) if C.LANDED else mean,)
         mean_sum = means
     return weight_sum, cut_sum, cosine_sum, student_sum, maximum, mean_sum

@@ -6,20 +6,23 @@ import itertools
 
 import pytest
 import torch
-from loss_calls import some_long
+from loss_calls import check_statistics, run_statistics, some_long, stretched
 from triton_calls import check, on, run
 
 from softcl.labels import (
     AdaptiveSoftLabels,
     DistillationLabels,
+    HardLabels,
     LabelRule,
     RelationalLabels,
 )
 from softcl.ops import triton
 from softcl.testing import (
     ENTROPY_TOLERANCE,
+    GRADIENT_TOLERANCE,
     LSE_TOLERANCE,
     Problem,
+    assert_neighbors_close,
     gradient_error,
     loss_oracle,
     make_problem,
@@ -28,7 +31,7 @@ from softcl.testing import (
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
-F, B = torch.float32, torch.bfloat16
+F, B, H = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize("target", ["interpreter", "sm_90"])
@@ -94,6 +97,36 @@ def test_merge_at_low_temperatures(triton_device, monkeypatch, temperatures, mul
         assert gradient_error(got.dquery, oracle.dquery, temperatures[0]) <= LSE_TOLERANCE
         assert relative_error(got.confidence, oracle.confidence) <= ENTROPY_TOLERANCE
         assert relative_error(got.entropy, oracle.entropy) <= ENTROPY_TOLERANCE
+
+
+# The first and the fourth are of a short run in the interpreter.
+WIDE = [
+    (768, (F, F), "sm_90"),
+    (768, (H, H), "gfx942"),
+    (600, (H, B), "sm_100"),
+    (1024, (B, B), "sm_80"),
+    (1024, (F, B), "sm_86"),
+    (768, (B, F), "sm_100"),
+    (520, (B, H), "sm_90"),
+]
+
+
+@pytest.mark.parametrize(("D", "dtypes", "target"), some_long(WIDE, WIDE[:4].__contains__), ids=str)
+def test_wide_rows(triton_device, monkeypatch, D, dtypes, target):
+    """D up to 1024, whose pieces are not kept: distillation from raw rows by a cold teacher, other
+    rules, neighbours. The last piece is not full, or is not there; two splits; excluded rows."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(triton, "target_of", lambda device: (target, 2))
+    p = make_problem(3, 70, D, kind="clustered", dtype=dtypes[0], queue_dtype=dtypes[1])
+    p = on(triton_device, p)
+    excluded = torch.tensor([69, -1, 0], device=triton_device)
+    check(stretched(p), DistillationLabels(), 0.2, 1e-4, normalize=True)
+    check(p, AdaptiveSoftLabels(2), 0.1, 0.05, excluded=excluded)
+    check(p, HardLabels(), 0.1)
+    tolerance = 2 * GRADIENT_TOLERANCE[dtypes[0]]
+    check_statistics(triton, p.query, p.queue, 0.07, 9, mean_tolerance=tolerance)
+    got = run_statistics(triton, p.query, p.queue, 0.07, 9, sums=False)
+    assert_neighbors_close(got.neighbor_logits, got.neighbor_indices, p.query, p.queue, 0.07)
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered"])

@@ -9,6 +9,9 @@ made of short ones: with sums cut off likewise, the gradient of fp32 keeps its 2
 16-bit rows its 1e-3 (tests/test_triton_accuracy.py has a table). A queue in fp16 beside fp16 rows
 is multiplied as it is; every tile of one in bf16 is converted first, where two means are asked for.
 
+D is at most 1024: a program holds its sums (rows, D) in registers. Above 512 the rest no longer
+stays beside them, and a tile of the queue is read twice (``kernels/stream.py``).
+
 Nothing waits for the device, so a call can be captured in a CUDA graph. Triton is imported at the
 first call that can run. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors.
 """
@@ -25,7 +28,7 @@ from torch import Tensor
 from softcl.ops.call import Call, LossCall, StatisticsCall, coldest
 
 MOST_NEIGHBORS = 1024
-MOST_DIMENSIONS = 512
+MOST_DIMENSIONS = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
 
