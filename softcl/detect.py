@@ -294,7 +294,7 @@ class DetectorRun:
         dataset = TrainingScenes(self.images.scenes, self.options.task == "masks")
         loader = torch.utils.data.DataLoader(
             dataset,
-            batch_sampler=list(self._wanted()),
+            batch_sampler=self._wanted(),
             num_workers=self.options.workers,
             collate_fn=list,
         )
