@@ -80,3 +80,17 @@ def test_splits_fill_a_gpu_of_few_rows(host):
     """N=256 on 132 multiprocessors: four row blocks, and splits that occupy most of the slots."""
     splits, *_ = host.plan(256, 65536, 128, True, 2, 5, 132)
     assert 4 * splits >= 132
+
+
+def test_splits_are_for_the_blocks_that_shared_memory_allows(host):
+    """One block of 80 KB (D = 128) on a multiprocessor of 100 KB, two on one of 164 KB."""
+    small, large = (
+        host.plan(4096, 65536, 128, True, 1, 0, 108, shared_bytes=kilobytes << 10)
+        for kilobytes in (100, 164)
+    )
+    rows = 4096 // 64
+    waves = [-(-rows * splits[0] // slots) for splits, slots in ((small, 108), (large, 216))]
+    # A last wave that is nearly full, of as many blocks as there are slots.
+    for splits, slots, count in zip((small, large), (108, 216), waves, strict=True):
+        assert rows * splits[0] > 0.85 * slots * count
+    assert small[0] != large[0]

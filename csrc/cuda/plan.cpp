@@ -79,8 +79,10 @@ Plan make_plan(const Work& work) {
   const int steps_per_tile = plan.shape.tile_rows / kStepColumns;
   const int tiles_per_chunk =
       work.num_neighbors > 0 ? std::max(1, steps_per_chunk / steps_per_tile) : 1;
-  int wanted =
-      choose_splits(plan.row_blocks, plan.num_tiles, work.multiprocessors * plan.shape.blocks);
+  // As many blocks run beside each other as registers and shared memory allow.
+  const int blocks = std::clamp(work.shared_bytes / (plan.shape.shared_bytes + kReservedBytes), 1,
+                                plan.shape.blocks);
+  int wanted = choose_splits(plan.row_blocks, plan.num_tiles, work.multiprocessors * blocks);
   wanted = std::max(wanted, splits_for_accuracy(work));
   // No chunk belongs to two splits.
   plan.tiles_per_split = static_cast<int>(

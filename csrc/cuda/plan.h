@@ -23,8 +23,11 @@ struct Work {
   bool ranks;
   int multiprocessors;
   ElementType kernel_type;
-  bool hopper;  // see can_stream_hopper
+  bool hopper;       // see can_stream_hopper
+  int shared_bytes;  // of a multiprocessor
 };
+
+inline constexpr int kReservedBytes = 1024;  // of shared memory, for each block
 
 struct Plan {
   StreamShape shape;

@@ -97,6 +97,7 @@ Work work_of(const Call& call, int device) {
   const bool exact = call.mean != nullptr || call.temperature < kColdestWithoutMaximum;
   work.kernel_type = kernel_type(call.vector_type, call.queue_type, exact);
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  work.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   work.hopper = can_stream_hopper(device, call.queue, work.dim, work.kernel_type);
   return work;
 }

@@ -225,6 +225,7 @@ Work work_of(const Call& call, int device) {
   work.ranks = call.positive_rank != nullptr;
   work.kernel_type = kernel_type(call.vector_type, call.queue_type, needs_fp16_weights(call));
   work.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  work.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   work.hopper = can_stream_hopper(device, call.queue, work.dim, work.kernel_type);
   return work;
 }

@@ -18,11 +18,13 @@ namespace {
 // `multiprocessors`.
 std::tuple<int, int, int, int, int> plan_of(std::int64_t num_rows, std::int64_t queue_size, int dim,
                                             bool paired, int mean_rows, std::int64_t num_neighbors,
-                                            int multiprocessors, int kernel_type, bool hopper) {
+                                            int multiprocessors, int kernel_type, bool hopper,
+                                            int shared_bytes) {
   using softcl::cuda::Pairing;
   const softcl::cuda::Plan plan = softcl::cuda::make_plan(
       {num_rows, queue_size, dim, paired ? Pairing::kPaired : Pairing::kSingle, mean_rows,
-       num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type), hopper});
+       num_neighbors, false, multiprocessors, softcl::ElementType(kernel_type), hopper,
+       shared_bytes});
   return {plan.splits, plan.tiles_per_split, plan.chunk_shift, plan.num_chunks,
           plan.num_filled_chunks};
 }
@@ -63,7 +65,8 @@ PYBIND11_MODULE(softcl_cuda_host, module) {
   module.def("exchange_in_global_memory", &exchange_in_global_memory, "block_stride"_a,
              "synchronize"_a);
   module.def("plan", &plan_of, "num_rows"_a, "queue_size"_a, "dim"_a, "paired"_a, "mean_rows"_a,
-             "num_neighbors"_a, "multiprocessors"_a, "kernel_type"_a = 1, "hopper"_a = false);
+             "num_neighbors"_a, "multiprocessors"_a, "kernel_type"_a = 1, "hopper"_a = false,
+             "shared_bytes"_a = 228 << 10);
   module.def(
       "piece_offset",
       [](int dim, int row, int piece) {
