@@ -8,12 +8,16 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "call_fields.h"
 #include "cpu/isa.h"
 #include "cpu/pass/queue_pass.h"
+#include "softcl/crops.h"
 #include "softcl/enqueue.h"
 #include "softcl/views.h"
 
@@ -68,6 +72,46 @@ void cpu_views(Address images, Address table, Address constants, Address views,
   softcl::cpu::views(params);
 }
 
+// Of a box: top, left, height, width in pixels; rows, columns and address of the result.
+using Box = std::tuple<double, double, double, double, std::int64_t, std::int64_t, Address>;
+
+void cpu_crops(Address pixels, std::int64_t height, std::int64_t width,
+               const std::vector<Box>& boxes) {
+  softcl::CropsParams params;
+  params.pixels = pointer_to<const std::uint8_t>(pixels);
+  params.height = height;
+  params.width = width;
+  for (const auto& [top, left, box_height, box_width, rows, columns, result] : boxes) {
+    params.crops.push_back(
+        {top, left, box_height, box_width, rows, columns, pointer_to<std::uint8_t>(result)});
+  }
+  const py::gil_scoped_release release;
+  softcl::cpu::crops(params);
+}
+
+// A column of the Arrow C data interface (arrow.apache.org/docs/format/CDataInterface.html).
+struct ArrowArray {
+  std::int64_t length, null_count, offset, n_buffers, n_children;
+  const void** buffers;
+  ArrowArray** children;
+  ArrowArray* dictionary;
+  void (*release)(ArrowArray*);
+  void* private_data;
+};
+
+// Where the values of a list of lists of bytes lie, of which there are `count`.
+Address arrow_bytes(const py::capsule& capsule, std::int64_t count) {
+  const auto* const array =
+      static_cast<const ArrowArray*>(PyCapsule_GetPointer(capsule.ptr(), "arrow_array"));
+  if (array == nullptr) throw py::error_already_set();
+  const ArrowArray* const values = array->n_children == 1 ? array->children[0] : nullptr;
+  if (values == nullptr || array->offset != 0 || values->offset != 0 || values->n_buffers != 2 ||
+      values->length != count) {
+    throw std::invalid_argument("capsule holds no " + std::to_string(count) + " bytes in lists");
+  }
+  return reinterpret_cast<Address>(values->buffers[1]);
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -103,6 +147,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_views", &cpu_views, py::kw_only(), "images"_a, "table"_a, "constants"_a,
              "views"_a, "num_images"_a, "height"_a, "width"_a, "size"_a, "colors"_a,
              "num_threads"_a, "Writes a view of every image; see ViewsParams in views.h.");
+  module.def(
+      "cpu_crops", &cpu_crops, py::kw_only(), "pixels"_a, "height"_a, "width"_a, "boxes"_a,
+      "Writes crops of one image; a box is (top, left, height, width, rows, columns, address "
+      "of the result). See crops.h.");
+  module.def("arrow_bytes", &arrow_bytes, "capsule"_a, "count"_a,
+             "Address of the bytes of an Arrow array of lists, which has so many of them.");
   module.attr("view_columns") = int(softcl::ViewColumn::kCount);
 
 #ifdef SOFTCL_WITH_CUDA

@@ -18,7 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-FLAGS = {"avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx512f", "-mavx512vnni", "-mfma")}
+FLAGS = {
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma"),
+}
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="flags are for x86-64"),

@@ -13,7 +13,8 @@ from run_comparison import assert_same_run
 
 from softcl import native
 from softcl.data import DataError, ImageSet, load_dataset, sets, views
-from softcl.data.decode import Box, decode_crops
+from softcl.data.crops import Box
+from softcl.data.decode import decode_crops
 from softcl.data.image_set import CropOrder, Cut
 from softcl.data.recipe import CROP_COLUMNS, RECIPE, Recipe
 from softcl.distributed import World
@@ -79,12 +80,16 @@ def test_pixels_are_those_of_torchvision():
     image = Image.fromarray(chooser.integers(0, 256, (90, 70, 3), dtype=np.uint8))
     file = io.BytesIO()
     image.save(file, "PNG")
-    boxes = [Box(0, 0, 90, 70, 32), Box(11, 7, 50, 60, 32), Box(60, 50, 9, 13, 24)]
+    boxes = [Box(0, 0, 90, 70), Box(11, 7, 50, 60), Box(60, 50, 9, 13)]
+    results = [np.empty((3, side, side), np.uint8) for side in (32, 32, 24)]
     file.seek(0)
-    for box, pixels in zip(boxes, decode_crops(file, lambda *_: boxes), strict=True):
-        size = [box.side, box.side]
-        expected = functional.resized_crop(image, *box[:4], size, antialias=True)
-        np.testing.assert_array_equal(pixels, np.asarray(expected).transpose(2, 0, 1))
+    decode_crops(file, lambda *_: boxes, results)
+    for box, pixels in zip(boxes, results, strict=True):
+        size = list(pixels.shape[1:])
+        expected = functional.resized_crop(image, *box, size, antialias=True)
+        difference = np.abs(pixels - np.asarray(expected).transpose(2, 0, 1).astype(int))
+        most = (0, 0) if native.load_for_cpu()[0] is None else (1, 0.25)
+        assert difference.max() <= most[0] and difference.mean() <= most[1]
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -94,10 +99,10 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(orientation):
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
     smooth.save(file, "JPEG", quality=95, exif=exif)
-    boxes = [Box(100, 200, 700, 500, 32)]
+    pixels = np.empty((3, 32, 32), np.uint8)
     seen = []
     file.seek(0)
-    (pixels,) = decode_crops(file, lambda *size: seen.append(size) or boxes)
+    decode_crops(file, lambda *size: seen.append(size) or [Box(100, 200, 700, 500)], [pixels])
     upright = smooth if orientation == 1 else smooth.transpose(Image.Transpose.ROTATE_270)
     assert seen == [(upright.height, upright.width)]
     part = upright.crop((200, 100, 700, 800)).resize((32, 32), Image.Resampling.BILINEAR)

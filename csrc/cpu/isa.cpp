@@ -65,6 +65,19 @@ ViewKernel view_kernel() {
   return &portable_view;
 }
 
+CropKernel crop_kernel() {
+  const SweepKernels* kernels = &sweep_kernels();  // throws where the environment asks too much
+#if defined(SOFTCL_X86)
+  if (kernels == &kAvx512Kernels && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    return &avx512_crop;
+  }
+  if (kernels != &kPortableKernels) return &avx2_crop;
+#endif
+  (void)kernels;
+  return &portable_crop;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const SweepKernels* kernels : available_kernels()) names.emplace_back(kernels->name);

@@ -7,6 +7,7 @@
 
 #include "pass/sweep.h"
 #include "search/screen.h"
+#include "views/crops.h"
 #include "views/views.h"
 
 namespace softcl::cpu {
@@ -20,6 +21,9 @@ const ScreenKernels* screen_kernels();
 
 /// The kernel of the views that goes with them.
 ViewKernel view_kernel();
+
+/// The kernel of the crops that goes with them; AVX2's where AVX-512 lacks what it needs.
+CropKernel crop_kernel();
 
 /// Names of the instruction sets that run here, best first.
 std::vector<std::string> available_isas();

@@ -76,14 +76,23 @@ inline unsigned greater_int_lanes(IntVector x, IntVector y) {
 #endif
 }
 
+// sum + a.low b.low + a.high b.high in every lane, of the signed 16-bit halves of a and b.
 #if defined(__AVX512VNNI__)
-/// sum + a.low b.low + a.high b.high in every lane, of the signed 16-bit halves of a and b.
 inline IntVector multiply_add_pairs(IntVector sum, IntVector a, IntVector b) {
   return (IntVector)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 inline IntVector multiply_add_pairs(IntVector sum, IntVector a, IntVector b) {
   return sum + (IntVector)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+inline IntVector multiply_add_pairs(IntVector sum, IntVector a, IntVector b) {
+  typedef short Shorts __attribute__((vector_size(16)));  // as emmintrin.h's, which is not needed
+  return sum + (IntVector)__builtin_ia32_pmaddwd128((Shorts)a, (Shorts)b);
+}
+#elif !defined(__AVX512F__)
+inline IntVector multiply_add_pairs(IntVector sum, IntVector a, IntVector b) {
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
 #endif
 

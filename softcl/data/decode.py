@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from softcl.data.crops import Box, cut_boxes
 from softcl.data.depth import USUAL, White, eight_bits
 from softcl.data.image_set import Cut, Listing, Triple, printable
 from softcl.data.recipe import draw_box
@@ -181,27 +182,20 @@ def _centre(width: int, height: int, ratio: float) -> tuple[float, float, float,
     return left, top, min(left + inner_width, width), min(top + inner_height, height)
 
 
-class Box(NamedTuple):
-    """A part of an upright image in whole pixels, and the side of the square it is resized to."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    side: int
-
-
 def decode_crops(
-    file: File, draw: Callable[[int, int], Sequence[Box]], white: White = USUAL
-) -> list[np.ndarray]:
-    """Parts of the file's upright image, each resized to (3, side, side) uint8.
+    file: File,
+    draw: Callable[[int, int], Sequence[Box]],
+    results: Sequence[np.ndarray],
+    white: White = USUAL,
+) -> None:
+    """Write parts of the file's upright image to the results, uint8 (3, side, side).
 
-    What torchvision's resized_crop makes of an image of Pillow: the filter, bilinear, sees the
-    pixels of the part alone. JPEG is decoded at a half, a quarter or an eighth where every part
-    has twice its side even so.
+    What torchvision's resized_crop makes of it: the filter, bilinear, sees the pixels of the part
+    alone. JPEG is decoded at a half, a quarter or an eighth where every part has twice its side
+    even so.
 
     Args:
-        draw: from the image's height and width to the boxes.
+        draw: from the image's height and width to the boxes, in whole pixels.
 
     Raises:
         Exception: any one means that the file cannot be read.
@@ -209,7 +203,10 @@ def decode_crops(
     with pillow().open(file, formats=formats()) as image:
         height, width = _upright_size(image)
         boxes = draw(height, width)
-        spare = min(min(box.height, box.width) // (2 * box.side) for box in boxes)
+        sides = [result.shape[1] for result in results]
+        spare = min(
+            min(box.height, box.width) // (2 * side) for box, side in zip(boxes, sides, strict=True)
+        )
         longest = max(image.size)
         if spare > 1:
             image.draft(None, (image.width // spare, image.height // spare))
@@ -217,18 +214,7 @@ def decode_crops(
         image = _rgb(_upright(image), white)
         if image.size != (-(-width // scale), -(-height // scale)):  # it could not be turned
             boxes, scale = draw(image.height, image.width), 1
-        return [_cut(image, box, scale) for box in boxes]
-
-
-def _cut(image: Image.Image, box: Box, scale: int) -> np.ndarray:
-    """A box of the whole image out of one that was decoded at 1 / scale."""
-    left, top = box.left / scale, box.top / scale
-    right, bottom = left + box.width / scale, top + box.height / scale
-    x, y = math.floor(left), math.floor(top)
-    part = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
-    inside = (left - x, top - y, right - x, bottom - y)
-    part = part.resize((box.side, box.side), pillow().Resampling.BILINEAR, box=inside)
-    return np.asarray(part).transpose(2, 0, 1)
+        cut_boxes(image, [Box(*(x / scale for x in box)) for box in boxes], results)
 
 
 # --------------------------------------------------------------------------------- many, by threads
@@ -378,13 +364,11 @@ class LazyImages:
         def read(place: int, index: int) -> None:
             def draw(height: int, width: int) -> list[Box]:
                 return [
-                    Box(*draw_box(rows[place], height, width, cut.recipe), cut.side)
-                    for cut, rows in drawn
+                    Box(*draw_box(rows[place], height, width, cut.recipe)) for cut, rows in drawn
                 ]
 
-            made = self._read(index, lambda file: decode_crops(file, draw, self.white))
-            for array, crop in zip(arrays, made, strict=True):
-                array[place] = crop
+            results = [array[place] for array in arrays]
+            self._read(index, lambda file: decode_crops(file, draw, results, self.white))
 
         self._for_each(read, indices.tolist())
         return result

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "softcl/call.h"
+#include "softcl/crops.h"
 #include "softcl/enqueue.h"
 #include "softcl/views.h"
 
@@ -294,6 +295,26 @@ void check_views(std::int64_t N, std::int64_t H, std::int64_t W, std::int64_t si
   }
 }
 
+// The last crop ends with the image, and the image and the result with their memory.
+void check_crops(std::int64_t H, std::int64_t W, std::int64_t rows, std::int64_t columns) {
+  std::mt19937 random(12);
+  const auto pixels = unwritten<std::uint8_t>(H * W * 4);
+  for (std::int64_t i = 0; i < H * W * 4; ++i) pixels[i] = std::uint8_t(random() % 256);
+  const auto result = unwritten<std::uint8_t>(3 * rows * columns);
+  for (const double share : {0.0, 0.37, 0.5}) {
+    softcl::CropsParams p;
+    p.pixels = pixels.get();
+    p.height = H;
+    p.width = W;
+    const double top = share * H, left = share * W;
+    p.crops.push_back({top, left, H - top, W - left, rows, columns, result.get()});
+    softcl::cpu::crops(p);
+    for (std::int64_t c = 0; c < 3 && H == 1 && W == 1; ++c) {
+      require(result[c * rows * columns] == pixels[c], "a pixel enlarged");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -320,6 +341,10 @@ int main() {
   }
   const std::int64_t sides[][3] = {{1, 1, 1}, {32, 32, 32}, {17, 40, 33}, {48, 64, 7}, {3, 90, 5}};
   for (const auto& [H, W, size] : sides) check_views(7, H, W, size, 3);
+  for (const auto& [H, W, size] : sides) {
+    check_crops(H, W, size, size);
+    check_crops(H, W, 2 * size + 1, size + 3);
+  }
   for (const std::int64_t num_keys : {1, 7, 40}) check_enqueue(num_keys, 16, 33);
   std::puts("clean");
 }
