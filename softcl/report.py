@@ -96,8 +96,8 @@ def write_report(runs: list[RunData], files: list[Path], options: argparse.Names
         notes.append("No training step has been logged yet.")
     if not options.no_pictures:
         pictures = Pictures(options.map, options.images, resolve_device(options.device))
-        sections = [Section(run.name, pictures.of_run(run)) for run in runs]
-        sections += [Section(path.name, pictures.of_file(path)) for path in files]
+        sections = [Section(f"Pictures: {run.name}", pictures.of_run(run)) for run in runs]
+        sections += [Section(f"Features: {path.name}", pictures.of_file(path)) for path in files]
         notes += pictures.notes
     replace_file(folder / PAGE, make_page(runs, charts, sections, notes, scores).encode())
     for note in notes:

@@ -18,9 +18,11 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
        max-width: 1000px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; overflow-wrap: anywhere; } h2 { font-size: 1.25em; margin: 2.2em 0 .3em; }
-h3 { font-size: 1.05em; margin: 1.8em 0 .2em; }
+h3 { font-size: 1.05em; margin: 1.5em 0 .2em; }
 p.caption, p.legend { color: var(--muted); margin: 0 0 .5em; max-width: 46em; }
 p.note { border-left: 3px solid var(--wrong); padding-left: .7em; overflow-wrap: anywhere; }
+div.figures { display: flex; flex-wrap: wrap; gap: 0 1.5em; }
+div.figure { flex: 1 1 440px; min-width: 0; max-width: 100%; } div.whole { flex-basis: 100%; }
 div.panels { display: flex; flex-wrap: wrap; gap: .5em 1.5em; align-items: flex-start; }
 div.panels > * { min-width: 0; max-width: 100%; }
 svg { max-width: 100%; height: auto; }
@@ -164,15 +166,20 @@ def scores_tables(runs: list[RunData], scores: Sequence[Scores]) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    parts = [f"<h3>{_text(figure.title)}</h3>"]
+    kind = "figure" if len(figure.panels) == 1 else "figure whole"
+    parts = [f'<div class="{kind}">', f"<h3>{_text(figure.title)}</h3>"]
     if figure.caption:
         parts.append(f'<p class="caption">{_text(figure.caption)}</p>')
     if figure.legend:
         words = "".join(f"{_dot(name)}{_text(word)}" for word, name in figure.legend)
         parts.append(f'<p class="legend">{words}</p>')
     panels = "".join(f"<div>{panel}</div>" for panel in figure.panels)
-    parts.append(f'<div class="panels">{panels}</div>')
+    parts.append(f'<div class="panels">{panels}</div></div>')
     return "\n".join(parts)
+
+
+def _figures(figures: Sequence[Figure]) -> list[str]:
+    return ['<div class="figures">', *map(_figure, figures), "</div>"]
 
 
 def make_page(
@@ -200,10 +207,10 @@ def make_page(
     if scores:
         parts += ["<h2>Scores</h2>", scores_tables(runs, scores)]
     if charts:
-        parts += ["<h2>Training</h2>", *map(_figure, charts)]
+        parts += ["<h2>Training</h2>", *_figures(charts)]
     for section in sections:
         if section.figures:
-            parts += [f"<h2>{_text(section.title)}</h2>", *map(_figure, section.figures)]
+            parts += [f"<h2>{_text(section.title)}</h2>", *_figures(section.figures)]
     if same:
         which = "The other settings" if differing else "Settings"
         parts.append(f"<details><summary>{which}</summary>{config_table(runs, same)}</details>")

@@ -43,6 +43,7 @@ class Pictures:
     _read: dict[tuple, Sets] = field(default_factory=dict)
 
     def of_run(self, run: RunData) -> list[Figure]:
+        print(f"pictures   of {run.name}", flush=True)
         stored = self._tried(f"{run.name}: no features", partial(load_backbone, run.path))
         config = stored.config if stored is not None else self._config(run)
         sets = None
@@ -66,6 +67,7 @@ class Pictures:
         Raises:
             DataError, OSError: it is none.
         """
+        print(f"pictures   of {path.name}", flush=True)
         sample, note = read_embedding(path, self.limit)
         if note is not None:
             self.notes.append(note)
