@@ -36,8 +36,9 @@ def map_features(sample: Sample, ways: list[str]) -> Figure:
     labels = None if sample.queries.labels is None else sample.queries.labels.cpu().numpy()
     tones, panels = class_tones(len(sample.classes)), []
     for way in ways:
-        draw = partial(draw_points, places=project(rows, way), labels=labels, tones=tones)
         title = f"{WAYS[way][0].upper()}{WAYS[way][1:]}"
+        places = project(rows, way)
+        draw = partial(draw_points, title=title, places=places, labels=labels, tones=tones)
         panels.append(draw_svg(f"{title} of the features of {sample.name}", draw, (4.7, 4.2)))
     shown = ", ".join(WAYS[way] for way in ways)
     caption = (
@@ -82,8 +83,11 @@ def class_tones(count: int) -> list[str]:
     return tones
 
 
-def draw_points(axis: Any, places: np.ndarray, labels: np.ndarray | None, tones: list[str]) -> None:
+def draw_points(
+    axis: Any, title: str, places: np.ndarray, labels: np.ndarray | None, tones: list[str]
+) -> None:
     """Stored as pixels: thousands of points as shapes would be most of the page."""
+    axis.set_title(title, fontsize=10)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(True)

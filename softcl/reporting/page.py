@@ -32,7 +32,6 @@ table { border-collapse: collapse; font-size: 14px; }
 th, td { text-align: left; padding: .2em .9em .2em 0; border-bottom: 1px solid var(--line);
          vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { overflow-wrap: normal; }
-tr.differs td { background: var(--marked); }
 table.tiles { table-layout: fixed; }
 table.tiles th, table.tiles td { border: 0; padding: 2px; font-size: 12px; font-weight: 400;
          color: var(--muted); line-height: 1.2; }
@@ -40,8 +39,8 @@ table.tiles img { display: block; width: 100%; box-sizing: border-box; image-ren
 img.right { border: 3px solid var(--right); } img.wrong { border: 3px dashed var(--wrong); }
 small.right { color: var(--right); } small.wrong { color: var(--wrong); }
 span.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%;
-           margin: 0 .35em 0 .9em; }
-p.legend span.dot:first-child, th span.dot { margin-left: 0; }
+           margin-right: .35em; }
+p.legend > span { white-space: nowrap; margin-right: .8em; }
 details { margin-top: 2em; } summary { cursor: pointer; font-weight: 600; }
 div.scroll { overflow-x: auto; }
 """
@@ -87,9 +86,9 @@ def _table(runs: list[RunData], rows: Sequence[str]) -> str:
     return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
-def _row(name: str, values: Sequence[Any], kind: str = "") -> str:
+def _row(name: str, values: Sequence[Any]) -> str:
     cells = "".join(f"<td>{_text(value)}</td>" for value in values)
-    return f"<tr{kind}><td>{_text(name)}</td>{cells}</tr>"
+    return f"<tr><td>{_text(name)}</td>{cells}</tr>"
 
 
 def summary_table(runs: list[RunData]) -> str:
@@ -137,10 +136,8 @@ def settings_of(runs: list[RunData]) -> tuple[list[str], list[str]]:
     return differing, [name for name in names if name not in differing]
 
 
-def config_table(runs: list[RunData], names: Sequence[str], kind: str = "") -> str:
-    return _table(
-        runs, [_row(name, [run.config.get(name) for run in runs], kind) for name in names]
-    )
+def config_table(runs: list[RunData], names: Sequence[str]) -> str:
+    return _table(runs, [_row(name, [run.config.get(name) for run in runs]) for name in names])
 
 
 def scores_tables(runs: list[RunData], scores: Sequence[Scores]) -> str:
@@ -171,7 +168,7 @@ def _figure(figure: Figure) -> str:
     if figure.caption:
         parts.append(f'<p class="caption">{_text(figure.caption)}</p>')
     if figure.legend:
-        words = "".join(f"{_dot(name)}{_text(word)}" for word, name in figure.legend)
+        words = " ".join(f"<span>{_dot(name)}{_text(word)}</span>" for word, name in figure.legend)
         parts.append(f'<p class="legend">{words}</p>')
     panels = "".join(f"<div>{panel}</div>" for panel in figure.panels)
     parts.append(f'<div class="panels">{panels}</div></div>')
@@ -202,8 +199,7 @@ def make_page(
     parts += [f'<p class="note">{_text(note)}</p>' for note in notes]
     differing, same = settings_of(runs)
     if differing:
-        marked = config_table(runs, differing, ' class="differs"')
-        parts += ["<h2>Settings that differ</h2>", marked]
+        parts += ["<h2>Settings that differ</h2>", config_table(runs, differing)]
     if scores:
         parts += ["<h2>Scores</h2>", scores_tables(runs, scores)]
     if charts:

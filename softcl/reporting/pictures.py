@@ -99,11 +99,12 @@ class Pictures:
         return self._read[key]
 
     def _config(self, run: RunData) -> TrainConfig | None:
-        """That of a run whose backbone cannot be built."""
+        """That of a run whose backbone cannot be built, if it is whole."""
         try:
-            return TrainConfig.of(**run.config)
+            config = TrainConfig.of(**run.config)
         except (SoftclError, TypeError):
             return None
+        return None if config.image_size is None else config
 
 
 def _stored_picture(run: RunData) -> list[Figure]:

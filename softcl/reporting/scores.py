@@ -68,9 +68,9 @@ def _scores_of(path: Path, content: Any) -> Scores | None:
                 values[f"{_MEASURES.get(measure, measure)}: {words}"] = float(value)
     if not values:
         return None
-    step, size = content.get("step"), content.get("image_size")
+    size = content.get("image_size")
     about = [content.get("network"), _set_of(content.get("test"))]
-    about += [None if size is None else f"{size} px", None if step is None else f"step {step}"]
+    about.append(None if size is None else f"{size} px")
     words = ", ".join(str(part) for part in about if part)
     return Scores(path, content["checkpoint"], words, values)
 

@@ -18,7 +18,6 @@ COLORS = {
     "ink": ("#1f2328", "#e6e9ec"),
     "muted": ("#59636e", "#9aa4af"),
     "line": ("#d8dde3", "#353b43"),
-    "marked": ("#fff3cd", "#43381a"),
     "right": ("#0a6cb0", "#6cb6ef"),
     "wrong": ("#c04f00", "#ff9a56"),
     # Of runs: told apart with any colour vision, after Okabe and Ito.

@@ -11,7 +11,7 @@ from softcl.methods import METHODS
 from softcl.reporting.figures import Figure
 from softcl.reporting.samples import Sets
 from softcl.reporting.tiles import table_of, tile
-from softcl.train.config import TrainConfig
+from softcl.train.config import TrainConfig, refusal
 from softcl.train.images import build_views, crop_order
 from softcl.train.step import StepRandom
 
@@ -22,10 +22,14 @@ def draw_views(config: TrainConfig, sets: Sets) -> Figure:
     """The whole image, then draws of each of the method's views, in its order.
 
     Raises:
-        ConfigError: the method is not known here.
+        ConfigError: the method cannot have such numbers.
     """
-    method, images = METHODS[config.method](**config.numbers), sets.train
-    views = build_views(method, images, config.image_size, config.view_kernel)
+    try:
+        method = METHODS[config.method](**config.numbers)
+    except ValueError as error:
+        raise refusal(config.method, error, config.numbers) from error
+    images = sets.train
+    views = build_views(method, images, config.image_size)
     indices = sampled(len(images), IMAGES)
     batch = images.batch(indices).cpu()
     names = ["image"]
