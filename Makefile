@@ -62,16 +62,16 @@ help:  ## this list
 
 # ---- Environment ----------------------------------------------------------------------------------
 
-# All the extras but the loggers, which bring servers along, without softcl itself: commands run from
-# this folder import it from here.
+# All the extras but the loggers, which bring servers along, and umap, which brings a compiler; without
+# softcl itself: commands run from this folder import it from here.
 define list_requirements
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10: the copy that pip carries
     from pip._vendor import tomli as tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-loggers = ("wandb", "mlflow")
-extras = (v for k, v in project["optional-dependencies"].items() if k not in loggers)
+left_out = ("wandb", "mlflow", "umap")
+extras = (v for k, v in project["optional-dependencies"].items() if k not in left_out)
 print(*project["dependencies"], *(line for extra in extras for line in extra), sep="\n")
 endef
 export list_requirements

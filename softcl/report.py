@@ -1,8 +1,10 @@
-"""``python -m softcl.report RUN [RUN ...]``: what runs did, as one HTML file and its pictures.
+"""``python -m softcl.report RUN [RUN ...]``: what runs did, as one HTML file.
 
-Loss, k-NN accuracy against wall time, learning rate, the teacher's confidence and entropy,
-neighbours, spread, throughput; a map of the features and the nearest-neighbour picture of each run;
-settings and versions. Several runs are compared in the same axes. Runs under way can be reported.
+Loss, k-NN accuracy against wall time, quality without labels, the teacher's confidence and entropy,
+neighbours, spread, throughput; scores of softcl.evaluate; settings, and where they differ. Of each
+run, as far as its checkpoint and images are there: the views, nearest neighbours, the confusion of
+classes, maps of the features, and where a vision transformer looks. Several runs are compared in
+the same axes. Runs under way can be reported; so can files of features that softcl.embed wrote.
 """
 
 from __future__ import annotations
@@ -14,20 +16,20 @@ from pathlib import Path
 
 from softcl.command import (
     CommandParser,
-    ConfigError,
     carry_out,
     check_path,
     check_range,
     from_flag,
     need,
 )
-from softcl.data import DataError
 from softcl.files import check_target, replace_file, user_path
-from softcl.reporting.figures import Figure, draw_all
-from softcl.reporting.maps import MOST_IMAGES, WAYS, map_features
-from softcl.reporting.page import make_page
+from softcl.reporting.figures import draw_all
+from softcl.reporting.maps import USUAL, WAYS, check_ways
+from softcl.reporting.page import Section, make_page
+from softcl.reporting.pictures import Pictures
 from softcl.reporting.runs import RunData, read_runs
-from softcl.train.checkpoint import CheckpointError
+from softcl.reporting.samples import MOST_IMAGES, is_embedding
+from softcl.reporting.scores import find_scores, read_scores
 from softcl.train.parts import resolve_device
 
 PAGE = "index.html"
@@ -39,13 +41,18 @@ def build_parser() -> CommandParser:
     parser = CommandParser(PROG, "RUN [RUN ...] [flags]", description)
     add = parser.add_argument
     # fmt: off
-    add("runs", metavar="RUN", nargs="+", help="run folders")
+    add("runs", metavar="RUN", nargs="+", help="run folders, or files of softcl.embed")
     add("--out", metavar="FOLDER", help="where to write (default: RUN/report, or report/)")
-    add("--map", choices=WAYS, default="tsne", metavar="NAME",
-        help="map of the features: tsne, pca or none (default: tsne)")
-    add("--map-images", type=int, default=MOST_IMAGES, metavar="N",
-        help=f"test images on it at most (default: {MOST_IMAGES})")
-    add("--device", default="auto", metavar="NAME", help="for the features of the map")
+    add("--scores", action="append", metavar="FILE",
+        help="of softcl.evaluate --out; may be repeated; those in run folders are found")
+    add("--map", action="append", choices=WAYS, metavar="NAME",
+        help=f"map of the features: tsne, pca, umap or none; may be repeated "
+        f"(default: {' and '.join(USUAL)})")
+    add("--images", type=int, default=MOST_IMAGES, metavar="N",
+        help=f"test images that are looked at, at most (default: {MOST_IMAGES})")
+    add("--no-pictures", action="store_true",
+        help="leave out what needs images or checkpoints, which takes the time")
+    add("--device", default="auto", metavar="NAME", help="for the features")
     # fmt: on
     return parser
 
@@ -59,61 +66,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         options = build_parser().read(sys.argv[1:] if argv is None else argv)
-        check_range("map_images", options.map_images, at_least=4)
+        check_range("images", options.images, at_least=4)
         resolve_device(options.device)
-        need("a report", "matplotlib", *(["sklearn"] if options.map != "none" else []))
-        runs = read_runs([user_path(run) for run in options.runs])
-        print(f"written    {write_report(runs, options)}")
+        options.map = [way for way in dict.fromkeys(options.map or USUAL) if way != "none"]
+        check_ways(options.map)
+        needed = ["sklearn"] if options.map and not options.no_pictures else []
+        need("a report", "matplotlib", *needed)
+        paths = [user_path(path) for path in options.runs]
+        runs = read_runs([path for path in paths if not is_embedding(path)])
+        print(f"written    {write_report(runs, list(filter(is_embedding, paths)), options)}")
 
     return carry_out(PROG, command)
 
 
-def write_report(runs: list[RunData], options: argparse.Namespace) -> Path:
-    """Draw, write the pictures and the page; the path of the page."""
+def write_report(runs: list[RunData], files: list[Path], options: argparse.Namespace) -> Path:
+    """Draw, and write the page; its path."""
     if options.out is not None:
         folder = check_path("out", options.out)
     else:
-        folder = runs[0].path / "report" if len(runs) == 1 else Path("report")
+        folder = runs[0].path / "report" if len(runs) == 1 and not files else Path("report")
     with from_flag("out"):
         folder.mkdir(parents=True, exist_ok=True)
         check_target(folder / PAGE)
-    figures, notes = draw_all(runs), []
-    if not figures:
+    scores = [read_scores(check_path("scores", path)) for path in options.scores or ()]
+    known = {one.path.resolve() for one in scores}
+    scores += [one for one in find_scores(runs) if one.path.resolve() not in known]
+    charts, notes, sections = draw_all(runs), [], []
+    if runs and not charts:
         notes.append("No training step has been logged yet.")
-    for run in runs:
-        if options.map != "none":
-            try:
-                figures.append(_map(run, options))
-            except (CheckpointError, ConfigError, DataError) as error:
-                notes.append(f"{run.name}: no map of the features ({error})")
-        if run.picture is not None:
-            figures.append(_picture(run))
-    for figure in figures:
-        replace_file(folder / f"{figure.name}.png", figure.png)
-    replace_file(folder / PAGE, make_page(runs, figures, notes).encode())
+    if not options.no_pictures:
+        pictures = Pictures(options.map, options.images, resolve_device(options.device))
+        sections = [Section(f"Pictures: {run.name}", pictures.of_run(run)) for run in runs]
+        sections += [Section(f"Features: {path.name}", pictures.of_file(path)) for path in files]
+        notes += pictures.notes
+    replace_file(folder / PAGE, make_page(runs, charts, sections, notes, scores).encode())
     for note in notes:
         print(f"note       {note}")
     return folder / PAGE
-
-
-def _map(run: RunData, options: argparse.Namespace) -> Figure:
-    png = map_features(run, options.map, resolve_device(options.device), options.map_images)
-    way = {"tsne": "t-SNE", "pca": "Principal components"}[options.map]
-    caption = (
-        f"{way} of the backbone's features of test images, coloured by class, at the best k-NN "
-        "accuracy or else the newest checkpoint. Distances between far groups mean little."
-    )
-    return Figure(f"map-{_file_name(run)}", f"Map of the features: {run.name}", caption, png)
-
-
-def _picture(run: RunData) -> Figure:
-    caption = "Test images and the training images nearest to them; borders show the class."
-    title = f"Nearest neighbours: {run.name}"
-    return Figure(f"neighbors-{_file_name(run)}", title, caption, run.picture.read_bytes())
-
-
-def _file_name(run: RunData) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in run.name)
 
 
 if __name__ == "__main__":

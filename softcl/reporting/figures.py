@@ -1,181 +1,51 @@
-"""Figures of runs over time: one quantity per axis, one colour per run."""
+"""Figures of runs over time: one quantity per panel, one colour per run."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from softcl.reporting.runs import RunData
+from softcl.reporting.theme import color, draw_svg, run_color
 
-# Okabe and Ito's palette, told apart with any colour vision; yellow left out, for it is faint.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_SIZE = (6.4, 3.4)  # inches
-_DPI = 130
+BASELINES = {
+    "untrained": "untrained backbone",
+    "pixels": "raw pixels",
+    "pretrained": "first weights",
+}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG and what it shows."""
+    """Panels of HTML that belong together, and what they show.
 
-    name: str  # of the file, without .png
+    Attributes:
+        legend: names and the colours of the page that stand for them.
+    """
+
+    name: str
     title: str
     caption: str
-    png: bytes
+    panels: list[str]
+    legend: tuple[tuple[str, str], ...] = ()
 
 
-def color(number: int) -> str:
-    return COLORS[number % len(COLORS)]
+@dataclass(frozen=True)
+class Panel:
+    """A quantity over the epochs.
 
+    Attributes:
+        column: of metrics.jsonl.
+        share: whether it is one, to be shown as per cent.
+        from_zero: whether its axis starts there.
+    """
 
-def new_axes(panels: int = 1, size: tuple[float, float] = _SIZE) -> tuple[Any, list[Any]]:
-    """A matplotlib figure that needs no display, and its axes side by side."""
-    from matplotlib.figure import Figure as Canvas
-
-    figure = Canvas(figsize=(size[0] * panels, size[1]), dpi=_DPI, layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def to_png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def draw_lines(axis: Any, runs: list[RunData], column: str, **options: Any) -> bool:
-    """A line per run; whether any has values. Keywords: x, scale (of x), share (as per cent)."""
-    x, scale = options.get("x", "epoch"), options.get("scale", 1.0)
-    factor = 100.0 if options.get("share") else 1.0
-    drawn = False
-    for number, run in enumerate(runs):
-        points = run.series(column, x)
-        if not points:
-            continue
-        drawn = True
-        few = len(points) <= 12
-        axis.plot(
-            [place * scale for place, _ in points],
-            [value * factor for _, value in points],
-            color=color(number),
-            label=run.name,
-            linewidth=1.4,
-            marker="o" if few else None,
-            markersize=3,
-        )
-    return drawn
-
-
-def finish(axis: Any, runs: list[RunData], x: str, y: str) -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    if len(runs) > 1:
-        axis.legend(frameon=False, fontsize=8)
-
-
-def _from_zero(axis: Any) -> None:
-    """Start at 0, and leave room above for the legend."""
-    axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
-
-
-def _one(runs: list[RunData], column: str, label: str, **options: Any) -> bytes | None:
-    figure, (axis,) = new_axes()
-    if not draw_lines(axis, runs, column, **options):
-        return None
-    if options.get("from_zero"):
-        _from_zero(axis)
-    finish(axis, runs, options.get("x_label", "epoch"), label)
-    return to_png(figure)
-
-
-def _two(
-    runs: list[RunData], columns: tuple[str, str], labels: tuple[str, str], **options: Any
-) -> bytes | None:
-    figure, axes = new_axes(2, (4.6, 3.4))
-    drawn = False
-    for axis, column, label in zip(axes, columns, labels, strict=True):
-        share = column in options.get("shares", ())
-        drawn |= draw_lines(axis, runs, column, share=share)
-        if options.get("from_zero"):
-            _from_zero(axis)
-        if share and axis.get_ylim()[1] > 100:
-            axis.set_yticks(range(0, 101, 20))
-        finish(axis, runs, "epoch", label)
-    return to_png(figure) if drawn else None
-
-
-def draw_loss(runs: list[RunData]) -> bytes | None:
-    return _one(runs, "loss", "loss")
-
-
-def draw_rate(runs: list[RunData]) -> bytes | None:
-    return _one(runs, "lr", "learning rate", from_zero=True)
-
-
-def draw_knn(runs: list[RunData]) -> bytes | None:
-    """Accuracy against minutes; what an untrained backbone and raw pixels reach, as lines."""
-    figure, (axis,) = new_axes()
-    if not draw_lines(axis, runs, "knn_top1", x="seconds", scale=1 / 60, share=True):
-        return None
-    axis.margins(x=0.08)
-    for number, run in enumerate(runs):
-        best = run.best()
-        if best is not None:
-            axis.annotate(
-                f"{best['knn_top1']:.1%}",
-                (best["seconds"] / 60, 100 * best["knn_top1"]),
-                textcoords="offset points",
-                xytext=(0, 6),
-                ha="center",
-                fontsize=8,
-                color=color(number),
-            )
-    baselines = runs[0].baselines
-    for key, label in (("untrained", "untrained backbone"), ("pixels", "raw pixels")):
-        if baselines.get(key) is not None and all(
-            run.baselines.get(key) == baselines[key] for run in runs
-        ):
-            axis.axhline(100 * baselines[key], color="#888888", linewidth=0.9, linestyle="--")
-            axis.annotate(
-                label,
-                (1, 100 * baselines[key]),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                xytext=(-2, 3 if key == "untrained" else -10),
-                ha="right",
-                fontsize=8,
-                color="#666666",
-            )
-    finish(axis, runs, "minutes", "k-NN top-1, %")
-    return to_png(figure)
-
-
-def draw_teacher(runs: list[RunData]) -> bytes | None:
-    columns = ("confidence", "entropy")
-    return _two(runs, columns, ("teacher's confidence", "teacher's entropy, nats"))
-
-
-def draw_neighbors(runs: list[RunData]) -> bytes | None:
-    columns = ("knn_purity", "positive_top1")
-    labels = ("10 nearest of the class, %", "positive nearer than the queue, %")
-    return _two(runs, columns, labels, shares=columns, from_zero=True)
-
-
-def draw_spread(runs: list[RunData]) -> bytes | None:
-    columns = ("query_spread", "feature_spread")
-    labels = ("spread of projections", "spread of features")
-    return _two(runs, columns, labels, from_zero=True)
-
-
-def draw_speed(runs: list[RunData]) -> bytes | None:
-    columns = ("images_per_s", "data_wait")
-    labels = ("images per second", "waiting for data, % of the time")
-    return _two(runs, columns, labels, shares=("data_wait",), from_zero=True)
+    column: str
+    label: str
+    share: bool = False
+    from_zero: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,54 +53,179 @@ class Kind:
     name: str
     title: str
     caption: str
-    draw: Callable[[list[RunData]], bytes | None]
+    panels: tuple[Panel, ...]
+    draw: Callable[[Any, list[RunData], Panel], bool] | None = None  # in place of `draw_panel`
+
+
+def draw_lines(
+    axis: Any, runs: list[RunData], panel: Panel, x: str = "epoch", scale: float = 1.0
+) -> bool:
+    """A line per run; whether any has values. `scale` is that of x."""
+    factor = 100.0 if panel.share else 1.0
+    drawn = False
+    for number, run in enumerate(runs):
+        points = run.series(panel.column, x)
+        if not points:
+            continue
+        drawn = True
+        axis.plot(
+            [place * scale for place, _ in points],
+            [value * factor for _, value in points],
+            color=color(run_color(number)),
+            linewidth=1.5,
+            marker="o" if len(points) <= 12 else None,
+            markersize=3.5,
+        )
+    return drawn
+
+
+def draw_panel(axis: Any, runs: list[RunData], panel: Panel) -> bool:
+    if not draw_lines(axis, runs, panel):
+        return False
+    _finish(axis, panel, "epoch")
+    return True
+
+
+def _finish(axis: Any, panel: Panel, x: str) -> None:
+    axis.grid(axis="y")
+    axis.set_xlabel(x)
+    axis.set_ylabel(panel.label)
+    if panel.from_zero:
+        axis.set_ylim(0, 1.08 * max(axis.get_ylim()[1], 1e-9))
+    if panel.share and axis.get_ylim()[1] > 100:
+        axis.set_yticks(range(0, 101, 20))
+
+
+def draw_knn(axis: Any, runs: list[RunData], panel: Panel) -> bool:
+    """Accuracy against minutes; what is reached without training as dashed lines."""
+    if not draw_lines(axis, runs, panel, x="seconds", scale=1 / 60):
+        return False
+    axis.margins(x=0.08)
+    for number, run in enumerate(runs):
+        best = run.best()
+        if best is not None and best.get("knn_top1") is not None and best.get("seconds"):
+            axis.annotate(
+                f"{best['knn_top1']:.1%}",
+                (best["seconds"] / 60, 100 * best["knn_top1"]),
+                textcoords="offset points",
+                xytext=(0, 6),
+                ha="center",
+                color=color(run_color(number)),
+            )
+    _draw_baselines(axis, runs)
+    _finish(axis, panel, "minutes")
+    return True
+
+
+def _draw_baselines(axis: Any, runs: list[RunData]) -> None:
+    """Grey where all runs share one, else in the colour of its run."""
+    lines = []
+    for key, label in BASELINES.items():
+        values = [run.baselines.get(key) for run in runs]
+        if values[0] is not None and len(set(values)) == 1:
+            lines.append((values[0], label, "muted"))
+            continue
+        for number, value in enumerate(values):
+            if value is not None:
+                lines.append((value, label, run_color(number)))
+    for place, (value, label, name) in enumerate(sorted(lines)):
+        axis.axhline(100 * value, color=color(name), linewidth=1, linestyle="--")
+        lowest = place == 0 and len(lines) > 1
+        axis.annotate(
+            label,
+            (1, 100 * value),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(-2, -3 if lowest else 3),
+            ha="right",
+            va="top" if lowest else "bottom",
+            fontsize=8.5,
+            color=color(name),
+        )
 
 
 KINDS = (
-    Kind("loss", "Loss", "Per step at first, then per line of the log.", draw_loss),
+    Kind(
+        "loss",
+        "Loss",
+        "Per step at first, then per line of the log.",
+        (Panel("loss", "loss", from_zero=False),),
+    ),
     Kind(
         "knn",
         "k-NN accuracy against wall time",
         "Weighted vote of the nearest training images on test images; the time is the run's own, "
-        "evaluations included.",
+        "evaluations included. Dashed: without training.",
+        (Panel("knn_top1", "k-NN top-1, %", share=True),),
         draw_knn,
     ),
-    Kind("lr", "Learning rate", "", draw_rate),
+    Kind(
+        "quality",
+        "Quality without labels",
+        "RankMe is the effective number of dimensions of the features. Alignment is the squared "
+        "distance of two views of an image, uniformity tells how evenly the features cover the "
+        "sphere: the lower, the better.",
+        (
+            Panel("rankme", "RankMe"),
+            Panel("alignment", "alignment"),
+            Panel("uniformity", "uniformity", from_zero=False),
+        ),
+    ),
+    Kind("lr", "Learning rate", "", (Panel("lr", "learning rate"),)),
     Kind(
         "teacher",
         "Confidence and entropy of the teacher",
         "Of its softmax over the queue: confidence is 1 - entropy / log K. Methods without such "
         "a softmax have neither.",
-        draw_teacher,
+        (
+            Panel("confidence", "teacher's confidence", from_zero=False),
+            Panel("entropy", "teacher's entropy, nats", from_zero=False),
+        ),
     ),
     Kind(
         "purity",
         "Neighbours",
-        "Left: share of the ten nearest training images that are of a test image's class. Right: "
-        "share of training images whose own second view is nearer than every row of the queue.",
-        draw_neighbors,
+        "First the share of the ten nearest training images that are of a test image's class, then "
+        "that of training images whose own second view is nearer than every row of the queue.",
+        (
+            Panel("knn_purity", "10 nearest of the class, %", share=True),
+            Panel("positive_top1", "positive nearer than the queue, %", share=True),
+        ),
     ),
     Kind(
         "spread",
         "Spread of the directions",
         "Standard deviation of unit vectors, times the square root of their dimension: near 1 if "
         "they fill the sphere, 0 if they have collapsed to a point.",
-        draw_spread,
+        (
+            Panel("query_spread", "spread of projections"),
+            Panel("feature_spread", "spread of features"),
+        ),
     ),
     Kind(
         "speed",
         "Throughput and data wait",
         "Training alone: evaluations and checkpoints are left out.",
-        draw_speed,
+        (
+            Panel("images_per_s", "images per second"),
+            Panel("data_wait", "waiting for data, % of the time", share=True),
+        ),
     ),
 )
 
 
 def draw_all(runs: list[RunData]) -> list[Figure]:
     """Every figure for which some run has numbers."""
+    legend = tuple((run.name, run_color(number)) for number, run in enumerate(runs))
     figures = []
     for kind in KINDS:
-        png = kind.draw(runs)
-        if png is not None:
-            figures.append(Figure(kind.name, kind.title, kind.caption, png))
+        draw = kind.draw or draw_panel
+        panels = [
+            draw_svg(f"{panel.label} of the runs", partial(draw, runs=runs, panel=panel))
+            for panel in kind.panels
+        ]
+        panels = [panel for panel in panels if panel is not None]
+        if panels:
+            shown = legend if len(runs) > 1 else ()
+            figures.append(Figure(kind.name, kind.title, kind.caption, panels, shown))
     return figures

@@ -1,81 +1,97 @@
-"""A map of the features: test images in two dimensions, coloured by class."""
+"""Maps of the features: images in two dimensions, coloured by class."""
 
 from __future__ import annotations
 
+import colorsys
+import importlib.util
+from functools import partial
+from typing import Any
+
 import numpy as np
-import torch
 
-from softcl.data import ImageSet, load_dataset
-from softcl.evaluation.features import extract, sampled
-from softcl.reporting.figures import new_axes, to_png
-from softcl.reporting.runs import RunData
-from softcl.train.checkpoint import features_of, load_backbone
-from softcl.train.config import TrainConfig
+from softcl.errors import ConfigError
+from softcl.reporting.figures import Figure
+from softcl.reporting.samples import Sample
+from softcl.reporting.theme import color, draw_svg
 
-WAYS = ("tsne", "pca", "none")
-MOST_IMAGES = 2000
-MOST_CLASSES = 12  # with names in the legend; more share the colours of a wheel
-_PERPLEXITY = 30
+WAYS = {"tsne": "t-SNE", "pca": "principal components", "umap": "UMAP", "none": "no map"}
+USUAL = ("tsne", "pca")
+MOST_NAMED = 20  # classes with names in the legend
+_PERPLEXITY, _UMAP_NEIGHBORS = 30, 15
 
 
-def map_features(run: RunData, way: str, device: torch.device, limit: int = MOST_IMAGES) -> bytes:
-    """The map as a PNG, from the run's best or newest checkpoint and the test images of its data.
+def check_ways(ways: list[str]) -> None:
+    """Refuse a map whose library is not there.
 
     Raises:
-        CheckpointError, ConfigError, DataError: one of the two cannot be read.
+        ConfigError: naming the extra.
     """
-    stored = load_backbone(run.path)
-    images = _test_images(stored.config)
-    indices = sampled(len(images), limit)
-    size = stored.config.image_size
-    rows = extract(images, indices, features_of(stored.backbone, device), size, device)
-    places = project(rows.cpu().numpy().astype(np.float32), way)
-    labels = None if images.labels is None else images.labels[indices].numpy()
-    return draw(places, labels, images.classes)
+    if "umap" in ways and importlib.util.find_spec("umap") is None:
+        raise ConfigError("map", "umap", 'needs umap-learn: pip install "softcl[umap]"')
 
 
-def _test_images(config: TrainConfig) -> ImageSet:
-    given = {"image_size": config.image_size, "workers": config.workers}
-    if config.eval_data is not None:
-        return load_dataset(config.eval_data, "test", **given)
-    return load_dataset(config.data, "test", data_format=config.data_format, **given)
+def map_features(sample: Sample, ways: list[str]) -> Figure:
+    """A panel for each way of projecting the features that are looked at."""
+    rows = sample.queries.rows.float().cpu().numpy()
+    labels = None if sample.queries.labels is None else sample.queries.labels.cpu().numpy()
+    tones, panels = class_tones(len(sample.classes)), []
+    for way in ways:
+        title = f"{WAYS[way][0].upper()}{WAYS[way][1:]}"
+        places = project(rows, way)
+        draw = partial(draw_points, title=title, places=places, labels=labels, tones=tones)
+        panels.append(draw_svg(f"{title} of the features of {sample.name}", draw, (4.7, 4.2)))
+    shown = ", ".join(WAYS[way] for way in ways)
+    caption = (
+        f"{len(rows):,} {sample.words[0]} by {shown}, coloured by class. "
+        "Distances between far groups mean little but in principal components."
+    )
+    named = 0 < len(sample.classes) <= MOST_NAMED
+    legend = tuple(zip(sample.classes, tones, strict=True)) if named else ()
+    return Figure("map", "Map of the features", caption, panels, legend)
 
 
 def project(rows: np.ndarray, way: str) -> np.ndarray:
-    """(N, F) -> (N, 2) by t-SNE, started from the principal components, or by those alone."""
+    """(N, F) -> (N, 2); t-SNE starts from the principal components."""
     from sklearn.decomposition import PCA
 
     if way == "pca" or len(rows) < 8:
         return PCA(2, random_state=0).fit_transform(rows)
+    if way == "umap":
+        from umap import UMAP
+
+        neighbors = min(_UMAP_NEIGHBORS, len(rows) - 1)
+        return UMAP(n_neighbors=neighbors, random_state=0, n_jobs=1).fit_transform(rows)
     from sklearn.manifold import TSNE
 
     perplexity = min(_PERPLEXITY, (len(rows) - 1) / 3)
     return TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(rows)
 
 
-def draw(places: np.ndarray, labels: np.ndarray | None, classes: list[str]) -> bytes:
-    import matplotlib
+def class_tones(count: int) -> list[str]:
+    """A colour for each class, of middle lightness: for a light page and a dark one."""
+    if count <= 10:
+        import matplotlib
 
-    figure, (axis,) = new_axes(size=(6.4, 5.2))
-    axis.grid(False)
+        wheel = matplotlib.colormaps["tab10"]
+        return [matplotlib.colors.to_hex(wheel(number)) for number in range(count)]
+    tones = []
+    for number in range(count):
+        # Hues a golden angle apart, so that neighbouring classes differ however many there are.
+        lightness = 0.42 if number % 2 else 0.58
+        red, green, blue = colorsys.hls_to_rgb(number * 0.618034 % 1.0, lightness, 0.65)
+        tones.append(f"#{int(red * 255):02x}{int(green * 255):02x}{int(blue * 255):02x}")
+    return tones
+
+
+def draw_points(
+    axis: Any, title: str, places: np.ndarray, labels: np.ndarray | None, tones: list[str]
+) -> None:
+    """Stored as pixels: thousands of points as shapes would be most of the page."""
+    axis.set_title(title, fontsize=10)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.spines[:].set_visible(False)
+    axis.spines[:].set_visible(True)
+    axis.spines[:].set_color(color("line"))
     axis.set_aspect("equal", adjustable="datalim")
-    if labels is None:
-        axis.scatter(*places.T, s=6, color="#666666", linewidths=0)
-        return to_png(figure)
-    named = len(classes) <= MOST_CLASSES
-    wheel = matplotlib.colormaps["tab20" if named else "hsv"]
-    for number, name in enumerate(classes):
-        chosen = places[labels == number]
-        # tab20 holds pairs of a dark and a light tone: the dark ones first.
-        tone = (
-            wheel((2 * number) % 20 + (2 * number) // 20) if named else wheel(number / len(classes))
-        )
-        axis.scatter(*chosen.T, s=8, color=[tone], linewidths=0, alpha=0.8, label=name)
-    if named:
-        axis.legend(
-            frameon=False, fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
-    return to_png(figure)
+    paint = "#808890" if labels is None else [tones[label] for label in labels.tolist()]
+    axis.scatter(*places.T, s=7, c=paint, linewidths=0, alpha=0.85, rasterized=True)

@@ -22,6 +22,9 @@ from softcl.train.folder import (
 )
 
 Row = dict[str, Any]
+MEASURES = ("knn_top1", "rankme")  # of which a run has one at least, the first being its choice
+# Columns that an evaluation fills.
+EVALUATED = (*MEASURES, "knn_purity", "feature_spread", "alignment", "uniformity")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class RunData:
         name: told apart from the others of the report.
         config, versions, device, backend: of config.json.
         steps: rows of metrics.jsonl with the numbers of training steps.
-        evaluations: rows with a k-NN accuracy.
+        evaluations: rows with a k-NN accuracy, or with RankMe where there are no labels.
         baselines, result: of the JSON files; empty while there are none.
     """
 
@@ -57,8 +60,12 @@ class RunData:
         return bool(self.result)
 
     def best(self) -> Row | None:
-        """The evaluation with the highest accuracy."""
-        return max(self.evaluations, key=lambda row: row["knn_top1"], default=None)
+        """The evaluation with the highest accuracy or, without labels, the highest RankMe."""
+        for measure in MEASURES:
+            rows = [row for row in self.evaluations if row.get(measure) is not None]
+            if rows:
+                return max(rows, key=lambda row: row[measure])
+        return None
 
     def median(self, column: str) -> float | None:
         """Of a column of the training rows, after the first tenth (warming up)."""
@@ -67,8 +74,7 @@ class RunData:
 
     def series(self, column: str, x: str = "epoch") -> list[tuple[float, float]]:
         """(x, value) of the rows that have both."""
-        rows = self.evaluations if column in ("knn_purity", "feature_spread") else self.steps
-        rows = self.evaluations if column == "knn_top1" else rows
+        rows = self.evaluations if column in EVALUATED else self.steps
         return [
             (row[x], row[column])
             for row in rows
@@ -112,7 +118,7 @@ def read_run(path: Path, name: str) -> RunData:
         device=str(content.get("device", "")),
         backend=str(backend.get("name", "")) if isinstance(backend, dict) else "",
         steps=[row for row in rows if row.get("loss") is not None],
-        evaluations=[row for row in rows if row.get("knn_top1") is not None],
+        evaluations=[row for row in rows if any(row.get(name) is not None for name in MEASURES)],
         baselines=numbers_of(read_json(path / BASELINES)),
         result=numbers_of(read_json(path / RESULT)),
     )
