@@ -48,17 +48,20 @@ def work_of(kind: str, precision: str, N: int, K: int, D: int) -> plan.Work:
     return plan.Work(N, K, D, DTYPES[precision], DTYPES[precision], **mode, coldest=coldest)
 
 
-def candidates(kind: str, precision: str):
+def candidates(kind: str, precision: str, wide: bool):
     """Tiles worth a look; two programs on a multiprocessor where they have four warps."""
     widths = {"bf16": (32, 64, 128), "fp16": (16, 32, 64), "fp32": (16, 32, 64)}[precision]
     splits = (1,) if precision == "bf16" else (1, 2, 4)
+    heights = (32, 64, 128)
+    if wide:
+        splits, heights = (4, 8, 16), (16, *heights)
     for rows, block_k, (warps, programs), stages, pieces in itertools.product(
-        (32, 64, 128), widths, ((4, 1), (4, 2), (8, 1)), (1, 2, 3, 4), splits
+        heights, widths, ((4, 1), (4, 2), (8, 1)), (1, 2, 3, 4), splits
     ):
         rest = block_k, warps, stages, programs, pieces
         if kind.removeprefix("heavy-") in ("mixed", "dense"):
             yield Tile(rows // 2, *rest, stacked=True)
-        if rows > 32 or kind == "search":
+        if rows > 32 or wide or kind == "search":
             yield Tile(rows, *rest)
 
 
@@ -74,7 +77,7 @@ def ways_apart(a: Tile, b: Tile) -> int:
 
 
 def fits(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> bool:
-    """It compiles, spills nothing, and its programs share a multiprocessor."""
+    """It compiles, spills no more than the table's do, and its programs share a multiprocessor."""
     from softcl.kernels import aot
 
     try:
@@ -83,7 +86,7 @@ def fits(work: plan.Work, target: str, tile: Tile, shared_per_sm: int) -> bool:
         return False
     programs = tile.programs_per_sm
     return (
-        found.spilled == 0
+        found.spilled <= (128 if work.D > tiles.WIDEST_KEPT else 0)
         and found.tensor_products > 0
         and found.shared_memory <= tiles.SHARED_MEMORY[target]
         and programs * (found.shared_memory + 1024) <= shared_per_sm
@@ -151,7 +154,8 @@ def best_cell(
     else:
         properties = torch.cuda.get_device_properties(0)
         shared = properties.shared_memory_per_multiprocessor
-        near = (x for x in candidates(kind, precision) if ways_apart(x, current) <= most_ways)
+        every = candidates(kind, precision, D > tiles.WIDEST_KEPT)
+        near = (x for x in every if ways_apart(x, current) <= most_ways)
         shortlist = [current, *(x for x in near if fits(work, target, x, shared))]
     results = tune(work, list(dict.fromkeys(shortlist)), device)
     (fastest, tile), times = results[0], {tile: t for t, tile in results}
