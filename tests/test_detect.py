@@ -328,7 +328,11 @@ def test_refusals_in_one_line(scenes, tmp_path, capsys, one_thread, flags, code,
 
 
 def test_the_line_of_the_readme_runs(whole, tmp_path, monkeypatch, one_thread):
-    text = (Path(__file__).parent.parent / "README.md").read_text().partition("### Detection")[2]
+    text = (
+        (Path(__file__).parent.parent / "docs" / "training.md")
+        .read_text()
+        .partition("## Detection")[2]
+    )
     line = next(x for x in text.splitlines() if "softcl.detect runs/NAME" in x).partition("#")[0]
     line = line.split()[3:]
     line[line.index("runs/NAME")] = str(whole)

@@ -173,7 +173,11 @@ def test_a_run_beside_random_weights(whole: Path, folder: Path, tmp_path: Path, 
 
 
 def test_the_line_of_the_readme_runs(whole, folder, tmp_path, monkeypatch, one_thread):
-    text = (Path(__file__).parent.parent / "README.md").read_text().partition("### Few labels")[2]
+    text = (
+        (Path(__file__).parent.parent / "docs" / "training.md")
+        .read_text()
+        .partition("## Few labels")[2]
+    )
     line = next(x for x in text.splitlines() if "softcl.finetune runs/NAME" in x).split()[3:]
     line[line.index("runs/NAME")], line[line.index("shapes")] = str(whole), str(folder)
     monkeypatch.chdir(tmp_path)

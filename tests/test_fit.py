@@ -245,8 +245,8 @@ def test_one_unreadable_item_in_a_hundred_is_left_out():
 
 def test_the_lines_of_the_readme_run(folder: Path, capsys):
     pytest.importorskip("torchvision")
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    code = text.partition("### From Python")[2].partition("```python\n")[2].partition("```")[0]
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    code = text.partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
     assert "fit(" in code and "epochs=50," in code
     short = "epochs=1, batch_size=32, queue_size=64, num_splits=1, device='cpu',"
     Path("photos").symlink_to(folder / "train")

@@ -196,8 +196,8 @@ def test_a_run_teaches_another_by_the_command(
 
 
 def test_the_commands_of_the_readme_run(whole: Path, flags: list[str], tmp_path: Path):
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    section = text.partition("### A teacher")[2].partition("\n`--method seed`")[0]
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    section = text.partition("## A teacher")[2].partition("\n`--method seed`")[0]
     torch.save(build_backbone("resnet_tiny", 16).state_dict(), "weights.pth")
     words = {"FOLDER": flags[1], "runs/NAME": str(whole)}
     short = "--epochs 1 --batch-size 32 --queue-size 64 --max-steps 1 --device cpu".split()

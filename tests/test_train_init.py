@@ -142,8 +142,8 @@ def test_layer_decay_goes_with_every_optimiser(optimizer: str):
 
 
 def test_the_commands_of_the_readme_run(whole: Path, flags: list[str], tmp_path: Path):
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    section = text.partition("### Weights from elsewhere")[2].partition("\n`--init`")[0]
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    section = text.partition("## Weights from elsewhere")[2].partition("\n`--init`")[0]
     torch.save(build_backbone("vit_tiny", 224).state_dict(), "vit.pth")
     torch.save(build_backbone("resnet_tiny", 16).state_dict(), "weights.pth")
     words = {"FOLDER": flags[1], "runs/NAME": str(whole), "timm:vit_tiny_patch16_224": "vit.pth"}

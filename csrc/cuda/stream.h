@@ -91,9 +91,9 @@ void launch_stream(const StreamParams& params, Pairing pairing, int mean_rows, i
 
 inline constexpr int kMostDimensions = 256;
 
-/// Queue rows of a split with means, of 16-bit numbers. Tensor cores cut off what they add to a sum:
-/// of 32,768 rows around a few directions that made the gradient's error 1.1e-3, of these 6.0e-4
-/// (emulated, D = 128; of random rows 0.5e-4).
+/// Queue rows of a split with means, of 16-bit numbers. Tensor cores cut off what they add to a
+/// sum: of 32,768 rows around a few directions that made the gradient's error 1.1e-3, of
+/// these 6.0e-4 (emulated, D = 128; of random rows 0.5e-4).
 inline constexpr int kLongestSplit = 1 << 14;
 
 /// Queue rows of a split, of numbers in two parts with means. A mean is a sum in fp32 to which 16
