@@ -327,7 +327,7 @@ def test_refusals_in_one_line(scenes, tmp_path, capsys, one_thread, flags, code,
     assert message in error[0] and len(error) == (2 if code == 2 else 1)
 
 
-def test_the_line_of_the_readme_runs(whole, tmp_path, monkeypatch, one_thread):
+def test_the_line_of_the_page_runs(whole, tmp_path, monkeypatch, one_thread):
     text = (
         (Path(__file__).parent.parent / "docs" / "training.md")
         .read_text()

@@ -57,7 +57,8 @@ def test_a_command_has_the_flags_that_it_is_shown_with(module: str, argv: list[s
             importlib.import_module(f"{module}.__main__").main(argv)
         assert stopped.value.code == 0
     elif module == "softcl.train":
-        assert parse_flags(argv) or argv == [] if "--config" not in argv else True
+        if "--config" not in argv:  # which names a file
+            assert len(parse_flags(argv)) >= len(argv) // 2
     else:
         assert importlib.import_module(module).build_parser().read(argv)
 

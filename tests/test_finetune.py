@@ -172,7 +172,7 @@ def test_a_run_beside_random_weights(whole: Path, folder: Path, tmp_path: Path, 
     assert "conv1.weight" in changed
 
 
-def test_the_line_of_the_readme_runs(whole, folder, tmp_path, monkeypatch, one_thread):
+def test_the_line_of_the_page_runs(whole, folder, tmp_path, monkeypatch, one_thread):
     text = (
         (Path(__file__).parent.parent / "docs" / "training.md")
         .read_text()
