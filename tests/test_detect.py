@@ -127,8 +127,11 @@ def test_masks_as_polygons_and_as_runs_of_both_kinds(tmp_path: Path):
     coded = coded_mask([square], scene)
     for mask in ([square], {"size": [10, 20], "counts": runs}, coded):
         assert np.array_equal(decode_mask(mask, scene), wanted)
-    with pytest.raises(DataError, match="a mask cannot be read"):
-        decode_mask({"counts": [3]}, scene)
+    for broken in (7, [[1, 2]], {"counts": [3]}, {"size": [10, 20], "counts": "garbage!!"}):
+        with pytest.raises(DataError, match="a mask cannot be read"):
+            decode_mask(broken, scene)
+    with pytest.raises(DataError, match="its runs do not cover the image"):
+        decode_mask({"size": [10, 20], "counts": [3]}, scene)
     with pytest.raises(DataError, match=r"its size is \[10, 20\], not \[10, 21\]"):
         decode_mask(coded, Scene(tmp_path / "x", 21, 10))
 

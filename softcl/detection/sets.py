@@ -318,7 +318,10 @@ def coded_mask(mask: Any, scene: Scene) -> dict[str, Any]:
         if list(mask["size"]) != [scene.height, scene.width]:
             raise ValueError(f"its size is {mask['size']}, not {[scene.height, scene.width]}")
         if isinstance(mask["counts"], list):
+            if sum(mask["counts"]) != scene.height * scene.width:
+                raise ValueError("its runs do not cover the image")
             return coco_mask.frPyObjects(mask, scene.height, scene.width)
+        coco_mask.decode(mask)  # or it would fail where nobody knows whose it is
         return mask
     except Exception as error:  # pycocotools' own kinds
         raise DataError(f"{printable(scene.file)}: a mask cannot be read: {error}") from error
