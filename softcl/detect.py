@@ -19,6 +19,7 @@ import argparse
 import io
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from torch import nn
 
 from softcl.command import CommandParser, carry_out, check_path, check_range, from_flag, need
 from softcl.data import batch_indices
+from softcl.data.image_set import printable
 from softcl.detection.model import build_detector, train_mode
 from softcl.detection.scenes import SIDE, write_scenes
 from softcl.detection.sets import (
@@ -58,7 +60,7 @@ SCENES = "scenes"
 SCHEDULES = {"1x": 12, "2x": 24}  # epochs
 RATE, BATCH, WARMUP, DROPS = 0.02, 16, 1000, (2 / 3, 8 / 9)
 CHECKPOINT, RESULT, PICTURE, ROWS = "last.pt", "result.json", "detections.png", "metrics.jsonl"
-ENTRIES = {"detector": dict, "optimizer": dict, "step": int, "settings": dict}
+ENTRIES = {"detector": dict, "optimizer": dict, "step": int, "loss": float, "settings": dict}
 SAVED_EVERY = 300.0  # seconds
 SHOWN, SHOWN_SCORE = 12, 0.5  # images of the picture; a detection's least score there
 # What scenes take of what COCO has: small images, few objects.
@@ -205,6 +207,10 @@ def load_sets(
         test = load_detection(folder, "test", masks)
     if train.classes != test.classes:
         raise DataError(f"{test.name}: its classes are not those of {train.name}")
+    both = {scene.file for scene in train.scenes} & {scene.file for scene in test.scenes}
+    if both:
+        reason = f"{len(both)} of its images are learned from too, as {printable(min(both))}"
+        raise DataError(f"{test.name}: {reason}")
     if len(train) < options.batch_size:
         reason = f"larger than the {len(train)} images that are learned from"
         raise ConfigError("batch_size", options.batch_size, reason)
@@ -219,11 +225,23 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak / 10 ** sum(step >= math.floor(share * total) for share in DROPS)
 
 
+def as_it_is(batch: Any) -> Any:
+    """DataLoader's collation: none."""
+    return batch
+
+
+def leave_signals(_: int) -> None:
+    """In a process that decodes: the one that trains decides when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class DetectorRun:
     """The training of a detector, which a checkpoint in its folder takes up where it was.
 
     Attributes:
         step, total: steps done, and of the whole run.
+        loss: the sum over the steps of this epoch, on the device.
     """
 
     def __init__(
@@ -242,6 +260,7 @@ class DetectorRun:
         self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
         self.per_epoch = len(train) // options.batch_size
         self.step, self.total = 0, options.epochs * self.per_epoch
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.settings = {k: v for k, v in vars(options).items() if k not in ("device", "workers")}
         self.settings["images"] = len(train)
         self.settings.pop("out")
@@ -262,6 +281,7 @@ class DetectorRun:
         self.detector.load_state_dict(stored["detector"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.step = stored["step"]
+        self.loss += stored["loss"]
 
     def save(self) -> None:
         """From here a later command goes on."""
@@ -269,6 +289,7 @@ class DetectorRun:
             "detector": self.detector.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "loss": float(self.loss),
             "settings": self.settings,
         }
         write_checkpoint(self.out / CHECKPOINT, content)
@@ -296,16 +317,19 @@ class DetectorRun:
             dataset,
             batch_sampler=self._wanted(),
             num_workers=self.options.workers,
-            collate_fn=list,
+            collate_fn=as_it_is,
+            worker_init_fn=leave_signals,
         )
         started = saved = time.monotonic()
-        first, total_loss = self.step, torch.zeros((), device=self.device)
+        first = self.step
         for pairs in loader:
-            total_loss += self._one_step(pairs)
+            if isinstance(pairs, DataError):
+                raise pairs
+            self.loss += self._one_step(pairs)
             self.step += 1
             if self.step % self.per_epoch == 0:  # the device is read once an epoch
-                self._report(float(total_loss) / self.per_epoch, started, first)
-                total_loss.zero_()
+                self._report(float(self.loss) / self.per_epoch, started, first)
+                self.loss.zero_()
             asked = self.world.start_max(stop.exit_code or 0)()
             due = time.monotonic() - saved > SAVED_EVERY and self.world.alone
             if self.world.is_main_process and (due or asked or self.step % self.per_epoch == 0):

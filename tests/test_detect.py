@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,13 @@ def test_masks_as_polygons_and_as_runs_of_both_kinds(tmp_path: Path):
     coded = coded_mask([square], scene)
     for mask in ([square], {"size": [10, 20], "counts": runs}, coded):
         assert np.array_equal(decode_mask(mask, scene), wanted)
-    with pytest.raises(DataError, match="a mask cannot be read"):
-        decode_mask({"counts": [3]}, scene)
+    for broken in (7, [[1, 2]], {"counts": [3]}, {"size": [10, 20], "counts": "garbage!!"}):
+        with pytest.raises(DataError, match="a mask cannot be read"):
+            decode_mask(broken, scene)
+    with pytest.raises(DataError, match="its runs do not cover the image"):
+        decode_mask({"size": [10, 20], "counts": [3]}, scene)
+    with pytest.raises(DataError, match=r"its size is \[10, 20\], not \[10, 21\]"):
+        decode_mask(coded, Scene(tmp_path / "x", 21, 10))
 
 
 def test_missing_images_and_objects_without_masks_are_counted(tmp_path: Path):
@@ -162,6 +168,27 @@ def test_voc_counts_pixels_from_one_and_knows_difficult(tmp_path: Path):
     assert test.scenes[0].objects == [Object((2.0, 0.0, 12.0, 10.0), 1, None, True)]
     with pytest.raises(DataError, match="boxes and no masks"):
         load_detection(folder, "train", masks=True)
+
+
+def test_voc_is_not_judged_on_what_is_learned_from(tmp_path: Path):
+    """val.txt is a part of trainval.txt: they are never taken together."""
+    folder = voc(tmp_path)
+    lists = folder / "ImageSets" / "Main"
+    (lists / "trainval.txt").write_text("a\nb\n")
+
+    def files(part: str) -> list[str]:
+        found = load_detection(folder, part, masks=False)
+        return [scene.file.stem for scene in found.scenes]
+
+    assert (files("train"), files("test")) == (["a"], ["b"])
+    for path in (folder / "Annotations" / "c.xml", folder / "JPEGImages" / "c.jpg"):
+        path.write_bytes(path.with_stem("a").read_bytes())
+    (lists / "test.txt").write_text("c\n")
+    assert (files("train"), files("test")) == (["a", "b"], ["c"])
+    (lists / "train.txt").unlink()
+    (lists / "test.txt").unlink()
+    with pytest.raises(DataError, match="neither trainval.txt and test.txt nor train.txt and val"):
+        files("train")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +284,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(scenes, tmp_path, monkeypa
 
     def stopped(run, pairs):
         steps.append(run.step)
-        if len(steps) == 3:
+        if len(steps) == 2:
             import os
             import signal
 
@@ -275,6 +302,9 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(scenes, tmp_path, monkeypa
         assert torch.equal(second["detector"][key], value), key
     results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "parts")]
     assert results[0] == results[1] and set(results[0]["scores"]) == {"boxes", "masks"}
+    # The second run was stopped within an epoch, whose mean loss is of all its steps.
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 2
     with Image.open(tmp_path / "whole" / "detections.png") as picture:
         assert picture.width > 500
 
@@ -327,12 +357,33 @@ def test_refusals_in_one_line(scenes, tmp_path, capsys, one_thread, flags, code,
     assert message in error[0] and len(error) == (2 if code == 2 else 1)
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_is_one_line(scenes, tmp_path, capsys, one_thread, workers):
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder)
+    for file in (folder / "train").iterdir():
+        file.write_bytes(b"broken")
+    line = [*SMALL, "--data", str(folder), "--image-size", "64", "--out", str(tmp_path / "out")]
+    assert main([*line, "--workers", workers]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and ".png: cannot be read" in error[0] and "Caught" not in error[0]
+
+
+def test_images_in_both_parts_are_refused(scenes, tmp_path, capsys, one_thread):
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder)
+    listed = folder / "annotations" / "instances_train.json"
+    shutil.copyfile(listed, listed.with_name("instances_val.json"))
+    shutil.rmtree(folder / "val")
+    (folder / "train").rename(folder / "images")  # where both parts look
+    line = [*SMALL, "--data", str(folder), "--image-size", "64", "--out", str(tmp_path / "out")]
+    assert main(line) == 1
+    assert "12 of its images are learned from too, as" in capsys.readouterr().err
+
+
 def test_the_line_of_the_page_runs(whole, tmp_path, monkeypatch, one_thread):
-    text = (
-        (Path(__file__).parent.parent / "docs" / "training.md")
-        .read_text()
-        .partition("## Detection")[2]
-    )
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    text = page.read_text().partition("## Detection")[2]
     line = next(x for x in text.splitlines() if "softcl.detect runs/NAME" in x).partition("#")[0]
     line = line.split()[3:]
     line[line.index("runs/NAME")] = str(whole)

@@ -58,7 +58,7 @@ def draw_scene(part: str, index: int) -> tuple[np.ndarray, list[tuple[int, np.nd
 def write_scenes(folder: Path, train: int = TRAIN_SIZE, test: int = TEST_SIZE) -> None:
     """Write folder/{train,val}/NNNNNN.png and folder/annotations/instances_{train,val}.json.
 
-    What is there already is taken to be the same.
+    What is there already is written anew, the same.
 
     Raises:
         OSError: naming the file.

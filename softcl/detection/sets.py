@@ -2,7 +2,8 @@
 
 COCO   annotations/instances_train*.json and instances_val*.json, or _annotations.coco.json in
        train/ and valid/ (or test/); the images in train*/ and val*/, images/ or beside the JSON
-VOC    Annotations/*.xml, JPEGImages/, and ImageSets/Main/{train,trainval,val,test}.txt
+VOC    Annotations/*.xml, JPEGImages/, and ImageSets/Main/: trainval.txt and test.txt, or else
+       train.txt and val.txt
 
 Numbers of categories may have gaps. Boxes are cut at the image's border; those that are empty then
 are left out, and so are images that are missing: both are counted. Crowds (COCO) and difficult
@@ -29,7 +30,9 @@ from softcl.data.image_set import printable
 from softcl.errors import DataError
 from softcl.files import read_file
 
-PARTS = {"train": ("train", "trainval"), "test": ("val", "valid", "test", "minival")}
+PARTS = {"train": ("train",), "test": ("val", "valid", "test", "minival")}
+# val.txt is a part of trainval.txt.
+VOC_LISTS = ({"train": "trainval", "test": "test"}, {"train": "train", "test": "val"})
 METRICS = {"AP": 0, "AP50": 1, "AP75": 2}  # places among COCOeval's stats
 
 
@@ -134,7 +137,7 @@ def _coco_file(folder: Path, part: str) -> Path:
         for pattern in (f"annotations/instances_{word}*.json", f"{word}*/_annotations.coco.json"):
             found = sorted(folder.glob(pattern))
             if found:
-                return found[0]
+                return found[-1]  # of COCO's years the last, in both parts
     listed = ", ".join(f"annotations/instances_{word}*.json" for word in PARTS[part])
     raise DataError(f"{printable(folder)}: neither COCO's {listed} nor VOC's Annotations/ there")
 
@@ -184,12 +187,13 @@ def _image_folders(file: Path, root: Path) -> list[Path]:
 
 
 def _read_voc(folder: Path, part: str) -> DetectionSet:
-    lists = [folder / "ImageSets" / "Main" / f"{word}.txt" for word in PARTS[part]]
-    listed = next((file for file in reversed(lists) if file.is_file()), None)
-    if part == "test":
-        listed = next((file for file in lists if file.is_file()), None)
-    if listed is None:
-        raise DataError(f"{printable(folder)}: no ImageSets/Main/{PARTS[part][0]}.txt")
+    lists = folder / "ImageSets" / "Main"
+    pairs = [{part: lists / f"{word}.txt" for part, word in pair.items()} for pair in VOC_LISTS]
+    pair = next((p for p in pairs if all(file.is_file() for file in p.values())), None)
+    if pair is None:
+        reason = "neither trainval.txt and test.txt nor train.txt and val.txt in ImageSets/Main"
+        raise DataError(f"{printable(folder)}: {reason}")
+    listed = pair[part]
     left, scenes = _Left(), []
     names: set[str] = set()
     for line in read_file(listed).decode("utf-8", "replace").split():
@@ -252,6 +256,15 @@ class TrainingScenes(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def __getitems__(
+        self, wanted: Sequence[tuple[int, bool]]
+    ) -> list[tuple[Tensor, dict[str, Tensor]]] | DataError:
+        """A batch; an error is returned, because DataLoader's processes put a traceback into it."""
+        try:
+            return [self[one] for one in wanted]
+        except DataError as error:
+            return error
+
     def __getitem__(self, wanted: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
         index, mirrored = wanted
         scene = self.scenes[index]
@@ -302,8 +315,13 @@ def coded_mask(mask: Any, scene: Scene) -> dict[str, Any]:
     try:
         if isinstance(mask, list):
             return coco_mask.merge(coco_mask.frPyObjects(mask, scene.height, scene.width))
+        if list(mask["size"]) != [scene.height, scene.width]:
+            raise ValueError(f"its size is {mask['size']}, not {[scene.height, scene.width]}")
         if isinstance(mask["counts"], list):
+            if sum(mask["counts"]) != scene.height * scene.width:
+                raise ValueError("its runs do not cover the image")
             return coco_mask.frPyObjects(mask, scene.height, scene.width)
+        coco_mask.decode(mask)  # or it would fail where nobody knows whose it is
         return mask
     except Exception as error:  # pycocotools' own kinds
         raise DataError(f"{printable(scene.file)}: a mask cannot be read: {error}") from error
