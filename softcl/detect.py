@@ -181,7 +181,7 @@ def detect(options: argparse.Namespace) -> int:
                 print(f"           {note}")
         at = f", from step {run.step}" if run.step else ""
         print(f"training   {run.total} steps of {options.batch_size} images{at}", flush=True)
-    with StopRequest() as stop:
+    with StopRequest(prog=PROG) as stop:
         code = run.train(stop)
     if code is None:
         world.on_main_process(lambda: finish(run, test, weights.spec, options))

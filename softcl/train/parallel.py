@@ -154,10 +154,11 @@ class StopRequest:
 
     Args:
         interactive: a second signal raises KeyboardInterrupt, where it would end the process.
+        prog: who says so.
     """
 
-    def __init__(self, *, interactive: bool = False) -> None:
-        self.interactive = interactive
+    def __init__(self, *, interactive: bool = False, prog: str = "softcl.train") -> None:
+        self.interactive, self.prog = interactive, prog.encode()
         self.exit_code: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -176,10 +177,11 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.exit_code is not None:
             # At once: no clean-up. A checkpoint being written leaves the one before it.
-            os.write(2, b"\nsoftcl.train: stopped at once\n")
+            os.write(2, b"\n%s: stopped at once\n" % self.prog)
             os._exit(EXIT_CODES[number])
         self.exit_code = EXIT_CODES[number]
-        os.write(2, b"\nsoftcl.train: finishing the step and saving; once more to exit at once\n")
+        words = b"finishing the step and saving; once more to exit at once"
+        os.write(2, b"\n%s: %s\n" % (self.prog, words))
 
 
 class StopVote:
