@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import softcl
+from softcl import __version__
 from softcl.data import columns, decode, depth, folder, packed, walk
 from softcl.data.cache import Cache, Entry, stamps
 from softcl.data.columns import Names, Words
@@ -118,7 +118,7 @@ def _decoder() -> list[str]:
 
 def _code(*modules: ModuleType) -> str:
     """Changes with the version, and where the sources are at hand with them."""
-    digest = hashlib.sha256(softcl.__version__.encode())
+    digest = hashlib.sha256(__version__.encode())
     for module in modules:
         try:
             digest.update(inspect.getsource(module).encode())
