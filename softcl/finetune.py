@@ -6,8 +6,9 @@ weights, or timm:NAME[.TAG], as --init of softcl.train takes it.
 
 Recipe: SGD with Nesterov momentum 0.9 and no weight decay, rates of backbone and classifier apart,
 divided by 5 after 0.6 and 0.8 of the epochs; random resized crops (8 % of the area or more) and
-flips. Rates are SwAV's for 1 % and 10 % of ImageNet (arXiv 2006.09882 and its eval_semisup.py), and
-so are the epochs, 20, unless that makes fewer steps than there are with 1 %: then what makes 1,000.
+flips. Rates are SwAV's for 10 % of ImageNet (arXiv 2006.09882 and its eval_semisup.py; for 1 % it has
+0.02 and 5, which small networks do not survive), and so are the epochs, 20, unless that makes fewer
+steps than there are with 1 % of ImageNet: then what makes 1,000.
 --sweep tries BYOL's (arXiv 2006.07733, appendix C), one rate for both, on labels that are held out.
 No test label chooses anything.
 """
@@ -68,9 +69,7 @@ class Rates(NamedTuple):
     epochs: int
 
 
-# Backbone and classifier: SwAV's for 1 % and for 10 % of the labels; the latter for more too.
-FEW, MORE = (0.02, 5.0), (0.01, 0.2)
-_FEW_SHARE = 0.03  # between the two
+USUAL_RATES = (0.01, 0.2)  # of backbone and classifier
 
 
 class Task(NamedTuple):
@@ -108,9 +107,9 @@ def build_parser() -> CommandParser:
         help="further weights, trained alike; may be repeated")
     add("--no-random", action="store_true", help="leave the random weights out")
     add("--lr-backbone", type=float, metavar="X",
-        help=f"of the backbone (default: {MORE[0]}, of few labels {FEW[0]})")
+        help=f"of the backbone (default: {USUAL_RATES[0]})")
     add("--lr-head", type=float, metavar="X",
-        help=f"of the classifier (default: {MORE[1]}, of few labels {FEW[1]})")
+        help=f"of the classifier (default: {USUAL_RATES[1]})")
     add("--epochs", type=int, metavar="N",
         help=f"over the labelled images (default: {EPOCHS}, or what makes {STEPS} steps)")
     add("--sweep", action="store_true",
@@ -293,11 +292,11 @@ def prepare(weights: Pretrained, options: argparse.Namespace, device: torch.devi
 
 def rates_of(options: argparse.Namespace, task: Task) -> Rates:
     """The rates and epochs that the flags ask for."""
-    amount = read_amount(options.labels)
-    usual = FEW if amount.share is not None and amount.share < _FEW_SHARE else MORE
     epochs = max(EPOCHS, -(-STEPS // (len(task.train) // task.batch_size)))
     given = (options.lr_backbone, options.lr_head, options.epochs)
-    return Rates(*(u if g is None else g for g, u in zip(given, (*usual, epochs), strict=True)))
+    return Rates(
+        *(u if g is None else g for g, u in zip(given, (*USUAL_RATES, epochs), strict=True))
+    )
 
 
 # ---------------------------------------------------------------------------------------- training
