@@ -6,9 +6,9 @@ weights, or timm:NAME[.TAG], as --init of softcl.train takes it.
 
 Recipe: SGD with Nesterov momentum 0.9 and no weight decay, rates of backbone and classifier apart,
 divided by 5 after 0.6 and 0.8 of the epochs; random resized crops (8 % of the area or more) and
-flips. Rates are SwAV's for 10 % of ImageNet (arXiv 2006.09882 and its eval_semisup.py; for 1 % it has
-0.02 and 5, which small networks do not survive), and so are the epochs, 20, unless that makes fewer
-steps than there are with 1 % of ImageNet: then what makes 1,000.
+flips. Rates are SwAV's for 10 % of ImageNet (arXiv 2006.09882 and its eval_semisup.py; for 1 % it
+has 0.02 and 5, which small networks do not survive), and so are the epochs, 20, unless that makes
+fewer steps than there are with 1 % of ImageNet: then what makes 1,000.
 --sweep tries BYOL's (arXiv 2006.07733, appendix C), one rate for both, on labels that are held out.
 No test label chooses anything.
 """
@@ -293,10 +293,8 @@ def prepare(weights: Pretrained, options: argparse.Namespace, device: torch.devi
 def rates_of(options: argparse.Namespace, task: Task) -> Rates:
     """The rates and epochs that the flags ask for."""
     epochs = max(EPOCHS, -(-STEPS // (len(task.train) // task.batch_size)))
-    given = (options.lr_backbone, options.lr_head, options.epochs)
-    return Rates(
-        *(u if g is None else g for g, u in zip(given, (*USUAL_RATES, epochs), strict=True))
-    )
+    given, usual = (options.lr_backbone, options.lr_head, options.epochs), (*USUAL_RATES, epochs)
+    return Rates(*(u if g is None else g for g, u in zip(given, usual, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------- training
