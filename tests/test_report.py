@@ -75,8 +75,8 @@ def test_one_run_goes_to_its_own_folder_with_both_maps(whole: Path, tmp_path: Pa
     assert "note" not in capsys.readouterr().out
     page = read(run / "report")
     assert titles(page) == CHARTS | PICTURES and not differing(page)
-    assert 'aria-label="T-SNE of the features of run"' in page
-    assert 'aria-label="Principal components of the features of run"' in page
+    assert 'aria-label="t-SNE of the features of run"' in page
+    assert 'aria-label="principal components of the features of run"' in page
     assert "20 test images" in page and "of 100 training images" in page
 
 

@@ -157,11 +157,13 @@ def test_features_of_anybody(tmp_path: Path, capsys):
 
 def test_files_that_hold_no_features(tmp_path: Path, capsys):
     np.savez(tmp_path / "other.npz", numbers=np.zeros(3))
+    np.savez(tmp_path / "nan.npz", features=np.full((9, 2), np.nan, np.float32))
     (tmp_path / "broken.npz").write_bytes(b"PK")
-    for name, reason in (("other", "holds no features"), ("broken", "cannot be read")):
+    reasons = {"other": "holds no features", "broken": "cannot be read", "nan": "not finite"}
+    for name, reason in reasons.items():
         assert main([str(tmp_path / f"{name}.npz"), "--out", str(tmp_path)]) == 1
         line = capsys.readouterr().err
-        assert f"{name}.npz: {reason}" in line and len(line.splitlines()) == 1
+        assert f"{name}.npz: " in line and reason in line and len(line.splitlines()) == 1
 
 
 def test_pixels_without_names_are_not_taken_for_others(tmp_path: Path, capsys):
@@ -197,6 +199,13 @@ def test_umap_is_an_extra(tmp_path: Path, monkeypatch, capsys):
     big = np.eye(8, dtype=np.float32)
     monkeypatch.setattr(maps, "_UMAP_NEIGHBORS", 3)
     assert (maps.project(big, "umap") == big[:, :2]).all()
+
+
+@pytest.mark.parametrize("way", ["pca", "tsne"])
+def test_features_that_have_collapsed_have_a_map(way: str, recwarn):
+    places = maps.project(np.full((40, 3), 0.5, np.float32), way)
+    assert places.shape == (40, 2) and np.isfinite(places).all()
+    assert not recwarn.list
 
 
 def test_classes_have_colours_of_their_own():

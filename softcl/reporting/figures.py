@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from softcl.reporting.runs import RunData
 from softcl.reporting.theme import color, draw_svg, run_color
 
@@ -15,6 +17,7 @@ BASELINES = {
     "pixels": "raw pixels",
     "pretrained": "first weights",
 }
+MOST_POINTS = 600  # of a line: what a screen shows, and each takes bytes of the page
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,24 @@ def draw_lines(
         if not points:
             continue
         drawn = True
+        places, values = thinned(points)
         axis.plot(
-            [place * scale for place, _ in points],
-            [value * factor for _, value in points],
+            places * scale,
+            values * factor,
             color=color(run_color(number)),
             linewidth=1.5,
             marker="o" if len(points) <= 12 else None,
             markersize=3.5,
         )
     return drawn
+
+
+def thinned(points: list[tuple[float, float]]) -> np.ndarray:
+    """(2, n), n at most MOST_POINTS: means of points that follow each other."""
+    columns = np.asarray(points, dtype=float)
+    if len(columns) > MOST_POINTS:
+        columns = np.stack([part.mean(axis=0) for part in np.array_split(columns, MOST_POINTS)])
+    return columns.T
 
 
 def draw_panel(axis: Any, runs: list[RunData], panel: Panel) -> bool:
@@ -148,7 +160,7 @@ KINDS = (
     Kind(
         "loss",
         "Loss",
-        "Per step at first, then per line of the log.",
+        "Per step at first, then per line of the log; of long runs means.",
         (Panel("loss", "loss", from_zero=False),),
     ),
     Kind(

@@ -32,17 +32,18 @@ def check_ways(ways: list[str]) -> None:
 
 def map_features(sample: Sample, ways: list[str]) -> Figure:
     """A panel for each way of projecting the features that are looked at."""
-    rows = sample.queries.rows.float().cpu().numpy()
-    labels = None if sample.queries.labels is None else sample.queries.labels.cpu().numpy()
+    part = sample.queries if sample.mapped is None else sample.mapped
+    rows = part.rows.float().cpu().numpy()
+    labels = None if part.labels is None else part.labels.cpu().numpy()
     tones, panels = class_tones(len(sample.classes)), []
     for way in ways:
-        title = f"{WAYS[way][0].upper()}{WAYS[way][1:]}"
-        places = project(rows, way)
+        title, places = WAYS[way], project(rows, way)
         draw = partial(draw_points, title=title, places=places, labels=labels, tones=tones)
         panels.append(draw_svg(f"{title} of the features of {sample.name}", draw, (4.7, 4.2)))
     shown = ", ".join(WAYS[way] for way in ways)
     caption = (
-        f"{len(rows):,} {sample.words[0]} by {shown}, coloured by class. "
+        f"{len(rows):,} {sample.words[0] if sample.mapped is None else 'images'} by {shown}"
+        f"{', coloured by class' if sample.classes else ''}. "
         "Distances between far groups mean little but in principal components."
     )
     named = 0 < len(sample.classes) <= MOST_NAMED

@@ -31,11 +31,13 @@ img.wide { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 14px; }
 th, td { text-align: left; padding: .2em .9em .2em 0; border-bottom: 1px solid var(--line);
          vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { overflow-wrap: normal; }
+th, td:first-child { overflow-wrap: normal; }
 table.tiles { table-layout: fixed; }
 table.tiles th, table.tiles td { border: 0; padding: 2px; font-size: 12px; font-weight: 400;
          color: var(--muted); line-height: 1.2; }
 table.tiles img { display: block; width: 100%; box-sizing: border-box; image-rendering: pixelated; }
+table.tiles img + small { display: block; overflow: hidden; white-space: nowrap;
+         text-overflow: ellipsis; }
 img.right { border: 3px solid var(--right); } img.wrong { border: 3px dashed var(--wrong); }
 small.right { color: var(--right); } small.wrong { color: var(--wrong); }
 span.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%;

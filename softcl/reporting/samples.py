@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softcl.data import DataError, ImageSet, load_dataset, training_split
+from softcl.data import ImageSet, load_dataset, training_split
+from softcl.errors import CheckpointError, DataError
 from softcl.evaluation import NUM_NEIGHBORS
 from softcl.evaluation.features import extract, sampled
 from softcl.evaluation.table import SUFFIXES
@@ -46,6 +47,7 @@ class Sample:
         classes: names, in the order of the labels; empty without labels.
         num_neighbors: that vote.
         words: what the two parts are: "test images", "training images".
+        mapped: what the map shows, if not the first of them.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Sample:
     classes: list[str]
     num_neighbors: int
     words: tuple[str, str] = ("test images", "training images")
+    mapped: Part | None = None
 
     @property
     def labelled(self) -> bool:
@@ -103,7 +106,11 @@ def read_sets(config: TrainConfig) -> Sets:
 def sample_run(
     name: str, stored: Stored, sets: Sets, device: torch.device, limit: int = MOST_IMAGES
 ) -> Sample:
-    """Features of at most `limit` test images, and of BANK_SHARE times as many training images."""
+    """Features of at most `limit` test images, and of BANK_SHARE times as many training images.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
     backbone, size = features_of(stored.backbone, device), stored.config.image_size
     words = ("test images", "training images")
     train, test = torch.arange(len(sets.train)), torch.arange(len(sets.test))
@@ -115,6 +122,8 @@ def sample_run(
     for images, indices, most in ((sets.test, test, 1), (sets.train, train, BANK_SHARE)):
         indices = indices[sampled(len(indices), most * limit)]
         rows = extract(images, indices, backbone, size, device)
+        if not rows.isfinite().all():
+            raise CheckpointError(f"{stored.path}: gives features that are not finite")
         labels = None if images.labels is None else images.labels[indices].to(device)
         parts.append(Part(rows, labels, _shower(images, indices)))
     k = min(stored.config.knn_k or NUM_NEIGHBORS, len(parts[1].rows))
@@ -154,14 +163,17 @@ def read_embedding(path: Path, limit: int = MOST_IMAGES) -> tuple[Sample, str | 
     except DataError as error:
         note = f"{path.name}: neighbours by name, without their images ({error})"
     parts = []
-    for chosen, most in ((places[held_out], 1), (places[~held_out], BANK_SHARE)):
+    for chosen, most in ((places[held_out], 1), (places[~held_out], BANK_SHARE), (places, 1)):
         chosen = chosen[sampled(len(chosen), most * limit)]
+        if not np.isfinite(rows[chosen.numpy()]).all():
+            raise DataError(f"{path}: its features are not finite")
         unit = F.normalize(torch.from_numpy(np.array(rows[chosen.numpy()], np.float32)), dim=1)
         own = None if labels is None else torch.from_numpy(labels[chosen.numpy()])
-        words = [names[place] for place in chosen.tolist()]
-        parts.append(Part(unit, own, None if find is None else _by_name(find, words), words))
+        called = [names[place] for place in chosen.tolist()]
+        parts.append(Part(unit, own, None if find is None else _by_name(find, called), called))
     k = min(NUM_NEIGHBORS, len(parts[1].rows))
-    return Sample(path.name, *parts, classes, k, ("rows, each tenth", "other rows")), note
+    words = ("images, each tenth of the file", "others")
+    return Sample(path.name, *parts[:2], classes, k, words, parts[2]), note
 
 
 def _checked(

@@ -47,7 +47,7 @@ _STYLE = {
     "svg.fonttype": "none",
 }
 SIZE = (4.7, 3.1)  # inches of a panel: two lie side by side, and one fits a narrow window
-_DPI = 160  # of what is stored as pixels
+_DPI = 120  # of what is stored as pixels
 
 
 def style_sheet() -> str:
