@@ -55,6 +55,8 @@ def project(rows: np.ndarray, way: str) -> np.ndarray:
     """(N, F) -> (N, 2); t-SNE starts from the principal components."""
     from sklearn.decomposition import PCA
 
+    if not np.ptp(rows, axis=0).any():  # t-SNE would divide by a spread of 0, and crash
+        return np.zeros((len(rows), 2), np.float32)
     if way == "pca" or len(rows) < 8:
         return PCA(2, random_state=0).fit_transform(rows)
     if way == "umap":
