@@ -43,7 +43,7 @@ from softcl.errors import ConfigError, RunError
 from softcl.evaluate import CROP_SHARE, CROPPED_FROM, RESIZED
 from softcl.evaluation.features import central, eval_mode, sampled
 from softcl.evaluation.probe import describe_tops, top_accuracies
-from softcl.evaluation.subsets import choose, hold_out, read_amount
+from softcl.evaluation.subsets import choose, hold_out, raised, read_amount
 from softcl.files import check_target, replace_file, user_path
 from softcl.nn import build_backbone
 from softcl.nn.pretrained import Pretrained
@@ -274,8 +274,11 @@ def prepare(weights: Pretrained, options: argparse.Namespace, device: torch.devi
     train, test = train.labelled(), test.labelled()
     if train.classes != test.classes:
         raise DataError(f"{test.name}: its classes are not those of {train.name}")
+    amount = read_amount(options.labels)
     with from_flag("labels"):
-        chosen = choose(train, read_amount(options.labels), options.seed)
+        chosen = choose(train, amount, options.seed)
+    if told := raised(train, amount):
+        print(f"labels     {told}")
     if options.write_labels is not None:
         names = train.names
         lines = "".join(f"{names[place]}\n" for place in chosen.tolist())

@@ -172,6 +172,21 @@ def test_a_run_beside_random_weights(whole: Path, folder: Path, tmp_path: Path, 
     assert "conv1.weight" in changed
 
 
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [
+        ("1%", "labels     1% is less than one image of 4 of 4 classes; one of each is taken"),
+        ("10%", None),
+        ("1-per-class", None),
+    ],
+)
+def test_a_share_below_one_image_is_told(whole, folder, capsys, one_thread, amount, told):
+    line = [str(whole), "--data", str(folder), "--labels", amount, "--no-random", *SHORT]
+    assert main(line) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [x for x in lines if x.startswith("labels ")] == ([told] if told else [])
+
+
 def test_the_line_of_the_page_runs(whole, folder, tmp_path, monkeypatch, one_thread):
     text = (
         (Path(__file__).parent.parent / "docs" / "training.md")

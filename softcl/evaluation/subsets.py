@@ -82,6 +82,20 @@ def choose(images: ImageSet, amount: Amount, seed: int) -> Tensor:
     return chosen.sort().values
 
 
+def raised(images: ImageSet, amount: Amount) -> str:
+    """What a user is told whose share is less than one image of some classes; "" where of none."""
+    if amount.share is None:
+        return ""
+    counts = images.labels.cpu().bincount(minlength=len(images.classes)).tolist()
+    few = sum(amount.share * count < 1.0 for count in counts)
+    if not few:
+        return ""
+    return (
+        f"{100 * amount.share:g}% is less than one image of {few} of {len(counts)} classes; "
+        "one of each is taken"
+    )
+
+
 def _of_class(images: ImageSet, label: int, amount: Amount, seed: int) -> Tensor:
     places = (images.labels.cpu() == label).nonzero().flatten()
     try:
