@@ -161,6 +161,10 @@ def evaluate(stored: Stored, options: argparse.Namespace) -> dict[str, Any]:
         rows = extract(images, indices, backbone, size, device, normalize=False, crop_share=share)
         parts.append(Labelled(rows, images.labels[indices].to(device)))
     print(f"features   {parts[0].rows.shape[1]} per image, {time.perf_counter() - started:.1f} s")
+    unknown = int((~torch.isin(parts[1].labels, parts[0].labels)).sum())
+    if unknown:
+        where = f"{unknown} of {len(parts[1].rows)} test images"
+        print(f"warning    {where} are of classes that have no image to learn from")
     results: dict[str, Any] = {
         "checkpoint": str(stored.path),
         "step": stored.content["step"],
@@ -224,7 +228,10 @@ def augmented(
     device: torch.device,
     options: argparse.Namespace,
 ) -> Batches:
-    """The features of the protocol's views, anew in every epoch."""
+    """The features of the protocol's views, anew in every epoch, in whole batches.
+
+    The images left over, others in each epoch, sit that one out.
+    """
     if options.limit is not None:
         images = images.only(sampled(len(images), options.limit))
     batch = min(BATCH, len(images))

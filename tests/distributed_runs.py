@@ -68,6 +68,12 @@ def resume(world: World, folder: Path) -> None:
     assert main(["--resume", str(copy), "--max-steps", "5", sharding]) == 0
 
 
+def probed(world: World, folder: Path) -> None:
+    """Three steps with an online probe, which is the same in every process."""
+    out = f"probed{world.size if torch.distributed.is_initialized() else ''}"
+    assert main(flags(folder, out, "--online-probe", "--max-steps", "3")) == 0
+
+
 def refusals(world: World, folder: Path) -> None:
     """Wrong flags are an error in every process, before anything is written."""
     W = world.size
@@ -176,5 +182,5 @@ def silence(world: World, folder: Path) -> None:
 
 CASES = {
     case.__name__: case
-    for case in (run, resume, refusals, differences, skipped, stops, norms, silence)
+    for case in (run, resume, probed, refusals, differences, skipped, stops, norms, silence)
 }

@@ -98,6 +98,17 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_processes(failures, share
         assert losses[size] == pytest.approx(losses[1], rel=2e-6)
 
 
+def test_an_online_probe_does_not_depend_on_the_number_of_processes(failures, shared, one_thread):
+    """Its gradients are averaged: the weights of two and four are those of one."""
+    distributed_runs.probed(softcl.distributed.ALONE, shared)
+    expected = read_checkpoint(shared / "probed" / "last.pt")["online_probe"]["classifier"]
+    for size in (2, 4):
+        assert "distributed_runs.probed" not in failures(size), failures(size)
+        found = read_checkpoint(shared / f"probed{size}" / "last.pt")["online_probe"]["classifier"]
+        for name, weight in expected.items():
+            distributed_runs.close(found[name], weight)
+
+
 def test_a_killed_worker_costs_no_more_than_the_last_checkpoint(failures, shared):
     """SIGKILL under torchrun: the run completes, with the weights of one left in peace."""
     assert "distributed_runs.run" not in failures(2), failures(2)

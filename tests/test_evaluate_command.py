@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,22 @@ def test_other_sets_other_checkpoints_and_one_measure(run: Path, folder: Path, c
     assert "last.pt, step 8, teacher" in text and "shapes (test)" in text and "linear" not in text
     assert main([str(run), "--test-data", "shapes"]) == 1
     assert "its classes are not those of" in capsys.readouterr().err
+
+
+def test_classes_without_images_to_learn_from_are_told(
+    run: Path, folder: Path, tmp_path: Path, capsys
+):
+    shutil.copytree(folder, tmp_path / "few")
+    for file in (tmp_path / "few" / "train" / "class2").iterdir():
+        file.unlink()
+    line = [str(run), "--epochs", "2", "--device", "cpu", "--knn-k", "500", "--out", "found.json"]
+    assert main([*line, "--data", str(tmp_path / "few")]) == 0
+    told = "warning    8 of 32 test images are of classes that have no image to learn from"
+    assert told in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["knn"]["num_neighbors"] == 96 and found["lbfgs"]["top1"] <= 0.75
+    assert main([*line, "--measure", "knn"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 WRONG = [

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from softcl.data import make_shapes
 from softcl.data.views import PaddedCrop
 from softcl.evaluate import main
+from softcl.evaluation import checks, knn_predict
 from softcl.evaluation import knn as knn_module
-from softcl.evaluation import knn_predict
 from softcl.evaluation.knn import euclidean_neighbors
 from softcl.evaluation.probe import PROTOCOLS, Labelled, sgd_probe, top_accuracies
 
@@ -47,6 +47,25 @@ def test_equal_distances_go_by_lowest_row_and_other_distances_are_refused():
     assert rows.tolist() == [[0, 1, 2, 3]] and distances.tolist() == [[0.5] * 4]
     with pytest.raises(ValueError, match="distance must be one of cosine, euclidean, got 'cos'"):
         knn_predict(bank, bank, torch.zeros(4, dtype=torch.int64), 1, distance="cos")
+
+
+@pytest.mark.parametrize("k", [1, 3, 64, 150])
+def test_the_nearest_of_many_equal_distances_are_the_lowest_rows(k: int, monkeypatch):
+    """Against the definition in float64, sorted as a whole; five values make ties everywhere."""
+    monkeypatch.setattr(knn_module, "_DISTANCE_PIECE", 64)
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randint(0, 5, (n, 1), generator=generator).float() for n in (9, 150))
+    wanted = (queries - bank.T).double().abs().sort(dim=1, stable=True)
+    distances, rows = euclidean_neighbors(queries, bank, k)
+    assert torch.equal(rows, wanted.indices[:, :k])
+    assert torch.allclose(distances, wanted.values[:, :k])
+
+
+def test_rows_that_are_not_finite_are_refused_wherever_they_lie(monkeypatch):
+    monkeypatch.setattr(checks, "values_are_at_hand", lambda rows: False)  # as of a GPU's
+    bank = torch.tensor([[1.0], [float("nan")]])
+    with pytest.raises(ValueError, match="bank has 1 row"):
+        euclidean_neighbors(torch.ones(1, 1), bank, 1)
 
 
 def test_top5_needs_more_than_five_classes():

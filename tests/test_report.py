@@ -13,6 +13,7 @@ import pytest
 from softcl.evaluate import main as evaluate
 from softcl.report import main
 from softcl.reporting.figures import KINDS, draw_all, draw_knn
+from softcl.reporting.page import summary_table
 from softcl.reporting.runs import RunData, read_runs, short_names
 from softcl.reporting.theme import COLORS
 from softcl.train.__main__ import main as train
@@ -174,6 +175,14 @@ def test_runs_without_labels_are_judged_by_rankme():
     run = run_of(evaluations=rows)
     assert run.best() == rows[1] and len(run.series("rankme")) == 3
     assert [figure.name for figure in draw_all([run])] == ["quality"]
+
+
+def test_an_online_probe_has_a_row_where_a_run_has_one():
+    rows = [{"knn_top1": 0.5, "probe_top1": 0.25 * x, "epoch": x} for x in (1, 2)]
+    with_one, without = run_of(evaluations=rows), run_of(evaluations=[{"knn_top1": 0.5}])
+    found = summary_table([with_one, without])
+    assert "<tr><td>last online probe</td><td>50.0%</td><td></td></tr>" in found
+    assert "online probe" not in summary_table([without])
 
 
 def test_colours_can_be_read_in_both_schemes():

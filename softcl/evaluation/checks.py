@@ -18,10 +18,12 @@ from softcl.ops.call import (
 )
 
 
-def check_vectors(name: str, vectors: Tensor, other_name: str, others: Tensor) -> None:
+def check_vectors(
+    name: str, vectors: Tensor, other_name: str, others: Tensor, *, wait: bool = False
+) -> None:
     """Refuse what are not rows (N, F) and rows (M, F); they may be on two devices.
 
-    NaN and infinity are looked for where that waits for no device.
+    NaN and infinity are looked for where that waits for no device, or, with `wait`, everywhere.
     """
     check_rows(name, vectors)
     check_rows(other_name, others)
@@ -30,7 +32,7 @@ def check_vectors(name: str, vectors: Tensor, other_name: str, others: Tensor) -
             f"{other_name} must have {name}'s dimension {vectors.shape[1]}, got {shape_of(others)}"
         )
     given = {name: vectors, other_name: others}
-    if not all(all_finite(rows) for rows in given.values() if values_are_at_hand(rows)):
+    if not all(all_finite(rows) for rows in given.values() if wait or values_are_at_hand(rows)):
         explain_non_finite(**given)
 
 

@@ -78,19 +78,30 @@ def euclidean_neighbors(
     Raises:
         TypeError, ValueError: an argument is unusable; the message names it and its value.
     """
-    check_vectors("queries", queries, "bank", bank)
+    check_vectors("queries", queries, "bank", bank, wait=True)
     num_neighbors = check_whole("num_neighbors", num_neighbors, len(bank), "the bank's {} rows")
 
     def search(rows: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
         # |b|^2 - 2 q.b orders as |q - b| does; negative, so that the largest are the nearest.
         rows, piece = rows.double(), piece.double()
         closeness = 2 * rows @ piece.T - piece.square().sum(1)
-        closeness, order = closeness.sort(dim=1, descending=True, stable=True)
-        return closeness[:, :k], order[:, :k]
+        return _largest(closeness, k)
 
     closeness, rows = _search_in_pieces(queries, bank, num_neighbors, _DISTANCE_PIECE, search)
     squares = queries.double().square().sum(1, keepdim=True) - closeness
     return squares.clamp(min=0.0).sqrt(), rows
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending, and their columns; equal ones by lowest column."""
+    # topk spares a sort of whole rows, but may take any of those that equal the last.
+    last = values.topk(k, dim=1).values[:, -1:]
+    above, equal = values > last, values == last
+    wanted = k - above.sum(1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(1) <= wanted))
+    columns = taken.nonzero()[:, 1].view(len(values), k)
+    values, order = values.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
 
 
 def _search_in_pieces(

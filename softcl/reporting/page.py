@@ -104,6 +104,7 @@ def summary_table(runs: list[RunData]) -> str:
         ("best: RankMe", lambda run: _plain((run.best() or {}).get("rankme"), 1)),
         ("at epoch", lambda run: _plain((run.best() or {}).get("epoch"))),
         ("last k-NN top-1", lambda run: _share((run.evaluations or [{}])[-1].get("knn_top1"))),
+        ("last online probe", lambda run: _share((run.evaluations or [{}])[-1].get("probe_top1"))),
         ("untrained backbone", lambda run: _share(run.baselines.get("untrained"))),
         ("raw pixels", lambda run: _share(run.baselines.get("pixels"))),
         ("wall time", _wall_time),
