@@ -75,6 +75,18 @@ def check_range(
         raise ConfigError(field, value, f"must be at most {_plain(at_most)}")
 
 
+def check_ranges(options: argparse.Namespace, **bounds: tuple[float | None, float | None]) -> None:
+    """Refuse numbers among the options, those that were given, below or above their bounds.
+
+    Raises:
+        ConfigError: naming the first such flag.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(options, name)
+        if value is not None:
+            check_range(name, value, at_least=least, at_most=most)
+
+
 def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 

@@ -29,7 +29,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcl.command import CommandParser, carry_out, check_path, check_range, from_flag, need
+from softcl.command import (
+    CommandParser,
+    carry_out,
+    check_path,
+    check_range,
+    check_ranges,
+    from_flag,
+    need,
+)
 from softcl.data import batch_indices
 from softcl.data.image_set import printable
 from softcl.detection.model import build_detector, train_mode
@@ -132,12 +140,10 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    bounds = {"epochs": (1, None), "batch_size": (1, None), "image_size": (32, 4096)}
-    bounds |= {"channels": (8, 4096), "regions": (4, 4096), "seed": (0, None), "workers": (0, 256)}
-    for name, (least, most) in bounds.items():
-        value = getattr(options, name)
-        if value is not None:
-            check_range(name, value, at_least=least, at_most=most)
+    check_ranges(
+        options, epochs=(1, None), batch_size=(1, None), image_size=(32, 4096),
+        channels=(8, 4096), regions=(4, 4096), seed=(0, None), workers=(0, 256),
+    )  # fmt: skip
     check_range("lr", options.lr, above=0.0)
     for name in ("data", "out"):
         check_path(name, getattr(options, name))

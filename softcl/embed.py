@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softcl.command import CommandParser, carry_out, check_range, report_for
+from softcl.command import CommandParser, carry_out, check_ranges, report_for
 from softcl.data import FORMATS, SPLITS, DataError, ImageSet, batches, center_view, load_dataset
 from softcl.errors import ConfigError
 from softcl.evaluation.neighbors import near_duplicates, nearest_of_each
@@ -98,11 +98,9 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    least = {"image_size": 8, "neighbors": 1, "batch_size": 1, "workers": 0}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None:
-            check_range(name, value, at_least=bound)
+    check_ranges(
+        options, image_size=(8, None), neighbors=(1, None), batch_size=(1, None), workers=(0, None)
+    )
     if not -1 <= options.duplicates <= 1:
         raise ConfigError("duplicates", options.duplicates, "must be a cosine, in [-1, 1]")
     check_suffix(Path(options.out))

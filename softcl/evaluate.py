@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softcl.command import CommandParser, carry_out, check_path, check_range, from_flag
+from softcl.command import (
+    CommandParser,
+    carry_out,
+    check_path,
+    check_range,
+    check_ranges,
+    from_flag,
+)
 from softcl.data import FORMATS, VIEWS, DataError, ImageSet, Recipe, load_dataset
 from softcl.data.views import PaddedCrop, RecipeTransform
 from softcl.errors import ConfigError
@@ -123,12 +130,10 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    least = {"image_size": 8, "knn_k": 1, "epochs": 1, "limit": 2, "workers": 0, "seed": 0}
-    most = {"image_size": 4096, "workers": 256}
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None:
-            check_range(name, value, at_least=bound, at_most=most.get(name))
+    check_ranges(
+        options, image_size=(8, 4096), knn_k=(1, None), epochs=(1, None), limit=(2, None),
+        workers=(0, 256), seed=(0, None),
+    )  # fmt: skip
     check_range("temperature", options.temperature, at_least=COLDEST, at_most=HOTTEST)
     if options.lr is not None:
         check_range("lr", options.lr, above=0.0)

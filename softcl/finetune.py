@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softcl.command import CommandParser, carry_out, check_path, check_range, from_flag
+from softcl.command import CommandParser, carry_out, check_path, check_ranges, from_flag
 from softcl.data import (
     FORMATS,
     VIEWS,
@@ -157,21 +157,14 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the flag.
     """
-    bounds = {"image_size": (8, 4096), "epochs": (1, None), "limit": (1, None), "seed": (0, None)}
-    bounds |= {"workers": (0, 256), "batch_size": (2, None)}
-    for name, (least, most) in bounds.items():
-        value = getattr(options, name)
-        if value is not None:
-            check_range(name, value, at_least=least, at_most=most)
-    for name in ("lr_backbone", "lr_head"):
-        if getattr(options, name) is not None:
-            check_range(name, getattr(options, name), at_least=0.0)
+    check_ranges(
+        options, image_size=(8, 4096), epochs=(1, None), limit=(1, None), seed=(0, None),
+        workers=(0, 256), batch_size=(2, None), crop_share=(0.1, 1.0), lr_backbone=(0.0, None),
+        lr_head=(0.0, None),
+    )  # fmt: skip
+    for name in ("lr_backbone", "lr_head", "epochs"):
         if options.sweep and getattr(options, name) is not None:
             raise ConfigError(name, getattr(options, name), "is what --sweep chooses")
-    if options.sweep and options.epochs is not None:
-        raise ConfigError("epochs", options.epochs, "is what --sweep chooses")
-    if options.crop_share is not None:
-        check_range("crop_share", options.crop_share, at_least=0.1, at_most=1.0)
     read_amount(options.labels)
     check_path("data", options.data)
     for name in ("save", "out", "write_labels"):
