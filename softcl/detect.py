@@ -59,7 +59,7 @@ from softcl.train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from softcl.train.parallel import StopRequest
+from softcl.train.parallel import StopRequest, StopVote
 from softcl.train.parts import resolve_device
 from softcl.train.step import derived_seed
 
@@ -326,8 +326,8 @@ class DetectorRun:
             collate_fn=as_it_is,
             worker_init_fn=leave_signals,
         )
+        vote, first = StopVote(self.world, stop), self.step
         started = saved = time.monotonic()
-        first = self.step
         for pairs in loader:
             if isinstance(pairs, DataError):
                 raise pairs
@@ -336,13 +336,14 @@ class DetectorRun:
             if self.step % self.per_epoch == 0:  # the device is read once an epoch
                 self._report(float(self.loss) / self.per_epoch, started, first)
                 self.loss.zero_()
-            asked = self.world.start_max(stop.exit_code or 0)()
+            asked = vote.asked()
             due = time.monotonic() - saved > SAVED_EVERY and self.world.alone
             if self.world.is_main_process and (due or asked or self.step % self.per_epoch == 0):
                 self.save()
                 saved = time.monotonic()
             if asked and self.step < self.total:
-                return asked
+                return vote.settle()
+        vote.settle()  # the last one, which nothing waits for
         return None
 
     def _one_step(self, pairs: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> torch.Tensor:
