@@ -35,13 +35,12 @@ from softcl.data import (
     VIEWS,
     DataError,
     ImageSet,
-    center_view,
     load_dataset,
 )
 from softcl.data.views import RecipeTransform
 from softcl.errors import ConfigError, RunError
 from softcl.evaluate import CROP_SHARE, CROPPED_FROM, RESIZED
-from softcl.evaluation.features import central, eval_mode, sampled
+from softcl.evaluation.features import eval_mode, extract, sampled
 from softcl.evaluation.probe import describe_tops, top_accuracies
 from softcl.evaluation.subsets import choose, hold_out, raised, read_amount
 from softcl.files import check_target, replace_file, user_path
@@ -58,7 +57,6 @@ PROG = "softcl.finetune"
 RANDOM = "random"
 EPOCHS, STEPS, BATCH, DROPS, DROP = 20, 1000, 256, (0.6, 0.8), 0.2
 SWEPT_RATES, SWEPT_EPOCHS, HELD_OUT = (0.005, 0.01, 0.02, 0.05, 0.1), (30, 50), 0.2
-_PIECE = 256  # test images in a pass
 
 
 class Rates(NamedTuple):
@@ -353,17 +351,15 @@ def train(network: Network, task: Task, rates: Rates) -> list[float]:
     return losses
 
 
-@torch.no_grad()
 def judge(network: Network, images: ImageSet, task: Task) -> dict[str, float]:
     """top1 of images seen whole, and top5 where there are more than five classes."""
-    ranked, k = [], min(5, len(images.classes))
+    indices, share = torch.arange(len(images)), task.crop_share
     with eval_mode(network):
-        for part in torch.arange(len(images)).split(_PIECE):
-            pixels = central(images.batch(part), task.crop_share).to(task.device)
-            views = center_view(pixels, task.size, images.mean, images.std)
-            scores = network(views.contiguous(memory_format=torch.channels_last))
-            ranked.append(scores.topk(k, dim=1).indices)
-    return top_accuracies(torch.cat(ranked), images.labels.to(task.device), len(images.classes))
+        scores = extract(
+            images, indices, network, task.size, task.device, normalize=False, crop_share=share
+        )
+    ranked = scores.topk(min(5, len(images.classes)), dim=1).indices
+    return top_accuracies(ranked, images.labels.to(task.device), len(images.classes))
 
 
 def best_rates(weights: Pretrained, task: Task) -> dict[str, Any]:
