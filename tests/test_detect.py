@@ -390,4 +390,4 @@ def test_the_line_of_the_page_runs(whole, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(detect, "write_scenes", lambda folder: write_scenes(folder, 8, 2))
     assert main([*line, "--epochs", "1", "--device", "cpu", "--workers", "0"]) == 0
-    assert (tmp_path / "detection" / "result.json").exists()
+    assert (tmp_path / "runs/NAME/detection/result.json").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from softcl.evaluate import main as evaluate
 from softcl.report import main
@@ -115,6 +116,22 @@ def test_a_checkpoint_that_is_gone_leaves_the_views(whole: Path, tmp_path: Path,
     assert main([str(tmp_path / "run")]) == 0
     assert "run: no features (" in capsys.readouterr().out
     assert titles(read(tmp_path / "run/report")) == CHARTS | {"Views as trained"}
+
+
+def test_detections_are_shown_with_their_scores(whole: Path, tmp_path: Path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    found = run / "detect <a>"
+    found.mkdir()
+    Image.new("RGB", (64, 48), "red").save(found / "detections.png")
+    scores = {"boxes": {"AP": 0.123, "AP50": 0.5, "AP75": None}, "masks": {"AP": "x"}}
+    (found / "result.json").write_text(json.dumps({"scores": scores}))
+    (run / "broken").mkdir()
+    (run / "broken/detections.png").write_bytes(b"no picture")
+    assert main([str(run), "--map", "none"]) == 0
+    page = read(run / "report")
+    assert "Detections" in titles(page)
+    assert "detect &lt;a&gt;, by softcl.detect. boxes: AP 12.3, AP50 50.0<" in page
+    assert page.count('alt="Detections of run"') == 1
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from softcl.detect import PICTURE, RESULT
 from softcl.errors import SoftclError
 from softcl.reporting.attention import draw_attention, has_class_token
 from softcl.reporting.figures import Figure
@@ -22,6 +23,7 @@ from softcl.reporting.samples import Sample, Sets, read_embedding, read_sets, sa
 from softcl.reporting.views import draw_views
 from softcl.train.checkpoint import load_backbone
 from softcl.train.config import TrainConfig
+from softcl.train.folder import numbers_of, read_json
 
 _WIDEST = 1000  # pixels of a stored picture
 
@@ -44,6 +46,9 @@ class Pictures:
 
     def of_run(self, run: RunData) -> list[Figure]:
         print(f"pictures   of {run.name}", flush=True)
+        return [*self._of_images(run), *_detections(run)]
+
+    def _of_images(self, run: RunData) -> list[Figure]:
         stored = self._tried(f"{run.name}: no features", partial(load_backbone, run.path))
         config = stored.config if stored is not None else self._config(run)
         sets = None
@@ -111,10 +116,32 @@ def _stored_picture(run: RunData) -> list[Figure]:
     """The neighbours that the run itself has drawn, where its images are gone."""
     if run.picture is None:
         return []
+    caption = "As the run drew them: test images and the nearest training images."
+    return _inlined(run.picture, "neighbors", "Nearest neighbours", run.name, caption)
+
+
+def _detections(run: RunData) -> list[Figure]:
+    """What detectors found that softcl.detect trained in folders of the run's."""
+    figures = []
+    for picture in sorted(run.path.glob(f"*/{PICTURE}")):
+        result = read_json(picture.with_name(RESULT)) or {}
+        scores = result.get("scores")
+        words = [
+            f"{kind}: AP {100 * its['AP']:.1f}, AP50 {100 * its['AP50']:.1f}"
+            for kind, its in (scores.items() if isinstance(scores, dict) else ())
+            if isinstance(its, dict) and {"AP", "AP50"} <= numbers_of(its).keys()
+        ]
+        caption = f"{picture.parent.name}, by softcl.detect. {'; '.join(words)}"
+        figures += _inlined(picture, "detections", "Detections", run.name, caption)
+    return figures
+
+
+def _inlined(path: Path, kind: str, title: str, name: str, caption: str) -> list[Figure]:
+    """A picture on the disk, made smaller; none where it cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(run.picture) as stored:
+        with Image.open(path) as stored:
             image = stored.convert("RGB")
     except (OSError, UnidentifiedImageError):
         return []
@@ -122,7 +149,6 @@ def _stored_picture(run: RunData) -> list[Figure]:
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
-    title = html.escape(f"Nearest neighbours of {run.name}")
-    caption = "As the run drew them: test images and the nearest training images."
-    picture = f'<img class="wide" alt="{title}" src="data:image/jpeg;base64,{data}">'
-    return [Figure("neighbors", "Nearest neighbours", caption, [picture])]
+    words = html.escape(f"{title} of {name}")
+    picture = f'<img class="wide" alt="{words}" src="data:image/jpeg;base64,{data}">'
+    return [Figure(kind, title, caption, [picture])]
