@@ -13,6 +13,7 @@ objects (VOC) are not learned from, and what is found there is no error (as iscr
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import xml.etree.ElementTree as ElementTree
@@ -214,13 +215,14 @@ def _read_voc(folder: Path, part: str) -> DetectionSet:
     return DetectionSet(printable(listed), [s for s, _ in scenes], classes, left.notes())
 
 
-def _all_voc_names(folder: Path) -> set[str]:
+@functools.lru_cache(1)  # both parts ask for them
+def _all_voc_names(folder: Path) -> frozenset[str]:
     names = set()
     for file in (folder / "Annotations").glob("*.xml"):
         with contextlib.suppress(ElementTree.ParseError, OSError):
             tree = ElementTree.fromstring(read_file(file))
             names |= {item.findtext("name", "") for item in tree.iter("object")}
-    return names
+    return frozenset(names)
 
 
 def _read_xml(file: Path, image: Path, left: _Left) -> tuple[Scene, list[str]]:
